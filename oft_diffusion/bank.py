@@ -1,0 +1,414 @@
+"""`OFTBank`: all generators of one component, and the deltas that its layers' hooks read.
+
+The bank is never registered on the component: registered, it would enter the base's state dict and be cast with it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oft_diffusion import rotation
+from oft_diffusion.deltas import DeltaBuilder, GraphMark
+from oft_diffusion.errors import AdapterError, TargetError
+from oft_diffusion.hooks import Deltas, LayerHook, is_compiled
+from oft_diffusion.plan import Active, Adapter, Stage, StrengthMode, make_active, make_stages, split_by_layer
+
+Placement = tuple[torch.device, torch.dtype]
+
+
+class OFTBank(nn.Module):
+    """Adapters of one component.
+
+    Attributes:
+        component: the component's class name, for messages.
+        generators: one float32 parameter per adapter, `(blocks of all its layers, b(b-1)/2)`, zeros at the start.
+            Give `bank.parameters()` to the optimizer. No cast of the bank or the component changes their dtype.
+        adapters: each adapter's settings and layout.
+        hooks: each target layer's hook, by layer name.
+        base_copy: target weights as they were before a merge (`merge.BaseCopy`), if kept.
+        was_trainable: the component's parameters that required grad before injection froze it.
+    """
+
+    def __init__(self, component: str, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.component = component
+        self.generators = nn.ParameterDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.hooks: dict[str, LayerHook] = {}
+        self.base_copy: Any = None
+        self.was_trainable: frozenset[str] = frozenset()
+        self._merged_active: tuple[Active, ...] = ()
+        self._active: tuple[Active, ...] = ()
+        self._stages: tuple[Stage, ...] = ()
+        self._builder = DeltaBuilder(self.generators, self.adapters)
+        # Constant deltas of frozen adapters: tensors of fixed address, rewritten in place; one set per placement.
+        self._placement: Placement = (device, dtype)
+        self._constants: dict[Placement, list[Tensor]] = {}
+        self._ready = False
+        # Deltas of trainable adapters live from one forward to its backward.
+        self._mark = GraphMark()
+        self._in_grad_forward = False
+        self.between_forwards = False
+        self._audited = False
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter with zero generators (the identity). It is not active yet.
+
+        Raises:
+            AdapterError: the name is taken or not usable.
+        """
+        check_adapter_name(name)
+        if name in self.adapters:
+            raise AdapterError(
+                f"adapter {name!r} already exists on {self.component}",
+                expected=f"a name other than {', '.join(self.adapters)}",
+                fix="choose another adapter_name, or remove this one first",
+            )
+        device = self._placement[0] if self._placement[0].type != "meta" else torch.device("cpu")
+        shape = (adapter.total_blocks, rotation.packed_size(adapter.block_size))
+        self.adapters[name] = adapter
+        self.generators[name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter. Hooks of layers that no other adapter needs stay and do nothing.
+
+        Raises:
+            AdapterError: the adapter is unknown or merged.
+        """
+        self.require(name)
+        self.refuse_merged([name])
+        self._use(tuple(a for a in self._active if a.name != name))
+        self._builder.forget(name)
+        del self.adapters[name], self.generators[name]
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of this name.
+
+        Raises:
+            AdapterError: there is none.
+        """
+        if name not in self.adapters:
+            raise AdapterError(
+                f"no adapter {name!r} on {self.component}",
+                expected=f"one of: {', '.join(self.adapters) or '(none is loaded)'}",
+                fix="check the name, or load the adapter first",
+            )
+        return self.adapters[name]
+
+    def refuse_merged(self, names: Iterable[str]) -> None:
+        """Raise if one of these adapters is merged into the weights.
+
+        Raises:
+            AdapterError: one is.
+        """
+        if merged := [n for n in names if n in self.merged]:
+            raise AdapterError(
+                f"adapter {merged[0]!r} is merged into the weights of {self.component}",
+                expected="an adapter that is not merged",
+                fix="call unmerge_oft (unfuse_oft on a pipeline) first",
+            )
+
+    @property
+    def active(self) -> tuple[Active, ...]:
+        """The adapters that x meets, in order; merged ones are left out."""
+        return self._active
+
+    def set_adapters(
+        self, names: Sequence[str], strengths: float | Sequence[float] = 1.0, mode: StrengthMode = "rotation"
+    ) -> None:
+        """Choose which adapters x meets, in this order, and how strongly.
+
+        Frozen adapters' deltas are rewritten here, in place where the layout stays, so that compiled models and
+        captured graphs go on with the new ones.
+
+        Args:
+            names: adapter names, each at most once; empty for the base alone.
+            strengths: one for all, or one each; any real number, 0 is the base and 1 as trained.
+            mode: "rotation" for the group power R^s, "linear" for the blend (1-s) I + s R of other tools.
+
+        Raises:
+            AdapterError: a name is unknown, merged or repeated, counts differ, or a strength is not finite.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self.require(name)
+        self.refuse_merged(names)
+        self._use(make_active(names, strengths, mode))
+
+    def activate(self, name: str) -> None:
+        """Put an adapter after those that are active, at strength 1."""
+        self.require(name)
+        self._use((*self._active, Active(name)))
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are merged into the weights."""
+        return tuple(a.name for a in self._merged_active)
+
+    def set_merged(self, staying: tuple[Active, ...], merging: tuple[Active, ...], base_copy: Any) -> None:
+        """Note that `merging` are in the weights now, and only `staying` act live (`merge_oft` calls this)."""
+        self._use(staying)
+        self._merged_active, self.base_copy = merging, base_copy
+
+    def clear_merged(self) -> None:
+        """Note that the base's weights are back: merged adapters act live again, after the others."""
+        merged, self._merged_active, self.base_copy = self._merged_active, (), None
+        self._use((*self._active, *merged))
+
+    def build_deltas(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
+        """Flat deltas `(blocks, b, b)`, float32, of stages that need not be active."""
+        return self._builder.build(stages, device)
+
+    def layer_slices(self, name: str) -> dict[str, slice]:
+        """Each layer's rows of `generators[name]`."""
+        return self.require(name).slices()
+
+    def effective_generators(self, name: str) -> dict[str, Tensor]:
+        """Each layer's generator `(r, b(b-1)/2)` as files hold it, detached: `OFTConfig.scaled` folded in."""
+        adapter = self.require(name)
+        packed = rotation.effective_generator(self.generators[name].detach(), adapter.config)
+        return dict(zip(adapter.blocks, packed.split(list(adapter.blocks.values())), strict=True))
+
+    @torch.no_grad()
+    def write_generators(self, name: str, effective: Mapping[str, Tensor]) -> None:
+        """Overwrite all layers of an adapter in place (a hot swap), from what `effective_generators` returns."""
+        adapter = self.require(name)
+        flat = torch.cat([effective[layer].detach().to("cpu", torch.float32) for layer in adapter.blocks])
+        if adapter.config.scaled:
+            flat = flat * rotation.generator_divisor(flat.shape[-1])
+        self.generators[name].copy_(flat)
+        self.refresh()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Apply every adapter's `coft_eps` bound. Call it after each optimiser step."""
+        for name, adapter in self.adapters.items():
+            if (bound := adapter.config.coft_eps) is not None:
+                parameter = self.generators[name]
+                scale = rotation.generator_divisor(parameter.shape[-1]) if adapter.config.scaled else 1.0
+                rotation.project_frobenius_(parameter, bound * scale)
+
+    @torch.no_grad()
+    def orthogonality_error(self, name: str) -> float:
+        """Largest entry of |R^T R - I| over all blocks of an adapter at strength 1."""
+        self.require(name)
+        delta = self._builder.adapter(Active(name), self.generators[name].device)
+        return float(rotation.orthogonality_error(delta))
+
+    def refresh(self) -> None:
+        """Rebuild constant deltas in place: call it after writing frozen generators by other means than ours."""
+        self._builder.forget()
+        self._rewrite_constants()
+
+    # -- what the hooks call ----------------------------------------------------------------------------------------
+
+    def begin_forward(self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Put every layer's deltas into its hook's slot.
+
+        Args:
+            module: the component.
+            device: of the component's first tensor input: with offloading the component itself may be elsewhere.
+            dtype: of that input, None where it is not floating (token ids).
+        """
+        if not torch.compiler.is_compiling() and not self._audited:
+            self._audited = is_compiled(module)  # compiled layers do not report that they fired
+        placement = (device or self._placement[0], dtype or self._placement[1])
+        if not self._trainable():
+            if not self._ready or placement != self._placement:
+                self._place(placement)
+            return
+        self._ready = self.between_forwards = False
+        self._constants = {}
+        self._placement = placement
+        self._in_grad_forward = torch.is_grad_enabled()
+        flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
+        if self._in_grad_forward and not torch.compiler.is_compiling():
+            flats = self._mark.tie(flats, self._active, self.component)
+        by_layer = split_by_layer(self._stages, flats)
+        for name, hook in self.hooks.items():
+            if self._in_grad_forward:
+                hook.grad_deltas, hook.eval_deltas = by_layer.get(name, ()), None
+            else:
+                hook.eval_deltas = by_layer.get(name, ())
+
+    def end_forward(self) -> None:
+        """Drop what must not outlive the forward, and check once that every target fired."""
+        if self._trainable():
+            for hook in self.hooks.values():
+                hook.eval_deltas = None
+                if self._in_grad_forward:
+                    hook.grad_deltas = _for_recomputation(hook.grad_deltas)
+            self._in_grad_forward = False
+            self.between_forwards = True
+        if not torch.compiler.is_compiling() and not self._audited:
+            self._audit()
+
+    def fresh_deltas(self, name: str) -> Deltas:
+        """Deltas for a layer whose slot is empty.
+
+        Raises:
+            AdapterError: gradients are wanted outside the component's forward, or the layer runs inside reentrant
+                gradient checkpointing.
+        """
+        if not self._trainable():
+            self._place(self._placement)
+            return self.hooks[name].eval_deltas or ()
+        if self._in_grad_forward:
+            raise AdapterError(
+                f"layer {name} of {self.component} runs without grad inside a forward with grad, as reentrant "
+                "gradient checkpointing does, and the adapter's gradients would be lost",
+                expected="non-reentrant checkpointing",
+                fix='enable it with gradient_checkpointing_kwargs={"use_reentrant": False}',
+            )
+        if torch.is_grad_enabled():
+            self.refuse_lone_call(name)
+        flats = self._builder.build(self._stages, self._placement[0])
+        return split_by_layer(self._stages, flats).get(name, ())
+
+    def fit_deltas(self, hook: LayerHook, deltas: Deltas, x: Tensor) -> Deltas:
+        """Deltas in x's device and dtype. Constants are converted once per device and dtype, and stay in the hook."""
+        if self._trainable():
+            return tuple(delta.to(device=x.device, dtype=x.dtype) for delta in deltas)
+        fitted = split_by_layer(self._stages, self._constants_at((x.device, x.dtype)))[hook.name]
+        hook.grad_deltas = hook.eval_deltas = fitted
+        return fitted
+
+    def refuse_lone_call(self, name: str) -> None:
+        """Raise, unless a backward is recomputing a checkpointed part of the component.
+
+        Raises:
+            AdapterError: a layer is called under grad outside its component's forward, with deltas of an earlier step.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return
+        raise AdapterError(
+            f"layer {name} of {self.component} was called on its own with gradients enabled",
+            expected="a call of the whole component, which prepares the step's rotations",
+            fix="call the component, or the layer under torch.no_grad()",
+        )
+
+    # -- constants and layouts --------------------------------------------------------------------------------------
+
+    def _trainable(self) -> bool:
+        return any(self._builder.trainable(a.name) for a in self._active)
+
+    def _use(self, active: tuple[Active, ...]) -> None:
+        stages = make_stages(active, self.adapters)
+        same_layout = [s.structure() for s in stages] == [s.structure() for s in self._stages]
+        self._active, self._stages = active, stages
+        if same_layout:
+            if self._ready:
+                self._rewrite_constants()
+            return
+        self._constants = {}
+        self._ready = self._audited = self.between_forwards = False
+        for hook in self.hooks.values():
+            hook.grad_deltas = hook.eval_deltas = None
+            hook.fired = False
+        if not self._trainable():
+            self._place(self._placement)
+        reset_compiler()
+
+    def _place(self, placement: Placement) -> None:
+        if placement != self._placement:
+            self._constants = {}
+        self._placement = placement
+        by_layer = split_by_layer(self._stages, self._constants_at(placement))
+        for name, hook in self.hooks.items():
+            hook.grad_deltas = hook.eval_deltas = by_layer.get(name, ())
+        self._ready = True
+        self.between_forwards = False
+
+    def _constants_at(self, placement: Placement) -> list[Tensor]:
+        if placement not in self._constants:
+            # Outside inference mode, or the constants could never take part in a graph later.
+            with torch.inference_mode(False), torch.no_grad():
+                flats = self._builder.build(self._stages, placement[0])
+                self._constants[placement] = [f.to(placement[1], copy=True) for f in flats]
+            self._builder.forget_deltas()
+        return self._constants[placement]
+
+    def _rewrite_constants(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for placement, flats in self._constants.items():
+                for flat, new in zip(flats, self._builder.build(self._stages, placement[0]), strict=True):
+                    flat.copy_(new)
+        self._builder.forget_deltas()
+
+    def _audit(self) -> None:
+        self._audited = True
+        wanted = {name for stage in self._stages for name in stage.blocks}
+        if silent := [name for name in wanted if not self.hooks[name].fired]:
+            silent.sort()
+            raise TargetError(
+                f"{len(silent)} of {len(wanted)} adapted layers of {self.component} were bypassed: "
+                f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}",
+                expected="every target to be called as a module in a forward",
+                fix="undo what bypasses them (fused projections, replaced modules), or narrow the targets",
+            )
+
+    # -- what nn.Module would get wrong -------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OFTBank:
+        """Follow device moves and refuse casts: a rotation rounded to 16 bits is none."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            probe = fn(tensor.new_empty(0))
+            if tensor.is_meta or (probe.dtype == tensor.dtype and probe.device == tensor.device):
+                return fn(tensor)
+            return tensor.to(probe.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._constants = {}
+        self._ready = False
+        self._builder.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(_constants={}, _ready=False, _in_grad_forward=False, between_forwards=False)
+        return state
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that files, modules or command lines could not hold.
+
+    Raises:
+        AdapterError: the name is not made of letters, digits, '-' and '_'.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or hasattr(nn.ParameterDict, name):
+        raise AdapterError(
+            f"adapter name {name!r} is not usable",
+            expected="letters, digits, '-' and '_', and no dictionary method's name",
+            fix='choose a plain name such as "mug"',
+        )
+
+
+def reset_compiler() -> None:
+    """Have compiled models trace again: dynamo does not look at hooks, so it would go on without ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _for_recomputation(deltas: Deltas | None) -> Deltas | None:
+    """What a grad slot keeps after its forward: values that require grad, without the graph, which holds memory.
+
+    A component compiled as a whole recomputes inside its own graph, from which no tensor may escape.
+    """
+    if deltas is None or torch.compiler.is_compiling():
+        return None
+    return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
+
+
+def _refresh_after_load(bank: nn.Module, _keys: Any) -> None:
+    assert isinstance(bank, OFTBank)
+    bank.refresh()

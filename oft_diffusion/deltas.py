@@ -1,0 +1,136 @@
+"""From generators to the deltas of the active adapters, and the mark that ties a forward's deltas to its backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oft_diffusion import rotation
+from oft_diffusion.errors import AdapterError
+from oft_diffusion.plan import Active, Adapter, Stage
+
+
+class DeltaBuilder:
+    """Builds deltas; keeps what is costly and constant of frozen adapters (spectra, deltas beside trainable ones)."""
+
+    def __init__(self, generators: nn.ParameterDict, adapters: Mapping[str, Adapter]) -> None:
+        self._generators = generators
+        self._adapters = adapters
+        self._spectra: dict[str, rotation.Spectrum] = {}
+        self._frozen: dict[Active, Tensor] = {}
+
+    def trainable(self, name: str) -> bool:
+        """Whether an adapter is rebuilt in every forward: no cache can see every way to write a parameter."""
+        return bool(self._generators[name].requires_grad)
+
+    def build(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
+        """Flat deltas of every stage, `(blocks, b, b)`, float32. Differentiable in trainable generators."""
+        with _no_autocast(device):
+            return [self._stage(stage, device) for stage in stages]
+
+    def adapter(self, active: Active, device: torch.device) -> Tensor:
+        """One adapter's deltas at its strength, `(blocks, b, b)`, float32."""
+        if self.trainable(active.name):
+            self.forget(active.name)
+            return self._compute(active, device)
+        if active not in self._frozen:
+            with torch.inference_mode(False), torch.no_grad():
+                self._frozen[active] = self._compute(active, device)
+        return self._frozen[active].to(device)
+
+    def forget(self, name: str | None = None) -> None:
+        """Drop what is kept of one adapter, or of all."""
+        self._spectra = {n: s for n, s in self._spectra.items() if name is not None and n != name}
+        self._frozen = {a: d for a, d in self._frozen.items() if name is not None and a.name != name}
+
+    def forget_deltas(self) -> None:
+        """Drop kept deltas, not spectra: constants hold what they were for."""
+        self._frozen = {}
+
+    def _stage(self, stage: Stage, device: torch.device) -> Tensor:
+        result: Tensor | None = None
+        for member in stage.members:
+            delta = self.adapter(member.active, device)
+            if member.rows is not None:
+                identity = delta.new_zeros(stage.total_blocks, stage.block_size, stage.block_size)
+                delta = identity.index_copy(0, member.rows.to(device), delta)
+            result = delta if result is None else rotation.compose_deltas(result, delta)
+        assert result is not None
+        return result
+
+    def _compute(self, active: Active, device: torch.device) -> Tensor:
+        parameter, config = self._generators[active.name], self._adapters[active.name].config
+        packed = rotation.effective_generator(parameter, config)
+        if active.mode == "linear" or active.strength == 1.0:
+            delta = rotation.rotation_delta(packed.to(device), config)
+            return delta if active.strength == 1.0 else active.strength * delta
+        if parameter.requires_grad and torch.is_grad_enabled():
+            raise AdapterError(
+                f"adapter {active.name!r} is trainable and active with strength {active.strength:g}",
+                expected="strength 1 while training: a fractional power has no finite gradient at the identity",
+                fix='use strength 1 or mode="linear", or evaluate under torch.no_grad()',
+            )
+        parts = self._spectra.get(active.name) or rotation.spectrum(packed, config)
+        if not parameter.requires_grad:
+            self._spectra[active.name] = parts
+        return rotation.power_delta(parts, active.strength).to(device, parameter.dtype)
+
+
+class GraphMark:
+    """Knows whether the backward of the last forward with grad is still to come, and under which adapters it ran."""
+
+    def __init__(self) -> None:
+        self._active: tuple[Active, ...] = ()
+        self._token: weakref.ref[_Token] | None = None
+
+    def tie(self, flats: list[Tensor], active: tuple[Active, ...], component: str) -> list[Tensor]:
+        """Mark a new forward's graph.
+
+        Raises:
+            AdapterError: an earlier forward under other settings awaits its backward: checkpointed parts of it would
+                be recomputed with the new deltas, and its gradients silently wrong.
+        """
+        token = self._token() if self._token is not None else None
+        if token is not None and not token.done and self._active != active:
+            raise AdapterError(
+                f"{component} is called with other adapters or strengths before the backward of an earlier call",
+                expected="one setting for all calls of a backward, as checkpointing recomputes with the last",
+                fix="call backward() first, drop the earlier result, or run one of the calls under torch.no_grad()",
+            )
+        token = _Token()
+        self._token, self._active = weakref.ref(token), active
+        return [_Tie.apply(flat, token) if flat.requires_grad else flat for flat in flats]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_active": (), "_token": None}
+
+
+class _Token:
+    """Lives as long as the graph whose node holds it."""
+
+    done = False
+
+
+class _Tie(torch.autograd.Function):
+    """Identity whose node holds a token, and marks it when the backward has passed."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, token: _Token) -> Tensor:
+        ctx.token = token
+        return flat.view_as(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.token.done = True
+        return grads[0], None
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,56 @@
+"""One exception family. Every message names the thing, what was expected, and the fix."""
+
+from __future__ import annotations
+
+
+class OFTError(ValueError):
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        problem: what is wrong, naming the thing.
+        expected: what would have been right.
+        fix: what the reader can do about it now.
+    """
+
+    def __init__(self, problem: str, *, expected: str, fix: str) -> None:
+        self.problem = problem
+        self.expected = expected
+        self.fix = fix
+        super().__init__(f"{_sentence(problem)} Expected: {_sentence(expected)} Fix: {_sentence(fix)}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # BaseException pickles `args` only, which would lose the three parts (DataLoader workers pickle errors).
+        return _rebuild, (type(self), self.problem, self.expected, self.fix)
+
+
+class ConfigError(OFTError):
+    """A setting is outside what it may be."""
+
+
+class TargetError(OFTError):
+    """The layers asked for cannot be adapted, or were bypassed."""
+
+
+class AdapterError(OFTError):
+    """An adapter's name, state or use is wrong."""
+
+
+class AdapterFileError(OFTError):
+    """An adapter file cannot be read, written, or does not fit the model."""
+
+
+class DataError(OFTError):
+    """Instance images, class images or captions are unusable."""
+
+
+class TrainingError(OFTError):
+    """A run cannot start, go on, or be resumed."""
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _rebuild(cls: type[OFTError], problem: str, expected: str, fix: str) -> OFTError:
+    return cls(problem, expected=expected, fix=fix)

@@ -1,0 +1,138 @@
+"""The forward hooks that adapt a model: one on the component, one on every target layer.
+
+The component's pre-hook has the bank prepare every delta once; each layer's pre-hook rotates that layer's input. They
+are objects, not closures, so that a copied or pickled component carries hooks that work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from oft_diffusion.errors import TargetError
+from oft_diffusion.kernels import block_rotate
+
+if TYPE_CHECKING:
+    from oft_diffusion.bank import OFTBank
+
+Deltas = tuple[Tensor, ...]
+
+
+class LayerHook:
+    """Rotates one layer's input by the deltas in its slot, one after another.
+
+    Two slots, chosen by grad mode: a `no_grad` forward between a checkpointed forward and its backward must not
+    replace what the recomputation will read. A slot is `()` where nothing is active, and None where nothing is
+    prepared: then the bank decides.
+    """
+
+    def __init__(self, bank: OFTBank, name: str) -> None:
+        self.bank = bank
+        self.name = name
+        self.grad_deltas: Deltas | None = ()
+        self.eval_deltas: Deltas | None = ()
+        self.fired = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():
+            self.fired = True
+            if self.bank.between_forwards and torch.is_grad_enabled():
+                self.bank.refuse_lone_call(self.name)
+        deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
+        if not args:
+            raise TargetError(
+                f"layer {self.name} was called with keyword arguments only",
+                expected="its input as the first positional argument",
+                fix="leave this layer out of the targets",
+            )
+        x: Tensor = args[0]
+        if deltas is None:
+            deltas = self.bank.fresh_deltas(self.name)
+        for delta in deltas:
+            if delta.dtype != x.dtype or delta.device != x.device:
+                deltas = self.bank.fit_deltas(self, deltas, x)
+                break
+        for delta in deltas:
+            x = block_rotate(x, delta)
+        return (x, *args[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
+        return {"bank": self.bank, "name": self.name, "grad_deltas": None, "eval_deltas": None, "fired": self.fired}
+
+
+class ComponentHook:
+    """Before the component's forward: has the bank prepare all deltas, outside any gradient-checkpointed region."""
+
+    def __init__(self, bank: OFTBank) -> None:
+        self.bank = bank
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _first_tensor(args, kwargs)
+        device = x.device if x is not None else None
+        dtype = x.dtype if x is not None and x.is_floating_point() else None
+        self.bank.begin_forward(module, device, dtype)
+
+
+class ComponentEndHook:
+    """After the component's forward: drops deltas that must not outlive it, and checks that every target fired."""
+
+    def __init__(self, bank: OFTBank) -> None:
+        self.bank = bank
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.bank.end_forward()
+
+
+def bank_of(model: nn.Module) -> OFTBank | None:
+    """The bank whose hooks `model` carries, or None."""
+    for hook in unwrap(model)._forward_pre_hooks.values():
+        if isinstance(hook, ComponentHook):
+            return hook.bank
+    return None
+
+
+def attach(model: nn.Module, bank: OFTBank) -> None:
+    """Register the component's hooks."""
+    model.register_forward_pre_hook(ComponentHook(bank), with_kwargs=True)
+    model.register_forward_hook(ComponentEndHook(bank))
+
+
+def detach(model: nn.Module) -> None:
+    """Remove every hook of ours from `model` and all its submodules."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, (LayerHook, ComponentHook, ComponentEndHook))]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def hooked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Target layers by name, as the bank spells them."""
+    return {
+        hook.name: module
+        for module in unwrap(model).modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, LayerHook)
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the module or a part of it runs as compiled code (`module.compile()`, `compile_repeated_blocks`)."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    return None

@@ -1,0 +1,150 @@
+"""Writing adapters into the weights, block by block, and taking them out again bit by bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from oft_diffusion.bank import OFTBank
+from oft_diffusion.errors import AdapterError, TargetError
+from oft_diffusion.hooks import hooked_layers
+from oft_diffusion.inject import require_bank
+from oft_diffusion.plan import Active, make_stages, split_by_layer
+
+KeepBase = Literal["cpu", "disk", False]
+
+
+def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu") -> None:
+    """Replace each target's weight by the rotated one, `W_i R_i^T` per block of columns, and stop rotating its input.
+
+    Merged equals live up to rounding in the weight's dtype; the product is taken in float32.
+
+    Args:
+        model: an adapted model.
+        adapter_names: active adapters to merge, all of them if None. They must be the last in activation order,
+            since only what is next to W can move into it.
+        keep_base: keep a copy of the base for a bit-exact `unmerge_oft`, in memory or in a temporary file, or False
+            to save that memory and give up unmerging.
+
+    Raises:
+        AdapterError: nothing is active, something is merged already, or the order would change.
+        TargetError: a target's weight is not a floating matrix (a quantized layer).
+    """
+    bank = require_bank(model)
+    staying, merging = _split_active(bank, adapter_names)
+    layers = hooked_layers(model)
+    stages = make_stages(merging, bank.adapters)
+    names = [name for name in layers if any(name in stage.blocks for stage in stages)]
+    for name in names:
+        _check_weight(name, layers[name])
+    copy = BaseCopy({n: _weight(layers[n]) for n in names}, keep_base) if keep_base else None
+    with torch.no_grad():
+        device = _weight(layers[names[0]]).device
+        deltas = split_by_layer(stages, bank.build_deltas(stages, device))
+        for name in names:
+            # x meets the stages in order, so W takes the last one's rotation first.
+            for delta in reversed(deltas[name]):
+                _rotate_columns_(_weight(layers[name]), delta)
+    bank.set_merged(staying, merging, copy)
+
+
+def unmerge_oft(model: nn.Module) -> None:
+    """Put the base's weights back, bit by bit, and let the merged adapters act live again.
+
+    Raises:
+        AdapterError: nothing is merged, or it was merged with `keep_base=False`.
+    """
+    bank = require_bank(model)
+    if not bank.merged:
+        raise AdapterError(
+            f"no adapter is merged into {bank.component}", expected="a merged adapter", fix="call merge_oft first"
+        )
+    if bank.base_copy is None:
+        raise AdapterError(
+            f"the base of {bank.component} was not kept when {', '.join(bank.merged)} was merged",
+            expected='a merge with keep_base="cpu" or "disk"',
+            fix="load the base model again",
+        )
+    layers = hooked_layers(model)
+    with torch.no_grad():
+        for name, weight in bank.base_copy.weights().items():
+            _weight(layers[name]).copy_(weight)
+    bank.clear_merged()
+
+
+class BaseCopy:
+    """Weights as they were before a merge, in memory or in a temporary file."""
+
+    def __init__(self, weights: Mapping[str, Tensor], where: Literal["cpu", "disk"]) -> None:
+        copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+        self._memory: dict[str, Tensor] | None = copies if where == "cpu" else None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if where == "disk":
+            self._folder = tempfile.TemporaryDirectory(prefix="oft-base-")
+            save_file({n: w.contiguous() for n, w in copies.items()}, self._path())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The copied weights, by layer name, on the CPU."""
+        return self._memory if self._memory is not None else load_file(self._path())
+
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / "base.safetensors"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled bank cannot share a temporary file whose owner deletes it.
+        return {"_memory": dict(self.weights()), "_folder": None}
+
+
+def _split_active(bank: OFTBank, names: Sequence[str] | None) -> tuple[tuple[Active, ...], tuple[Active, ...]]:
+    bank.refuse_merged(bank.merged)
+    active = bank.active
+    if names is None:
+        names = [a.name for a in active]
+    for name in names:
+        bank.require(name)
+    staying = tuple(a for a in active if a.name not in names)
+    merging = tuple(a for a in active if a.name in names)
+    if not merging or len(merging) != len(names):
+        raise AdapterError(
+            f"nothing to merge into {bank.component}: of {', '.join(names) or '(none)'} not all are active",
+            expected=f"active adapters; active now: {', '.join(a.name for a in active) or '(none)'}",
+            fix="activate them with set_adapters first",
+        )
+    if active[len(staying) :] != merging:
+        raise AdapterError(
+            f"adapter {merging[0].name!r} cannot be merged while {active[-1].name!r}, which acts after it, stays live",
+            expected=f"the last ones of {', '.join(a.name for a in active)}, which are next to the weight",
+            fix="merge all active adapters, or change their order with set_adapters",
+        )
+    return staying, merging
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _check_weight(name: str, layer: nn.Module) -> None:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
+        raise TargetError(
+            f"layer {name} ({type(layer).__name__}) has no floating weight matrix in memory to merge into",
+            expected="a linear layer whose weight is a loaded float tensor",
+            fix="keep the adapter live, which needs no access to the weights",
+        )
+
+
+def _rotate_columns_(weight: Tensor, delta: Tensor) -> None:
+    """`W_i += W_i D_i^T` per block of columns, in float32, without an `(out, in)` temporary."""
+    block_size = delta.shape[-1]
+    for index, block in enumerate(delta):
+        columns = weight[:, index * block_size : (index + 1) * block_size]
+        wide = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        columns.copy_(torch.addmm(wide, wide, block.T.to(device=wide.device, dtype=wide.dtype)))

@@ -1,0 +1,166 @@
+"""The maths of OFT: from packed generators to block rotations. Pure functions of tensors.
+
+Conventions (docs/maths.md): a *generator* is the packed strict upper triangle, row-major, of a skew-symmetric block
+`Q`; the *rotation* is `R = (I + Q)(I - Q)^-1`; row vectors are rotated as `x R`; what is computed and stored is the
+*delta* `D = R - I`, which keeps near the identity what `R` itself would round away.
+
+Shapes: packed `(r, b(b-1)/2)`, `Q`, `R` and `D` `(r, b, b)`, for r blocks of size b. Floating dtypes of at least
+32 bits: `torch.linalg` has no half-precision solvers, and a rotation rounded to bfloat16 is not one.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import AdapterError
+
+
+def packed_size(block_size: int) -> int:
+    """Entries of one block's generator: b(b-1)/2."""
+    return block_size * (block_size - 1) // 2
+
+
+def block_size_of(packed: int) -> int | None:
+    """The block size whose generator has this many entries, or None when there is none."""
+    block_size = (1 + math.isqrt(1 + 8 * packed)) // 2
+    return block_size if block_size >= 2 and packed_size(block_size) == packed else None
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Packed generators `(r, b(b-1)/2)` to skew-symmetric `Q (r, b, b)`: upper = packed, lower = -packed."""
+    block_size = block_size_of(packed.shape[-1])
+    if block_size is None:
+        raise AdapterError(
+            f"a generator of {packed.shape[-1]} entries belongs to no block size",
+            expected="b(b-1)/2 entries, for example 496 for b = 32",
+            fix="check that the tensor is a packed OFT generator",
+        )
+    # index_copy rather than indexing by a mask: its backward is one index_select.
+    upper = packed.new_zeros(packed.shape[0], block_size * block_size)
+    upper = upper.index_copy(1, _upper_index(block_size, packed.device), packed)
+    upper = upper.view(-1, block_size, block_size)
+    return upper - upper.transpose(1, 2)
+
+
+def pack(q: Tensor) -> Tensor:
+    """The strict upper triangles of `Q (r, b, b)`, as `unpack` takes them."""
+    return q.flatten(1).index_select(1, _upper_index(q.shape[-1], q.device))
+
+
+@lru_cache(maxsize=64)
+def _upper_index(block_size: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
+    return rows * block_size + columns
+
+
+def cayley_delta(q: Tensor) -> Tensor:
+    """`D = R - I = 2 (I - Q)^-1 Q` for the exact Cayley rotation (arXiv 2506.19847, eq. 2).
+
+    `I - Q` is always invertible, since the eigenvalues of a skew-symmetric Q are imaginary. Orthogonal with det 1 at
+    any norm of Q, up to rounding.
+    """
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    # solve_ex, not solve: no host synchronisation to look at an info flag that cannot be set.
+    return torch.linalg.solve_ex(identity - q, 2 * q)[0]
+
+
+def cayley_neumann_delta(q: Tensor, order: int) -> Tensor:
+    """`D = 2Q + 2Q^2 + ... + 2Q^(m-1) + Q^m` (arXiv 2506.19847, section 3.3), m = `order`, by Horner's rule.
+
+    It is `R (I - Q^m) - I`: near-orthogonal only while the spectral norm of Q is well below 1.
+    """
+    delta = q
+    for _ in range(order - 1):
+        delta = torch.baddbmm(q, q, delta, beta=2.0)
+    return delta
+
+
+def rotation_delta(packed: Tensor, config: OFTConfig) -> Tensor:
+    """Packed generators `(r, b(b-1)/2)` to deltas `(r, b, b)`, as the adapter's config says. Differentiable.
+
+    `packed` is the effective generator: `config.scaled` is the caller's business (`effective_generator`).
+    """
+    q = unpack(packed)
+    if config.parametrisation == "cayley":
+        return cayley_delta(q)
+    return cayley_neumann_delta(q, config.neumann_order)
+
+
+def effective_generator(trained: Tensor, config: OFTConfig) -> Tensor:
+    """What a trained parameter stands for: itself, or itself divided by 2 sqrt(b - 1) where `config.scaled`."""
+    return trained / generator_divisor(trained.shape[-1]) if config.scaled else trained
+
+
+def generator_divisor(packed: int) -> float:
+    """2 sqrt(b - 1): typical row norm of Q for unit-variance entries, which `OFTConfig.scaled` divides by."""
+    block_size = block_size_of(packed)
+    assert block_size is not None
+    return 2.0 * math.sqrt(block_size - 1)
+
+
+class Spectrum(NamedTuple):
+    """Per block: `iQ = V diag(w) V^H`, and the log-polar form of the rotation's eigenvalues `exp(log_radius + i arg)`.
+
+    Shapes: `vectors (r, b, b)` complex128, `log_radius`, `angle (r, b)` float64.
+    """
+
+    vectors: Tensor
+    log_radius: Tensor
+    angle: Tensor
+
+
+def spectrum(packed: Tensor, config: OFTConfig) -> Spectrum:
+    """Decompose rotations so that any strength is then cheap. Computed in float64, without gradient.
+
+    Raises:
+        AdapterError: a truncated series at a spectral norm of 1 or more, where its eigenvalues' angle is not unique.
+    """
+    # eigh's gradient is not finite where eigenvalues meet, as all do at Q = 0; hence no autograd here.
+    with torch.no_grad():
+        q = unpack(packed.double())
+        w, vectors = torch.linalg.eigh(1j * q)
+        if config.parametrisation == "cayley":
+            return Spectrum(vectors, torch.zeros_like(w), -2.0 * torch.atan(w))
+        norm = float(w.abs().max()) if w.numel() else 0.0
+        if norm >= 1.0:
+            raise AdapterError(
+                f"the series adapter's generators reach a spectral norm of {norm:.3g}",
+                expected="a norm below 1, past which the truncated series has no unique fractional power",
+                fix='use strength 1, or mode="linear"',
+            )
+        series_tail = torch.log(1.0 - (-1j * w) ** config.neumann_order)
+        return Spectrum(vectors, series_tail.real, series_tail.imag - 2.0 * torch.atan(w))
+
+
+def power_delta(parts: Spectrum, strength: float) -> Tensor:
+    """`R^s - I`, float64 `(r, b, b)`: every plane's angle times s, and its length to the power s."""
+    exponent = strength * torch.complex(parts.log_radius, parts.angle)
+    eigenvalues = torch.special.expm1(exponent.real) * torch.exp(1j * exponent.imag)
+    # expm1 of an imaginary argument, written so that nothing cancels near strength 0.
+    half = exponent.imag / 2
+    eigenvalues = eigenvalues + 2j * torch.sin(half) * torch.exp(1j * half)
+    return ((parts.vectors * eigenvalues.unsqueeze(-2)) @ parts.vectors.mH).real
+
+
+def compose_deltas(first: Tensor, second: Tensor) -> Tensor:
+    """The delta of applying `first`, then `second`, to row vectors: `R1 R2 - I = D1 + D2 + D1 D2`."""
+    return torch.baddbmm(first + second, first, second)
+
+
+def orthogonality_error(delta: Tensor) -> Tensor:
+    """Largest entry of `|R^T R - I|`, a scalar, from `D (r, b, b)`: `D + D^T + D^T D`, in which nothing cancels."""
+    transposed = delta.transpose(1, 2)
+    return torch.baddbmm(delta + transposed, transposed, delta).abs().max()
+
+
+def project_frobenius_(packed: Tensor, eps: float) -> Tensor:
+    """Bring every block's `‖Q‖_F = sqrt(2) ‖packed row‖` to at most eps, in place (arXiv 2306.07280, section 3.4)."""
+    with torch.no_grad():
+        norms = math.sqrt(2.0) * torch.linalg.vector_norm(packed, dim=1, keepdim=True)
+        return packed.mul_((eps / norms.clamp_min(torch.finfo(packed.dtype).tiny)).clamp_max(1.0))
