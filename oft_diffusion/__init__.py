@@ -1,6 +1,8 @@
 """OFTv2 for diffusers: orthogonal finetuning made fast (arXiv 2506.19847).
 
 On any module: `inject_oft`, `remove_oft`, `merge_oft`, `unmerge_oft`, `oft_state_dict`, `load_oft_state_dict`.
+In a diffusers pipeline: `load_oft_weights`, `set_oft_adapters`, `list_oft_adapters`, `fuse_oft`, `unfuse_oft`,
+`unload_oft_weights`, `save_oft_weights`. Training: `oft_diffusion.training`.
 """
 
 from oft_diffusion.bank import OFTBank
@@ -8,6 +10,15 @@ from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import OFTError
 from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
 from oft_diffusion.merge import merge_oft, unmerge_oft
+from oft_diffusion.pipeline import (
+    fuse_oft,
+    list_oft_adapters,
+    load_oft_weights,
+    save_oft_weights,
+    set_oft_adapters,
+    unfuse_oft,
+    unload_oft_weights,
+)
 
 __version__ = "0.1.0"
 
@@ -15,10 +26,17 @@ __all__ = [
     "OFTBank",
     "OFTConfig",
     "OFTError",
+    "fuse_oft",
     "inject_oft",
+    "list_oft_adapters",
     "load_oft_state_dict",
+    "load_oft_weights",
     "merge_oft",
     "oft_state_dict",
     "remove_oft",
+    "save_oft_weights",
+    "set_oft_adapters",
+    "unfuse_oft",
+    "unload_oft_weights",
     "unmerge_oft",
 ]

@@ -5,8 +5,6 @@ The bank is never registered on the component: registered, it would enter the ba
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +14,17 @@ from torch import Tensor, nn
 from oft_diffusion import rotation
 from oft_diffusion.deltas import DeltaBuilder, GraphMark
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.hooks import Deltas, LayerHook, is_compiled
-from oft_diffusion.plan import Active, Adapter, Stage, StrengthMode, make_active, make_stages, split_by_layer
+from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, is_compiled, reset_compiler
+from oft_diffusion.plan import (
+    Active,
+    Adapter,
+    Stage,
+    StrengthMode,
+    check_adapter_name,
+    make_active,
+    make_stages,
+    split_by_layer,
+)
 
 Placement = tuple[torch.device, torch.dtype]
 
@@ -32,6 +39,7 @@ class OFTBank(nn.Module):
         adapters: each adapter's settings and layout.
         hooks: each target layer's hook, by layer name.
         base_copy: target weights as they were before a merge (`merge.BaseCopy`), if kept.
+        metadata: whatever a caller keeps beside an adapter, by name (`pipeline` keeps the file's metadata).
         was_trainable: the component's parameters that required grad before injection froze it.
     """
 
@@ -42,6 +50,7 @@ class OFTBank(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.hooks: dict[str, LayerHook] = {}
         self.base_copy: Any = None
+        self.metadata: dict[str, Any] = {}
         self.was_trainable: frozenset[str] = frozenset()
         self._merged_active: tuple[Active, ...] = ()
         self._active: tuple[Active, ...] = ()
@@ -89,6 +98,7 @@ class OFTBank(nn.Module):
         self._use(tuple(a for a in self._active if a.name != name))
         self._builder.forget(name)
         del self.adapters[name], self.generators[name]
+        self.metadata.pop(name, None)
 
     def require(self, name: str) -> Adapter:
         """The adapter of this name.
@@ -154,6 +164,11 @@ class OFTBank(nn.Module):
         """Names of the adapters that are merged into the weights."""
         return tuple(a.name for a in self._merged_active)
 
+    @property
+    def merged_active(self) -> tuple[Active, ...]:
+        """The merged adapters with their strengths, in order."""
+        return self._merged_active
+
     def set_merged(self, staying: tuple[Active, ...], merging: tuple[Active, ...], base_copy: Any) -> None:
         """Note that `merging` are in the weights now, and only `staying` act live (`merge_oft` calls this)."""
         self._use(staying)
@@ -167,6 +182,12 @@ class OFTBank(nn.Module):
     def build_deltas(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas `(blocks, b, b)`, float32, of stages that need not be active."""
         return self._builder.build(stages, device)
+
+    def freeze(self, name: str) -> None:
+        """Make an adapter constant: its deltas are built once, and again only when this bank is told of a change."""
+        self.require(name)
+        self.generators[name].requires_grad_(False)
+        self._use(self._active)
 
     def layer_slices(self, name: str) -> dict[str, slice]:
         """Each layer's rows of `generators[name]`."""
@@ -246,7 +267,7 @@ class OFTBank(nn.Module):
             for hook in self.hooks.values():
                 hook.eval_deltas = None
                 if self._in_grad_forward:
-                    hook.grad_deltas = _for_recomputation(hook.grad_deltas)
+                    hook.grad_deltas = for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
         if not torch.compiler.is_compiling() and not self._audited:
@@ -308,6 +329,8 @@ class OFTBank(nn.Module):
         if same_layout:
             if self._ready:
                 self._rewrite_constants()
+            elif not self._trainable():
+                self._place(self._placement)
             return
         self._constants = {}
         self._ready = self._audited = self.between_forwards = False
@@ -377,36 +400,6 @@ class OFTBank(nn.Module):
         state = dict(self.__dict__)
         state.update(_constants={}, _ready=False, _in_grad_forward=False, between_forwards=False)
         return state
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuse names that files, modules or command lines could not hold.
-
-    Raises:
-        AdapterError: the name is not made of letters, digits, '-' and '_'.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or hasattr(nn.ParameterDict, name):
-        raise AdapterError(
-            f"adapter name {name!r} is not usable",
-            expected="letters, digits, '-' and '_', and no dictionary method's name",
-            fix='choose a plain name such as "mug"',
-        )
-
-
-def reset_compiler() -> None:
-    """Have compiled models trace again: dynamo does not look at hooks, so it would go on without ours."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
-def _for_recomputation(deltas: Deltas | None) -> Deltas | None:
-    """What a grad slot keeps after its forward: values that require grad, without the graph, which holds memory.
-
-    A component compiled as a whole recomputes inside its own graph, from which no tensor may escape.
-    """
-    if deltas is None or torch.compiler.is_compiling():
-        return None
-    return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
 
 
 def _refresh_after_load(bank: nn.Module, _keys: Any) -> None:

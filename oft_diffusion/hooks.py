@@ -6,6 +6,7 @@ are objects, not closures, so that a copied or pickled component carries hooks t
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +130,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether the module or a part of it runs as compiled code (`module.compile()`, `compile_repeated_blocks`)."""
     return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def reset_compiler() -> None:
+    """Have compiled models trace again: dynamo does not look at hooks, so it would go on without ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def for_recomputation(deltas: Deltas | None) -> Deltas | None:
+    """What a grad slot keeps after its forward: values that require grad, without the graph, which holds memory.
+
+    A component compiled as a whole recomputes inside its own graph, from which no tensor may escape.
+    """
+    if deltas is None or torch.compiler.is_compiling():
+        return None
+    return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

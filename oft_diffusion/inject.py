@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion.bank import OFTBank, check_adapter_name, reset_compiler
+from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterError, AdapterFileError
-from oft_diffusion.hooks import LayerHook, attach, bank_of, detach, unwrap
-from oft_diffusion.plan import Adapter
+from oft_diffusion.hooks import LayerHook, attach, bank_of, detach, reset_compiler, unwrap
+from oft_diffusion.plan import Adapter, check_adapter_name
 from oft_diffusion.rotation import block_size_of
 from oft_diffusion.targets import choose_block_size, find_targets
 
-KEY_SUFFIX = ".oft_R.weight"
+KEY_SUFFIX = ".oft_R.weight"  # PEFT's name for the tensor
 
 
 def inject_oft(model: nn.Module, config: OFTConfig | None = None, adapter_name: str = "default") -> OFTBank:
@@ -63,15 +63,18 @@ def inject_oft(model: nn.Module, config: OFTConfig | None = None, adapter_name: 
 def remove_oft(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove one adapter, or all of them with every hook, which leaves the model bit-identical to the base.
 
+    Weights that were merged with `keep_base=False` stay as they are: that is how an adapter is baked in.
+
     Raises:
-        AdapterError: there is no such adapter, or adapters are merged into the weights.
+        AdapterError: there is no such adapter, or adapters are merged into weights that can be restored.
     """
     bank = require_bank(model)
     if adapter_name is not None:
         bank.delete_adapter(adapter_name)
         if bank.adapters:
             return
-    bank.refuse_merged(bank.merged)
+    if bank.base_copy is not None:
+        bank.refuse_merged(bank.merged)
     model = unwrap(model)
     detach(model)
     for name, parameter in model.named_parameters():

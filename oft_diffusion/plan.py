@@ -6,12 +6,13 @@ multiplied once, so that n adapters cost a layer as much as one; stages follow o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterError
@@ -139,3 +140,17 @@ def make_active(names: Sequence[str], strengths: float | Sequence[float], mode: 
                 fix="use a strength between -1 and 2 to begin with",
             )
     return tuple(Active(n, s, mode) for n, s in zip(names, values, strict=True))
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that files, modules or command lines could not hold.
+
+    Raises:
+        AdapterError: the name is not made of letters, digits, '-' and '_'.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or hasattr(nn.ParameterDict, name):
+        raise AdapterError(
+            f"adapter name {name!r} is not usable",
+            expected="letters, digits, '-' and '_', and no dictionary method's name",
+            fix='choose a plain name such as "mug"',
+        )

@@ -11,7 +11,6 @@ Shapes: packed `(r, b(b-1)/2)`, `Q`, `R` and `D` `(r, b, b)`, for r blocks of si
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,6 @@ def pack(q: Tensor) -> Tensor:
     return q.flatten(1).index_select(1, _upper_index(q.shape[-1], q.device))
 
 
-@lru_cache(maxsize=64)
 def _upper_index(block_size: int, device: torch.device) -> Tensor:
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
     return rows * block_size + columns

@@ -1,0 +1,310 @@
+"""OFT adapters in a diffusers pipeline: load, weigh, fuse and save, over all its components at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from oft_diffusion.bank import OFTBank
+from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion.files import (
+    FILE_NAME,
+    AdapterFile,
+    AdapterMetadata,
+    load_adapter_file,
+    resolve_adapter_path,
+    save_adapter_file,
+)
+from oft_diffusion.hooks import bank_of, unwrap
+from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
+from oft_diffusion.merge import KeepBase, merge_oft, unmerge_oft
+from oft_diffusion.plan import StrengthMode, check_adapter_name
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in a pipeline.
+
+    Attributes:
+        name: its name here.
+        components: the components it adapts.
+        strength: s where it is active or fused, None where it is inactive.
+        fused: whether it is merged into the weights.
+        metadata: its file's metadata.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    strength: float | None
+    fused: bool
+    metadata: AdapterMetadata | None
+
+
+def load_oft_weights(
+    pipe: DiffusionPipeline,
+    source: str | Path,
+    *,
+    weight_name: str | None = None,
+    adapter_name: str | None = None,
+    strength: float = 1.0,
+    **hub_options: Any,
+) -> LoadedAdapter:
+    """Load an adapter into every component that its file adapts, frozen, active after those already active.
+
+    Args:
+        pipe: any diffusers pipeline.
+        source: a `.safetensors` file, a folder with one, or a hub repository id.
+        weight_name: the file's name in the folder or repository; `oft_adapter.safetensors` if None.
+        adapter_name: its name in this pipeline; made from the trigger token or the file's name if None.
+        strength: 0 is the base, 1 as trained, see `set_oft_adapters`.
+        **hub_options: for `huggingface_hub.hf_hub_download`: revision, subfolder, token, cache_dir,
+            local_files_only, ...
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        AdapterFileError: the file is missing, broken, or does not fit this pipeline; the pipeline is unchanged then.
+        AdapterError: the name is taken or not usable.
+    """
+    file = load_adapter_file(_locate(source, weight_name, hub_options))
+    name = adapter_name or _default_name(pipe, file)
+    check_adapter_name(name)
+    if name in {a.name for a in list_oft_adapters(pipe)}:
+        raise AdapterError(
+            f"the pipeline already has an adapter {name!r}",
+            expected="a new name",
+            fix="pass another adapter_name, or unload that one first",
+        )
+    modules = {part: _component_for(pipe, file, part) for part in file.components}
+    loaded: list[nn.Module] = []
+    try:
+        for part, module in modules.items():
+            bank = inject_oft(module, file.metadata.components[part], name)
+            loaded.append(module)
+            load_oft_state_dict(module, file.components[part], name)
+            bank.metadata[name] = file.metadata
+            bank.freeze(name)
+    except Exception:
+        for module in loaded:
+            remove_oft(module, name)
+        raise
+    if strength != 1.0:
+        for module in loaded:
+            _set_strength(module, name, strength)
+    return next(a for a in list_oft_adapters(pipe) if a.name == name)
+
+
+def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
+    """The pipeline's adapters, in the order they were loaded."""
+    found: dict[str, LoadedAdapter] = {}
+    for part, bank in _banks(pipe).items():
+        strengths = {a.name: a.strength for a in (*bank.active, *bank.merged_active)}
+        for name in bank.adapters:
+            before = found.get(name)
+            found[name] = LoadedAdapter(
+                name,
+                (*(before.components if before else ()), part),
+                strengths.get(name),
+                name in bank.merged,
+                bank.metadata.get(name),
+            )
+    return list(found.values())
+
+
+def set_oft_adapters(
+    pipe: DiffusionPipeline,
+    adapter_names: str | Sequence[str],
+    strengths: float | Sequence[float] = 1.0,
+    mode: StrengthMode = "rotation",
+) -> None:
+    """Choose the adapters that act, in this order, and how strongly; the others stay loaded and rest.
+
+    Args:
+        pipe: a pipeline with adapters.
+        adapter_names: names, in the order in which a layer's input meets them; empty for the base alone.
+        strengths: one for all or one each: 0 is the base, 1 as trained, -1 the inverse (exact Cayley), any number.
+        mode: "rotation" takes the group power R^s, "linear" the blend (1-s) I + s R that other tools use.
+
+    Raises:
+        AdapterError: a name is unknown, fused or repeated, counts differ, or a strength is not finite.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    values = [float(strengths)] * len(names) if isinstance(strengths, (int, float)) else list(strengths)
+    banks = _require_banks(pipe, names)
+    if len(values) != len(names):
+        raise AdapterError(
+            f"{len(names)} adapter(s) but {len(values)} strength(s)",
+            expected="one strength for all, or one each",
+            fix="pass lists of equal length",
+        )
+    for bank in banks.values():
+        bank.refuse_merged(names)
+    for bank in banks.values():
+        here = [(n, s) for n, s in zip(names, values, strict=True) if n in bank.adapters]
+        bank.set_adapters([n for n, _ in here], [s for _, s in here], mode)
+
+
+def fuse_oft(
+    pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
+) -> None:
+    """Merge active adapters into the weights: no cost per step any more, and the same pictures up to rounding.
+
+    Args:
+        pipe: a pipeline with active adapters.
+        adapter_names: which; all active ones if None. They must be the last in order.
+        keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
+
+    Raises:
+        AdapterError: nothing is active, or the order would change.
+        TargetError: a layer has no floating weight, as in a quantized base.
+    """
+    for part, bank in _require_banks(pipe, adapter_names or ()).items():
+        here = None if adapter_names is None else [n for n in adapter_names if n in bank.adapters]
+        if bank.active and here != []:
+            merge_oft(getattr(pipe, part), here, keep_base=keep_base)
+
+
+def unfuse_oft(pipe: DiffusionPipeline) -> None:
+    """Put the base's weights back, bit by bit; fused adapters act live again.
+
+    Raises:
+        AdapterError: nothing is fused, or the base was not kept.
+    """
+    fused = [part for part, bank in _require_banks(pipe, ()).items() if bank.merged]
+    if not fused:
+        raise AdapterError("nothing is fused in this pipeline", expected="a fused adapter", fix="call fuse_oft first")
+    for part in fused:
+        unmerge_oft(getattr(pipe, part))
+
+
+def unload_oft_weights(pipe: DiffusionPipeline, adapter_name: str | None = None) -> None:
+    """Remove one adapter, or all; without any, the pipeline is bit-identical to what it was.
+
+    Raises:
+        AdapterError: there is none of that name, or it is fused and the base was kept: unfuse first.
+    """
+    banks = _require_banks(pipe, () if adapter_name is None else (adapter_name,))
+    for part, bank in banks.items():
+        if adapter_name is None or adapter_name in bank.adapters:
+            remove_oft(getattr(pipe, part), adapter_name)
+
+
+def save_oft_weights(
+    pipe: DiffusionPipeline, path: str | Path, adapter_name: str, metadata: AdapterMetadata | None = None
+) -> Path:
+    """Save an adapter, all components in one file.
+
+    Args:
+        pipe: a pipeline with the adapter.
+        path: a `.safetensors` file, or a folder, in which it is called `oft_adapter.safetensors`.
+        adapter_name: which.
+        metadata: replaces what the adapter was loaded with (trigger, training settings, ...). Settings of components
+            and the base are filled in here.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        AdapterError: there is no such adapter.
+        AdapterFileError: the file cannot be written.
+    """
+    banks = {p: b for p, b in _require_banks(pipe, (adapter_name,)).items() if adapter_name in b.adapters}
+    known = metadata or next((b.metadata[adapter_name] for b in banks.values() if adapter_name in b.metadata), None)
+    known = known or AdapterMetadata(components={})
+    modules = {part: getattr(pipe, part) for part in banks}
+    filled = replace(
+        known,
+        components={part: bank.adapters[adapter_name].config for part, bank in banks.items()},
+        base=known.base or describe_base(getattr(pipe.config, "_name_or_path", ""), modules),
+    )
+    states = {part: oft_state_dict(module, adapter_name) for part, module in modules.items()}
+    return save_adapter_file(path, states, filled)
+
+
+def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What an adapter's metadata says of its base: where it came from, and each adapted component's class."""
+    return {"name": str(name), "components": {part: type(unwrap(m)).__name__ for part, m in components.items()}}
+
+
+def _banks(pipe: DiffusionPipeline) -> dict[str, OFTBank]:
+    modules = {part: m for part, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return {part: bank for part, module in modules.items() if (bank := bank_of(module)) is not None}
+
+
+def _require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, OFTBank]:
+    banks = _banks(pipe)
+    known = [a.name for a in list_oft_adapters(pipe)]
+    for name in names:
+        if name not in known:
+            raise AdapterError(
+                f"no adapter {name!r} in this pipeline",
+                expected=f"one of: {', '.join(known) or '(none is loaded)'}",
+                fix="check the name, or load it with load_oft_weights",
+            )
+    if not banks:
+        raise AdapterError(
+            "this pipeline has no OFT adapter", expected="a loaded adapter", fix="call load_oft_weights first"
+        )
+    return banks
+
+
+def _set_strength(module: nn.Module, name: str, strength: float) -> None:
+    bank = bank_of(module)
+    assert bank is not None
+    active = bank.active
+    bank.set_adapters([a.name for a in active], [strength if a.name == name else a.strength for a in active])
+
+
+def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.Module:
+    module = pipe.components.get(part)
+    if not isinstance(module, nn.Module):
+        parts = [p for p, m in pipe.components.items() if isinstance(m, nn.Module)]
+        raise AdapterFileError(
+            f"{file.path.name} adapts the component {part!r}, which this {type(pipe).__name__} does not have",
+            expected=f"a pipeline with it; this one has {', '.join(parts)}",
+            fix="load the adapter into the kind of pipeline it was trained for",
+        )
+    trained_on = file.metadata.base.get("components", {}).get(part)
+    here = type(unwrap(module)).__name__
+    if trained_on is not None and trained_on != here:
+        raise AdapterFileError(
+            f"{file.path.name} was trained on a {trained_on}, but this pipeline's {part} is a {here}",
+            expected=f"a {trained_on}",
+            fix="load the adapter into the kind of pipeline it was trained for",
+        )
+    return module
+
+
+def _default_name(pipe: DiffusionPipeline, file: AdapterFile) -> str:
+    stem = file.path.parent.name if file.path.name == FILE_NAME else file.path.stem
+    base = re.sub(r"[^A-Za-z0-9_\-]+", "_", file.metadata.trigger or stem).strip("_") or "adapter"
+    taken = {a.name for a in list_oft_adapters(pipe)}
+    return next(name for name in (base, *(f"{base}_{i}" for i in range(2, 1000))) if name not in taken)
+
+
+def _locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str, Any]) -> Path:
+    local = Path(source)
+    looks_local = isinstance(source, Path) or local.exists() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(source))
+    if looks_local or local.suffix == ".safetensors":
+        if subfolder := hub_options.get("subfolder"):
+            local = local / subfolder
+        return resolve_adapter_path(local, weight_name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), weight_name or FILE_NAME, **hub_options))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{source!r} is no local path, and {weight_name or FILE_NAME} could not be had from that hub repository "
+            f"({str(error).splitlines()[0][:200]})",
+            expected="a local file or folder, or a reachable repository that holds the file",
+            fix="check the name, weight_name, revision and token, or download the file first",
+        ) from error

@@ -1,0 +1,57 @@
+"""What every test shares: no network, one thread, and how hard the property tests try."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+hypothesis.settings.register_profile(
+    "quick", max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=_quiet
+)
+hypothesis.settings.register_profile(
+    "full", max_examples=100, deadline=None, suppress_health_check=_quiet, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# marker: (can this machine run it?, what it lacks)
+_NEEDS = {
+    "gpu": (torch.cuda.is_available(), "no CUDA device"),
+    "browser": (
+        importlib.util.find_spec("playwright") is not None
+        and any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+        "no playwright or no Chromium",
+    ),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker, (can_run, lack) in _NEEDS.items():
+            if marker in item.keywords and not can_run:
+                item.add_marker(pytest.mark.skip(reason=lack))
+
+
+def pytest_report_header() -> list[str]:
+    shown = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "numpy", "hypothesis")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return [
+        f"date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        f"versions: Python {platform.python_version()}, {versions}",
+        f"hardware: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}",
+    ]
