@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} files formats pipeline"
+_LIBRARY = f"{_ADAPTER} files formats images pipeline generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -46,7 +46,10 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),
     "oft_diffusion/files.py": Layer(_ADAPTER, "torch safetensors"),
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} files", "torch safetensors"),
+    "oft_diffusion/images.py": Layer("errors files", "PIL"),
     "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} files formats", f"torch PIL {_HUGGING_FACE}"),
+    "oft_diffusion/generate.py": Layer(f"{_ADAPTER} files formats images pipeline", "torch PIL diffusers"),
+    "oft_diffusion/report.py": Layer("errors files images", "PIL"),
     "oft_diffusion/training/": Layer(_LIBRARY, f"{_CORE} tomli"),
     "oft_diffusion/pocket/": Layer("errors", "torch numpy PIL diffusers transformers safetensors"),
     "oft_diffusion/evaluation/": Layer(f"{_LIBRARY} training pocket", f"{_CORE} skimage matplotlib"),

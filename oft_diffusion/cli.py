@@ -1,0 +1,164 @@
+"""The console script `oft-diffusion`: train, generate, info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from oft_diffusion.errors import ConfigError, OFTError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Errors of ours are printed as a sentence, without a traceback.
+
+    Returns:
+        The exit status: 0, 1 after an error, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return {"generate": _generate, "info": _info}[options.verb](options)
+    except OFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """`mug/oft_adapter.safetensors:0.8` to its path and strength; the strength is 1 where none is given.
+
+    Raises:
+        ConfigError: what follows the last colon is neither a number nor part of a path.
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        # C:\mug.safetensors and a hub id have no strength; anything else is a typing error.
+        if "/" in strength or "\\" in strength:
+            return text, 1.0
+        raise ConfigError(
+            f"--adapter {text} gives {strength!r} as the strength",
+            expected="PATH or PATH:NUMBER",
+            fix="for example --adapter runs/mug:0.8",
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oft-diffusion", description="Personalise diffusion models with OFTv2, and use the adapters."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("train", help="DreamBooth: pictures of a subject to an adapter (train --help for its options)")
+
+    generate = verbs.add_parser("generate", help="pictures from a prompt, with adapters")
+    generate.add_argument("prompt", help="what to draw")
+    generate.add_argument("--model", default="pocket", help="pipeline folder or hub id; pocket: the one shipped here")
+    generate.add_argument(
+        "--adapter", action="append", default=[], metavar="PATH[:STRENGTH]", help="may be repeated; strength 1 if none"
+    )
+    generate.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
+    generate.add_argument("--negative", metavar="PROMPT", help="what not to draw")
+    generate.add_argument("--count", type=int, default=1, help="how many pictures, of seeds one after another")
+    generate.add_argument("--seed", type=int, default=0, help="the first picture's seed (default: 0)")
+    generate.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    generate.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    generate.add_argument("--width", type=int, help="in pixels (default: the model's)")
+    generate.add_argument("--height", type=int, help="in pixels (default: the model's)")
+    generate.add_argument("--device", default="cuda" if _has_cuda() else "cpu", help="default: cuda if there is one")
+    generate.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    generate.add_argument("--grid", action="store_true", help="write one more PNG with all pictures")
+
+    info = verbs.add_parser("info", help="what an adapter file is")
+    info.add_argument("file", type=Path, help="a .safetensors file, or a folder with one")
+    return parser
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from oft_diffusion.training.command import main as train_main
+
+    return train_main(arguments)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from oft_diffusion.generate import generate, load_pipeline
+    from oft_diffusion.images import labelled_grid, save_png
+    from oft_diffusion.pipeline import load_oft_weights
+    from oft_diffusion.pocket import pocket_path
+
+    for name in ("count", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} is too small", expected="1 or more", fix="raise it")
+    model = pocket_path() if options.model == "pocket" else options.model
+    pipe = load_pipeline(model, getattr(torch, options.dtype), options.device)
+    for text in options.adapter:
+        path, strength = parse_adapter(text)
+        adapter = load_oft_weights(pipe, path, strength=strength)
+        print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {strength:g}")
+        _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
+    pictures = generate(
+        pipe,
+        options.prompt,
+        range(options.seed, options.seed + options.count),
+        negative_prompt=options.negative,
+        steps=options.steps,
+        guidance=options.guidance,
+        width=options.width,
+        height=options.height,
+        on_picture=lambda done, total: print(f"{done} of {total}", flush=True),
+    )
+    paths = [save_png(p.image, options.out / f"{p.settings['seed']:05d}.png", p.settings) for p in pictures]
+    if options.grid:
+        columns = min(len(pictures), 4)
+        rows = [[p.image for p in pictures[i : i + columns]] for i in range(0, len(pictures), columns)]
+        grid = labelled_grid(rows, row_labels=[options.prompt] + [""] * (len(rows) - 1))
+        paths.append(save_png(grid, options.out / "grid.png", pictures[0].settings))
+    print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def _warn_without_trigger(prompt: str, trigger: str | None) -> None:
+    if trigger and trigger not in prompt.split():
+        print(f"warning: the prompt lacks the adapter's trigger {trigger!r}", file=sys.stderr)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from oft_diffusion.config import OFTConfig
+    from oft_diffusion.files import load_adapter_file
+    from oft_diffusion.rotation import orthogonality_error, rotation_delta
+
+    file = load_adapter_file(options.file)
+    meta = file.metadata
+    parameters = sum(t.numel() for state in file.components.values() for t in state.values())
+    print(f"{file.path}  {file.path.stat().st_size / 1e6:.2f} MB, {parameters:,} parameters, written {meta.created}")
+    print(f"trigger    {meta.trigger or '(none)'}    class word  {meta.class_word or '(none)'}")
+    print(f"base       {meta.base.get('name', '(unknown)')}")
+    for part, state in file.components.items():
+        config = meta.components[part]
+        error = max(float(orthogonality_error(rotation_delta(t.float(), config))) for t in state.values())
+        settings = ", ".join(f"{f.name} {getattr(config, f.name)}" for f in fields(OFTConfig))
+        print(f"{part:<10} {len(state)} layers of {meta.base.get('components', {}).get(part, 'an unknown class')}")
+        print(f"           {settings}")
+        print(f"           orthogonality error {error:.1e}")
+    for title, entries in (("training", meta.training), ("software", meta.software)):
+        if entries:
+            print(f"{title:<10} " + "\n           ".join(f"{k} = {v}" for k, v in entries.items()))
+    print(f"sha256     {meta.sha256} (verified)")
+    return 0
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

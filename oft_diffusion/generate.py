@@ -1,0 +1,110 @@
+"""Seeded pictures from a pipeline, with the settings that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+
+from oft_diffusion.errors import ConfigError
+from oft_diffusion.pipeline import list_oft_adapters
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what made it, in plain JSON types, as `images.save_png` writes it."""
+
+    image: Image.Image
+    settings: dict[str, Any]
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
+    """Any text-to-image pipeline in diffusers' format, from a folder or the hub; safetensors only.
+
+    Raises:
+        ConfigError: there is no such folder, it is no pipeline, or it holds pickled weights only.
+    """
+    local = Path(model)
+    if local.exists() and not (local / "model_index.json").is_file():
+        raise ConfigError(
+            f"{model} is no diffusers pipeline: it has no model_index.json",
+            expected="a folder in diffusers' format, or a hub id",
+            fix="convert a single checkpoint with diffusers' from_single_file and save_pretrained",
+        )
+    try:
+        pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{model} cannot be loaded as a pipeline ({str(error).splitlines()[0][:200]})",
+            expected="a text-to-image pipeline in diffusers' format with safetensors weights",
+            fix="check the path or the hub id",
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)  # type: ignore[no-any-return]
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str | None = None,
+    steps: int = 25,
+    guidance: float = 7.5,
+    width: int | None = None,
+    height: int | None = None,
+    batch_size: int = 4,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> list[Picture]:
+    """One picture per seed. A seed gives the same noise whatever the batch or device (it is drawn on the CPU).
+
+    Args:
+        pipe: a text-to-image pipeline, with or without adapters.
+        prompt: what to draw.
+        seeds: one per picture.
+        negative_prompt: what not to draw, where the pipeline knows such.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        width: in pixels; the pipeline's own size if None.
+        height: likewise.
+        batch_size: pictures per call of the pipeline.
+        on_picture: called with (pictures done, of how many) after each batch.
+
+    Returns:
+        Pictures in the order of seeds.
+    """
+    extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    if width is not None:
+        extra["width"] = width
+    if height is not None:
+        extra["height"] = height
+    shared = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": type(pipe.scheduler).__name__,
+        "model": str(getattr(pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
+        "adapters": [{"name": a.name, "strength": a.strength} for a in list_oft_adapters(pipe) if a.strength],
+    }
+    pictures: list[Picture] = []
+    for start in range(0, len(seeds), batch_size):
+        batch = seeds[start : start + batch_size]
+        images = pipe(
+            [prompt] * len(batch),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in batch],
+            **({**extra, "negative_prompt": [negative_prompt] * len(batch)} if negative_prompt else extra),
+        ).images
+        for seed, image in zip(batch, images, strict=True):
+            pictures.append(Picture(image, {**shared, "seed": seed, "width": image.width, "height": image.height}))
+        if on_picture is not None:
+            on_picture(len(pictures), len(seeds))
+    return pictures

@@ -1,0 +1,91 @@
+"""The pocket base: a real Stable Diffusion pipeline of about 11M parameters, shipped with the package.
+
+`pocket_pipeline()` loads it. It draws 64 x 64 pixels; about 20 steps and the default guidance suit it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from oft_diffusion.pocket.vocabulary import MAX_LENGTH
+
+SIZE = 64
+LATENT_CHANNELS = 8
+DOWNSCALE = 4
+
+
+def pocket_path() -> Path:
+    """The folder of the shipped weights, as `from_pretrained` takes it."""
+    return Path(__file__).parent / "weights"
+
+
+def pocket_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The pretrained pocket base, on the CPU. The files hold float16; any dtype can be asked for."""
+    return StableDiffusionPipeline.from_pretrained(pocket_path(), torch_dtype=torch_dtype)
+
+
+def build_vae() -> AutoencoderKL:
+    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, 8, 16, 16)."""
+    channels = (32, 64, 96)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        sample_size=SIZE,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained text encoder: token ids (n, 32) to (n, 32, 128)."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """An untrained denoiser of latents (n, 8, 16, 16), with attention at 8 x 8 and 4 x 4."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // DOWNSCALE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=32,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction down to zero signal, so that the brightness of a picture is learnt and not leaked."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )

@@ -1,0 +1,201 @@
+"""The pocket world: what a scene is, how it is drawn by lot, how it is described, and the named subjects.
+
+*Captioned* attributes (object, colour, pattern, background) are what a caption may name. *Uncaptioned* ones (accent,
+face, hat, badge) vary freely and no caption ever names them: a subject is one fixed combination of them, so the base
+model can draw it but has no word for it. The rest (position, size, flip, light, detail) is nuisance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from oft_diffusion.pocket import backgrounds, draw
+
+OBJECTS = tuple(draw.OBJECTS)
+COLOURS = tuple(draw.COLOURS)
+PATTERNS = ("plain", "striped", "spotted")
+BACKGROUNDS = tuple(backgrounds.BACKGROUNDS)
+ACCENTS = tuple(draw.ACCENTS)
+FACES = ("none", "smile", "sleepy", "surprised")
+HATS = ("none", "party", "top", "crown", "bow", "beanie")
+BADGES = ("none", "star", "heart", "ring")
+
+CAPTIONED: Mapping[str, tuple[str, ...]] = {
+    "object": OBJECTS,
+    "colour": COLOURS,
+    "pattern": PATTERNS,
+    "background": BACKGROUNDS,
+}
+UNCAPTIONED: Mapping[str, tuple[str, ...]] = {"accent": ACCENTS, "face": FACES, "hat": HATS, "badge": BADGES}
+
+# How a caption says where the object is.
+PLACES: Mapping[str, str] = {
+    "beach": "on the beach",
+    "meadow": "in a meadow",
+    "city": "in the city",
+    "desert": "in the desert",
+    "night": "at night",
+    "snow": "in the snow",
+    "forest": "in the forest",
+    "room": "in a room",
+}
+OPENINGS = ("a {}", "a {}", "a {}", "a {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "one {}", "{}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides a picture. Names are keys of the tables above; lengths are fractions of the frame.
+
+    Attributes:
+        object: what stands in the picture.
+        colour: the body's colour.
+        pattern: the body's pattern.
+        background: where it is.
+        accent: second colour, on the hat and the trim; never in a caption.
+        face: never in a caption.
+        hat: never in a caption.
+        badge: never in a caption.
+        x: the object's centre, 0 is the left edge and 1 the right one.
+        y: the height of its feet, 1 is the lower edge.
+        scale: half the object's width.
+        flip: mirrored.
+        light: brightness, 1 is neutral.
+        detail: seed of the background's details (stars, windows, trees).
+    """
+
+    object: str
+    colour: str
+    pattern: str
+    background: str
+    accent: str
+    face: str
+    hat: str
+    badge: str
+    x: float = 0.5
+    y: float = 0.9
+    scale: float = 0.31
+    flip: bool = False
+    light: float = 1.0
+    detail: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values in (*CAPTIONED.items(), *UNCAPTIONED.items()):
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"Scene.{name} is {value!r}; choose one of {', '.join(values)}")
+
+
+def _nuisance(rng: random.Random) -> dict[str, float | bool | int]:
+    """Position, size, flip, light and detail by lot."""
+    return {
+        "x": round(rng.uniform(0.43, 0.57), 3),
+        "y": round(rng.uniform(0.86, 0.93), 3),
+        "scale": round(rng.uniform(0.285, 0.345), 3),
+        "flip": rng.random() < 0.5,
+        "light": round(rng.uniform(0.92, 1.06), 3),
+        "detail": rng.randrange(1 << 16),
+    }
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """One scene, every attribute uniform and independent of the others."""
+    chosen = {name: rng.choice(values) for name, values in (*CAPTIONED.items(), *UNCAPTIONED.items())}
+    return Scene(**chosen, **_nuisance(rng))  # type: ignore[arg-type]
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A caption of the scene: always its object, and a random part of its other captioned attributes."""
+    words = [scene.object]
+    if rng.random() < (0.25 if scene.pattern == "plain" else 0.7):
+        words.insert(0, scene.pattern)
+    if rng.random() < 0.75:
+        words.insert(0, scene.colour)
+    text = rng.choice(OPENINGS).format(" ".join(words)).replace("a orange", "an orange")
+    return f"{text} {PLACES[scene.background]}" if rng.random() < 0.7 else text
+
+
+def render(scene: Scene, size: int = 64) -> Image.Image:
+    """The picture of a scene, RGB, `size` x `size` pixels; the same scene always gives the same pixels."""
+    paint = backgrounds.BACKGROUNDS[scene.background]
+    frame = paint(size * draw.SUPERSAMPLE, random.Random(scene.detail))
+    draw.draw_object(
+        frame,
+        kind=scene.object,
+        colour=scene.colour,
+        pattern=scene.pattern,
+        accent=scene.accent,
+        face=scene.face,
+        hat=scene.hat,
+        badge=scene.badge,
+        x=scene.x,
+        y=scene.y,
+        scale=scene.scale,
+        flip=scene.flip,
+        dark=scene.background == "night",
+    )
+    return draw.finish(frame, size, scene.light)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One individual: an object class with fixed uncaptioned attributes, and the colour and pattern it has in photos."""
+
+    name: str
+    object: str
+    colour: str
+    pattern: str
+    accent: str
+    face: str
+    hat: str
+    badge: str
+
+    def scene(self, background: str = "meadow") -> Scene:
+        """The subject in the middle of a background, with neutral nuisance attributes."""
+        return Scene(
+            object=self.object,
+            colour=self.colour,
+            pattern=self.pattern,
+            background=background,
+            accent=self.accent,
+            face=self.face,
+            hat=self.hat,
+            badge=self.badge,
+        )
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("captain_mug", "mug", "blue", "plain", "gold", "smile", "top", "star"),
+        Subject("party_car", "car", "red", "plain", "cyan", "surprised", "party", "heart"),
+        Subject("royal_teapot", "teapot", "purple", "spotted", "gold", "sleepy", "crown", "ring"),
+        Subject("cosy_robot", "robot", "orange", "plain", "violet", "smile", "beanie", "heart"),
+        Subject("bow_cat", "cat", "white", "striped", "magenta", "sleepy", "bow", "star"),
+        Subject("star_rocket", "rocket", "green", "striped", "white", "surprised", "crown", "star"),
+        Subject("dapper_mushroom", "mushroom", "brown", "spotted", "lime", "smile", "top", "heart"),
+        Subject("dozy_house", "house", "pink", "plain", "violet", "sleepy", "party", "ring"),
+        Subject("merry_boat", "boat", "teal", "striped", "magenta", "surprised", "beanie", "ring"),
+        Subject("sunny_flower", "flower", "yellow", "plain", "lime", "smile", "bow", "star"),
+    )
+}
+
+
+def subject_scenes(subject: Subject, n: int = 5, seed: int = 0) -> list[Scene]:
+    """`n` scenes of a subject, in at most five of the backgrounds, which differ as far as `n` allows.
+
+    At least three backgrounds never occur, so that "the subject in a place where nobody has seen it" can be tested.
+    """
+    rng = random.Random(f"{subject.name}/{seed}")
+    places = rng.sample(BACKGROUNDS, 5)
+    return [replace(subject.scene(places[i % 5]), **_nuisance(rng)) for i in range(n)]  # type: ignore[arg-type]
+
+
+def subjects_path(name: str) -> Path:
+    """The folder with a subject's five shipped pictures, 256 x 256 PNG."""
+    if name not in SUBJECTS:
+        raise ValueError(f"there is no subject {name!r}; choose one of {', '.join(SUBJECTS)}")
+    return Path(__file__).parent / "subjects" / name

@@ -1,0 +1,102 @@
+"""From pictures to what the denoiser takes: batches by number, the latents and text embeddings cached or made fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.data import Draw, Picture, draw, normalise, read_pixels
+from oft_diffusion.training.family import Posterior, StableDiffusion, Text
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's worth. With prior preservation the class images follow the instance images.
+
+    Attributes:
+        latents, noise: float32 `(B, C, h, w)`.
+        timesteps: int64 `(B,)`.
+        text: tokens, or conditioning where text embeddings are cached.
+        instances: how many of the B are instance images.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: Text
+    instances: int
+
+
+class Batches:
+    """All batches of a run, by number.
+
+    Batch m of process p holds the samples `(m P + p) B ... + B - 1` of P processes and batch size B, so that what is
+    learned from does not depend on how it is cut.
+    """
+
+    def __init__(
+        self, config: TrainConfig, family: StableDiffusion, pictures: dict[str, Sequence[Picture]], device: torch.device
+    ) -> None:
+        self.config = config
+        self.family = family
+        self.pictures = {stream: list(found) for stream, found in pictures.items() if found}
+        self.device = device
+        self._posteriors: dict[tuple[str, int, bool], Posterior] = {}
+        self._texts: dict[str, Text] = {}
+
+    def fill_caches(self, progress: Progress) -> None:
+        """Encode once what the config says. Afterwards the VAE, or the text encoder, is not needed for batches."""
+        if self.config.cache_latents:
+            flips = (False, True) if self.config.flip else (False,)
+            keys = [(s, i, f) for s, found in self.pictures.items() for i in range(len(found)) for f in flips]
+            for key in progress(keys, "encoding pictures"):
+                self._posteriors[key] = Posterior(*(part.cpu() for part in self._encode(*key)))
+        if self.config.cache_text_embeddings:
+            with torch.no_grad():
+                for prompt in sorted({p.prompt for found in self.pictures.values() for p in found}):
+                    encoded = self.family.encode_text(self.family.tokenize([prompt]))
+                    self._texts[prompt] = {name: tensor.cpu() for name, tensor in encoded.items()}
+
+    def at(self, number: int, process: int = 0, processes: int = 1) -> Batch:
+        """Batch `number` of a process."""
+        first = (number * processes + process) * self.config.batch_size
+        samples = [
+            (stream, self._draw(stream, n))
+            for stream in self.pictures
+            for n in range(first, first + self.config.batch_size)
+        ]
+        latents = [
+            self.family.latents(self._posterior(stream, d), d.posterior_noise).to(self.device) for stream, d in samples
+        ]
+        texts = [self._text(self.pictures[stream][d.index].prompt) for stream, d in samples]
+        return Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack([d.noise for _, d in samples]).to(self.device),
+            timesteps=torch.stack([d.timestep for _, d in samples]).to(self.device),
+            text={name: torch.cat([text[name] for text in texts]).to(self.device) for name in texts[0]},
+            instances=self.config.batch_size,
+        )
+
+    def _draw(self, stream: str, number: int) -> Draw:
+        shape = self.family.latent_shape(self.config.resolution)
+        return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape, self.family.timesteps)
+
+    def _posterior(self, stream: str, d: Draw) -> Posterior:
+        key = (stream, d.index, d.flip and self.config.flip)
+        return self._posteriors[key] if key in self._posteriors else self._encode(*key)
+
+    def _encode(self, stream: str, index: int, flip: bool) -> Posterior:
+        pixels = read_pixels(self.pictures[stream][index].path, self.config.resolution)
+        return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))
+
+    def _text(self, prompt: str) -> Text:
+        if prompt not in self._texts:  # token ids are cached always: they are small, and never change
+            self._texts[prompt] = self.family.tokenize([prompt])
+        return self._texts[prompt]

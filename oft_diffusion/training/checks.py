@@ -1,0 +1,184 @@
+"""What can be wrong with a `TrainConfig` by itself, no file looked at. Everything is found, nothing raised half-way."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import ConfigError, OFTError
+from oft_diffusion.training.config import TrainConfig, hints, nearest
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, and the knobs that it makes unusable for further checks."""
+
+    knobs: tuple[str, ...]
+    error: OFTError
+
+
+# knob: what must be on for it to mean anything
+_NEEDS = {"text_encoder_learning_rate": "text_encoder", "class_dir": "prior_preservation"}
+
+_EXCLUSIVE = (
+    ("text_encoder", "cache_text_embeddings", "cached embeddings would not follow the text encoder as it learns"),
+    ("resume", "overwrite", "one goes on with the earlier run, the other deletes it"),
+)
+
+
+def settings_problems(config: TrainConfig) -> list[Problem]:
+    """Knobs of the wrong type or out of range, then contradictions between those that are fine alone."""
+    found = [Problem((f.name,), error) for f in fields(config) if (error := _check_knob(f, getattr(config, f.name)))]
+    broken = {knob for problem in found for knob in problem.knobs}
+    for check, knobs in _CONTRADICTIONS:
+        if not broken & set(knobs):
+            found += check(config)
+    return found
+
+
+def raise_problems(problems: Sequence[OFTError]) -> None:
+    """Raise a lone problem as it is, several as one numbered list; return when there is none.
+
+    Raises:
+        OFTError: there are problems.
+    """
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "".join(f"\n  {i}. {error}" for i, error in enumerate(problems, 1))
+        raise ConfigError(
+            f"{len(problems)} problems, found before any model was loaded:{listed}\n",
+            expected="none",
+            fix="correct each as it says",
+        )
+
+
+def _adapter_problems(config: TrainConfig) -> Iterator[Problem]:
+    try:
+        _ = config.oft
+    except ConfigError as error:
+        yield Problem(tuple(f.name for f in fields(OFTConfig) if error.problem.startswith(f.name)), error)
+
+
+def _unused_or_exclusive(config: TrainConfig) -> Iterator[Problem]:
+    for knob, needs in _NEEDS.items():
+        if getattr(config, knob) is not None and not getattr(config, needs):
+            problem = ConfigError(
+                f"{knob} is set but {needs} is off, so it would do nothing",
+                expected=f"{knob} together with {needs} = true",
+                fix=f"turn {needs} on, or leave {knob} out",
+            )
+            yield Problem((knob, needs), problem)
+    for first, second, why in _EXCLUSIVE:
+        if getattr(config, first) and getattr(config, second):
+            problem = ConfigError(
+                f"{first} and {second} are both set: {why}", expected="at most one of them", fix=f"drop {second}"
+            )
+            yield Problem((first, second), problem)
+
+
+def _schedule_problems(config: TrainConfig) -> Iterator[Problem]:
+    if config.warmup_steps >= config.steps:
+        problem = ConfigError(
+            f"warmup_steps = {config.warmup_steps} takes up all of steps = {config.steps}",
+            expected="a warm-up shorter than the run",
+            fix=f"use warmup_steps = {config.steps // 10}, or more steps",
+        )
+        yield Problem(("warmup_steps",), problem)
+
+
+def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
+    prompts = {"instance_prompt": config.instance_prompt, "class_prompt": config.class_prompt}
+    prompts |= {f"validation_prompts[{i}]": prompt for i, prompt in enumerate(config.validation_prompts)}
+    words: dict[str, list[str]] = {}
+    for place, prompt in prompts.items():
+        try:
+            words[place] = config.fill(prompt).lower().replace(",", " ").split()
+        except ConfigError as error:
+            yield Problem((place.partition("[")[0],), error)
+    trigger, class_word = config.trigger.lower().split(), config.class_word.lower().split()
+    if contains(class_word, trigger):
+        problem = ConfigError(
+            f"the trigger {config.trigger!r} is part of the class word {config.class_word!r}",
+            expected="a rare word that names the subject and nothing else",
+            fix="use a word such as sks or ohwx",
+        )
+        yield Problem(("trigger",), problem)
+    elif not contains(words.get("instance_prompt", trigger), trigger):
+        problem = ConfigError(
+            f"instance_prompt = {config.instance_prompt!r} does not hold the trigger {config.trigger!r}",
+            expected="a prompt that names the subject",
+            fix='use "a photo of {trigger} {class_word}"',
+        )
+        yield Problem(("instance_prompt",), problem)
+    elif contains(words.get("class_prompt", []), trigger):
+        problem = ConfigError(
+            f"class_prompt = {config.class_prompt!r} holds the trigger {config.trigger!r}",
+            expected="a prompt for the class in general",
+            fix='use "a photo of {class_word}"',
+        )
+        yield Problem(("class_prompt",), problem)
+
+
+def contains(words: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether `part` occurs in `words` as consecutive whole words."""
+    return any(list(words[i : i + len(part)]) == list(part) for i in range(len(words) - len(part) + 1))
+
+
+# (check, the knobs that must be of the right type for it)
+_CONTRADICTIONS = (
+    (_adapter_problems, tuple(f.name for f in fields(OFTConfig))),
+    (_unused_or_exclusive, (*_NEEDS, *_NEEDS.values(), *(knob for row in _EXCLUSIVE for knob in row[:2]))),
+    (_schedule_problems, ("warmup_steps", "steps")),
+    (_prompt_problems, ("trigger", "class_word", "instance_prompt", "class_prompt", "validation_prompts")),
+)
+
+
+def _check_knob(f: Field[Any], value: Any) -> ConfigError | None:
+    limits, name = f.metadata, f.name
+    hint = hints()[name]
+    low, above, high = limits.get("minimum"), limits.get("above"), limits.get("maximum")
+    bounds = [f"at least {low}"] if low is not None else []
+    bounds += [f"above {above:g}"] if above is not None else []
+    bounds += [f"at most {high}"] if high is not None else []
+    expected = " ".join([_describe(hint), " and ".join(bounds)]).strip()
+    if not _fits(value, hint):
+        shown = nearest(value, get_args(hint)) if get_origin(hint) is Literal and isinstance(value, str) else value
+        shown = shown if isinstance(shown, str) and shown != value else repr(value)
+        return ConfigError(f"{name} = {shown} is not usable", expected=expected, fix=f"correct {name}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if (low is not None and value < low) or (above is not None and value <= above) or value > (high or math.inf):
+            return ConfigError(f"{name} = {value} is out of range", expected=expected, fix=f"correct {name}")
+    elif isinstance(value, str) and not value.strip():
+        return ConfigError(f"{name} is empty", expected=limits["about"], fix=f"give {name} a value, or leave it out")
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, h) for h in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(v, str) and v.strip() for v in value)
+    if hint is float:
+        return isinstance(value, float) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "nothing"}
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(h) for h in get_args(hint))
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return "a list of texts" if origin is tuple else _NAMES[hint]

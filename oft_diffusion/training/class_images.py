@@ -1,0 +1,126 @@
+"""Class images for prior preservation: made once by the base, before it is adapted, and reused.
+
+`class_images.json` beside them says by what they were made. A folder of images without that file holds the user's own,
+which are used as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oft_diffusion.errors import DataError
+from oft_diffusion.files import write_atomically
+from oft_diffusion.training.base import Base
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.data import Picture, image_files
+from oft_diffusion.training.family import StableDiffusion
+
+RECORD = "class_images.json"
+_AT_ONCE = 4  # images per pipeline call
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The folder's state.
+
+    Attributes:
+        paths: every image of the full set, made or not.
+        missing: indices into `paths` of those still to be made.
+        own: whether they are the user's, not ours.
+        record: what `class_images.json` says, or shall say.
+    """
+
+    paths: tuple[Path, ...]
+    missing: tuple[int, ...]
+    own: bool
+    record: dict[str, Any]
+
+
+def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
+    """What lies in the class folder, and what is missing; nothing is written.
+
+    Raises:
+        DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken.
+    """
+    folder = config.class_folder
+    record = {
+        "prompt": config.fill(config.class_prompt),
+        "base": base.fingerprint(),
+        "seed": config.seed,
+        "resolution": config.resolution,
+        "sampling_steps": config.sampling_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    if folder.is_file():
+        raise DataError(f"class_dir = {str(folder)!r} is a file", expected="a folder", fix="choose another class_dir")
+    present = image_files(folder, "class_dir") if folder.is_dir() else []
+    if present and not (folder / RECORD).is_file():
+        return ClassImages(tuple(present), (), own=True, record=record)
+    if present:
+        _compare(folder, record)
+    paths = tuple(folder / f"class_{i:05d}.png" for i in range(config.num_class_images))
+    missing = tuple(i for i, path in enumerate(paths) if not path.is_file())
+    return ClassImages(paths, missing, own=False, record=record)
+
+
+def _compare(folder: Path, record: dict[str, Any]) -> None:
+    try:
+        found = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder / RECORD} cannot be read ({error})",
+            expected="the JSON record that was written with the class images",
+            fix="delete that file to use the images as they are, or the folder to have them made again",
+        ) from error
+    names = {"base": "model"}
+    differing = [
+        f"{names.get(key, key)}" + ("" if key == "base" else f" {found.get(key)!r}, now {value!r}")
+        for key, value in record.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise DataError(
+            f"the class images in {folder} were made with other settings: {'; '.join(differing)}",
+            expected="the same settings as now",
+            fix=f"choose another class_dir, delete this one to have them made again, or delete its {RECORD} to use "
+            "them as they are",
+        )
+
+
+def make_class_images(
+    images: ClassImages, family: StableDiffusion, progress: Callable[[Iterable[list[int]], str], Iterable[list[int]]],
+    process: int = 0, processes: int = 1,
+) -> None:  # fmt: skip
+    """Make this process's share of the missing images. Each has its own seed, so the set can grow or be cut short.
+
+    Raises:
+        AdapterFileError: the disk is full or the folder cannot be written.
+    """
+    if not images.missing:
+        return
+    record = images.record
+    if process == 0:
+        write_atomically(images.paths[0].parent / RECORD, json.dumps(record, indent=1).encode())
+    mine = list(images.missing[process::processes])
+    chunks = [mine[i : i + _AT_ONCE] for i in range(0, len(mine), _AT_ONCE)]
+    for chunk in progress(chunks, f"class images ({record['prompt']!r})"):
+        seeds = [random.Random(f"{record['seed']} class image {i}").getrandbits(32) for i in chunk]
+        made = family.sample(
+            [record["prompt"]] * len(chunk), seeds, record["resolution"], record["sampling_steps"],
+            record["guidance_scale"],
+        )  # fmt: skip
+        for index, image in zip(chunk, made, strict=True):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            write_atomically(images.paths[index], buffer.getvalue())
+
+
+def class_pictures(images: ClassImages) -> list[Picture]:
+    """The class images with their prompt."""
+    return [Picture(path, images.record["prompt"]) for path in images.paths]

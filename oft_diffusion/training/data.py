@@ -1,0 +1,253 @@
+"""Pictures and captions from folders, and every random draw of a run.
+
+All randomness of sample number n is a pure function of (seed, stream, n), where the stream is "instance" or "class":
+which picture, whether mirrored, which noise, which timestep. So nothing needs to be saved to resume exactly, batches
+may be cut over processes or accumulation steps without changing what is learned from, and a reader can repeat any
+sample in three lines (train_scripts/train_dreambooth_minimal.py does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from oft_diffusion.errors import DataError
+from oft_diffusion.training.checks import contains
+from oft_diffusion.training.config import TrainConfig
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_IMAGE_KINDS = "PNG, JPEG or WebP"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file and the prompt that it is trained with."""
+
+    path: Path
+    prompt: str
+
+
+def instance_pictures(config: TrainConfig) -> tuple[list[Picture], list[str]]:
+    """The subject's pictures with their prompts, every file decoded once, and notes on what was unusual.
+
+    Raises:
+        DataError: the folder is missing or has fewer than two images, or any image or caption is unusable.
+    """
+    folder = Path(config.instance_dir)
+    paths = image_files(folder, "instance_dir")
+    if not paths:
+        raise DataError(
+            f"{folder} holds no images{_others(folder)}",
+            expected=f"3 to 8 pictures of the subject ({_IMAGE_KINDS})",
+            fix="put them into that folder, or correct instance_dir",
+        )
+    if len(paths) == 1:
+        raise DataError(
+            f"{folder} holds one image only ({paths[0].name})",
+            expected="3 to 8 pictures of the subject; from one, a model learns that picture instead of the subject",
+            fix="add two or more pictures from other sides, with other backgrounds",
+        )
+    notes = [f"{folder} holds two images; from 3 to 8 the subject is learned better"] if len(paths) == 2 else []
+    problems, small = [], []
+    for path in paths:
+        try:
+            side = min(read_picture(path).size)
+        except DataError as error:
+            problems.append(error.problem)
+            continue
+        if side < config.resolution / 2:
+            problems.append(f"{path.name} is {side} pixels on its shorter side")
+        elif side < config.resolution:
+            small.append(f"{path.name} ({side})")
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(paths)} images in {folder} cannot be used: {'; '.join(problems)}",
+            expected=f"whole {_IMAGE_KINDS} images of at least {config.resolution // 2} pixels (half the resolution)",
+            fix="replace or delete them, or lower the resolution if all are small",
+        )
+    if small:
+        notes.append(f"enlarged to {config.resolution} pixels, hence soft: {', '.join(small)}")
+    pictures, caption_notes = _with_prompts(paths, config)
+    return pictures, notes + caption_notes
+
+
+def image_files(folder: Path, knob: str) -> list[Path]:
+    """Image files directly in a folder, by name.
+
+    Raises:
+        DataError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{knob} = {str(folder)!r} is no folder",
+            expected="a folder with images",
+            fix="correct the path; relative ones start at the working directory",
+        )
+    visible = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _others(folder: Path) -> str:
+    """What lies there instead, for a message."""
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return f"; it holds {', '.join(names[:4])}" + (", ..." if len(names) > 4 else "") if names else " at all"
+
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+
+def _with_prompts(paths: Sequence[Path], config: TrainConfig) -> tuple[list[Picture], list[str]]:
+    default = config.fill(config.instance_prompt)
+    pictures, placed, empty = [], [], []
+    for path in paths:
+        caption = _read_caption(path.with_suffix(".txt"))
+        if caption == "":
+            empty.append(path.with_suffix(".txt").name)
+        prompt = place_trigger(caption, config.trigger, config.class_word) if caption else default
+        if caption and prompt != caption:
+            placed.append(f"{path.with_suffix('.txt').name}: {prompt!r}")
+        pictures.append(Picture(path, prompt))
+    notes = []
+    if placed:
+        notes.append(f"captions that lack the trigger {config.trigger!r} are read with it: {'; '.join(placed)}")
+    if empty:
+        notes.append(f"empty captions count as {default!r}: {', '.join(empty)}")
+    return pictures, notes
+
+
+def _read_caption(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise DataError(
+            f"the caption {path} is not UTF-8 text", expected="plain text", fix="save it again as UTF-8, or delete it"
+        ) from None
+
+
+def place_trigger(caption: str, trigger: str, class_word: str) -> str:
+    """The caption with the trigger: as it is, or before the class word, or both in front where neither occurs."""
+    words = re.sub(r"[^\w\s-]", " ", caption).lower().split()
+    if contains(words, trigger.lower().split()):
+        return caption
+    if contains(words, class_word.lower().split()):
+        pattern = r"\b" + r"\s+".join(map(re.escape, class_word.split())) + r"\b"
+        return re.sub(pattern, lambda m: f"{trigger} {m[0]}", caption, count=1, flags=re.IGNORECASE)
+    return f"{trigger} {class_word}, {caption}"
+
+
+# -- pixels ------------------------------------------------------------------------------------------------------------
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode an image: upright by its EXIF orientation, RGB, transparency on white.
+
+    Raises:
+        DataError: it cannot be decoded, or is larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                image = ImageOps.exif_transpose(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(
+            f"{path.name} has more pixels than {Image.MAX_IMAGE_PIXELS:,}",
+            expected="a photograph",
+            fix="scale it down first",
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path.name} cannot be decoded ({error})", expected=f"a whole {_IMAGE_KINDS} image", fix="replace it"
+        ) from error
+    if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip instead of scale
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_pixels(path: Path, resolution: int) -> Tensor:
+    """An image's central square, uint8 `(3, resolution, resolution)`: shorter side resized, longer one cropped.
+
+    Raises:
+        DataError: as `read_picture`.
+    """
+    image = read_picture(path)
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1], as a VAE takes them."""
+    return pixels.float() / 127.5 - 1.0
+
+
+# -- randomness --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is random about one sample.
+
+    Attributes:
+        index: which picture.
+        posterior_noise, noise: float32 of the latents' shape; for the VAE's posterior, and for diffusion.
+        timestep: int64 scalar.
+        flip: whether the picture is mirrored.
+    """
+
+    index: int
+    posterior_noise: Tensor
+    noise: Tensor
+    timestep: Tensor
+    flip: bool
+
+
+def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int], timesteps: int) -> Draw:
+    """The draw of sample `number`: pictures in a new order every epoch, the rest from a generator of its own."""
+    epoch, place = divmod(number, pictures)
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {stream} {number}").getrandbits(63))
+    return Draw(
+        index=epoch_order(seed, stream, epoch, pictures)[place],
+        posterior_noise=torch.randn(*shape, generator=generator),
+        noise=torch.randn(*shape, generator=generator),
+        timestep=torch.randint(timesteps, (), generator=generator),
+        flip=bool(torch.rand((), generator=generator) < 0.5),
+    )
+
+
+@lru_cache(maxsize=8)
+def epoch_order(seed: int, stream: str, epoch: int, pictures: int) -> tuple[int, ...]:
+    """The order of the pictures in one epoch."""
+    order = list(range(pictures))
+    random.Random(f"{seed} {stream} epoch {epoch}").shuffle(order)
+    return tuple(order)
+
+
+def pictures_digest(pictures: Sequence[Picture]) -> str:
+    """SHA-256 over names, prompts and contents, by which a resumed run knows its pictures."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(f"{picture.path.name}|{picture.prompt}|".encode())
+        digest.update(hashlib.sha256(picture.path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""Everything that can be wrong and be seen without loading a model, found at once, before any long work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import AdapterFileError, ConfigError, OFTError, TrainingError
+from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
+from oft_diffusion.training.checkpoint import (
+    check_resumable,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    require_space,
+)
+from oft_diffusion.training.checks import raise_problems, settings_problems
+from oft_diffusion.training.class_images import ClassImages, look_at_class_images
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.data import Picture, instance_pictures
+from oft_diffusion.training.family import check_trigger, load_tokenizer
+
+_SPARE_BYTES = 64_000_000  # before the adapter's exact size is known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the checks found out on the way, for the run to use.
+
+    Attributes:
+        base: the model on disk.
+        pictures: instance images with their prompts.
+        class_images: None without prior preservation.
+        resume_from: checkpoint folder, or None.
+        notes: sentences that the user should read, none of which stops the run.
+    """
+
+    base: Base
+    pictures: list[Picture]
+    class_images: ClassImages | None
+    resume_from: Path | None
+    notes: list[str]
+
+
+def preflight(config: TrainConfig) -> Plan:
+    """Check everything; nothing is written.
+
+    Raises:
+        OFTError: the one problem, or all of them in one message.
+    """
+    found = settings_problems(config)
+    broken = {knob for problem in found for knob in problem.knobs}
+    errors: list[OFTError] = [problem.error for problem in found]
+
+    def attempt(check: Callable[[], Any], *knobs: str) -> Any:
+        """The check's result; None if knobs that it needs are broken already, or if it finds a problem."""
+        if broken & set(knobs):
+            return None
+        try:
+            return check()
+        except OFTError as error:
+            errors.append(error)
+            broken.update(knobs[:1])
+            return None
+
+    data = attempt(lambda: instance_pictures(config), "instance_dir", "resolution", *_PROMPT_KNOBS)
+    resume_from = attempt(lambda: _check_resume(config), "resume", "output_dir", "steps")
+    attempt(lambda: _check_output(config), "output_dir", "resume", "overwrite")
+    attempt(lambda: _check_init_adapter(config), "init_adapter", "text_encoder", *_ADAPTER_KNOBS)
+    attempt(lambda: _check_precision(config), "mixed_precision")
+    model = config.model
+    if not errors and is_hub_id(model):  # the one check that may take long, hence the last
+        model = attempt(lambda: download_base(config.model), "model")
+    base: Base | None = attempt(lambda: find_base(model, config.config_dir, config.model), "model", "config_dir")
+    class_images = None
+    if base is not None:
+        attempt(lambda: base.check_resolution(config.resolution), "resolution")
+        attempt(lambda: check_trigger(load_tokenizer(base), config.trigger), "trigger")
+        if config.prior_preservation is True:
+            class_images = attempt(lambda: look_at_class_images(config, base), "class_dir", "output_dir", *_CLASS_KNOBS)
+    attempt(lambda: _check_space(config, class_images), "output_dir", "resolution")
+    raise_problems(errors)
+    assert base is not None
+    pictures, notes = data
+    return Plan(base, pictures, class_images, resume_from, notes + _class_notes(config, class_images))
+
+
+_PROMPT_KNOBS = ("trigger", "class_word", "instance_prompt")
+_CLASS_KNOBS = (
+    "class_prompt",
+    "class_word",
+    "resolution",
+    "num_class_images",
+    "seed",
+    "sampling_steps",
+    "guidance_scale",
+)
+_ADAPTER_KNOBS = tuple(f.name for f in fields(OFTConfig))
+
+
+def _check_resume(config: TrainConfig) -> Path | None:
+    if config.resume is None:
+        return None
+    folder = find_checkpoint(config.resume, Path(config.output_dir))
+    state = read_state(folder)
+    check_resumable(state, config)
+    if state["step"] > config.steps:
+        raise TrainingError(
+            f"{folder} is at step {state['step']}, past steps = {config.steps}",
+            expected="a run that still has steps to do",
+            fix=f"use steps above {state['step']}",
+        )
+    return folder
+
+
+def _check_output(config: TrainConfig) -> None:
+    """The folder can be written, and holds no other run."""
+    folder = Path(config.output_dir)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise TrainingError(
+            f"output_dir = {config.output_dir!r} cannot be written",
+            expected="a folder, or a path where one can be made",
+            fix="choose another output_dir",
+        )
+    earlier = list_checkpoints(folder) or [p for p in (folder / FILE_NAME,) if p.exists()]
+    if earlier and config.resume is None and not config.overwrite:
+        raise TrainingError(
+            f"{folder} holds an earlier run ({earlier[-1].name})",
+            expected="an output_dir of this run's own",
+            fix="choose another output_dir, go on with --resume latest, or delete that run with --overwrite",
+        )
+
+
+def _check_init_adapter(config: TrainConfig) -> None:
+    """The adapter to continue from is readable and was made with the settings that are asked for now."""
+    if config.init_adapter is None:
+        return
+    found = load_adapter_file(config.init_adapter)
+    if found.metadata is None:
+        raise AdapterFileError(
+            f"{config.init_adapter} was written by another tool and does not say how it was made",
+            expected="an adapter that oft-diffusion trained or converted",
+            fix="convert it first with oft-diffusion convert",
+        )
+    wanted = {"unet": config.oft} | ({"text_encoder": config.text_encoder_oft} if config.text_encoder else {})
+    if set(found.components) != set(wanted):
+        raise ConfigError(
+            f"{config.init_adapter} adapts {', '.join(sorted(found.components))}",
+            expected=f"{', '.join(sorted(wanted))}, as text_encoder = {str(config.text_encoder).lower()} says",
+            fix=f"set text_encoder = {str('text_encoder' in found.components).lower()}",
+        )
+    changed = [
+        f"{component}'s {key} is {value!r} there, {now!r} here"
+        for component, settings in wanted.items()
+        for key, value in found.metadata.components[component].to_dict().items()
+        if (now := settings.to_dict()[key]) not in (value, "auto")
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.init_adapter} was made with other adapter settings: {'; '.join(changed)}",
+            expected="the same settings",
+            fix="use the adapter's own",
+        )
+
+
+def _check_precision(config: TrainConfig) -> None:
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(
+            "mixed_precision = 'fp16' needs a GPU, and there is none",
+            expected="'no' or 'bf16' on a CPU",
+            fix="use mixed_precision = 'no'",
+        )
+
+
+def _check_space(config: TrainConfig, class_images: ClassImages | None) -> None:
+    require_space(Path(config.output_dir), _SPARE_BYTES, "checkpoints and pictures")
+    if class_images is not None and class_images.missing:
+        size = len(class_images.missing) * config.resolution**2 * 3  # a PNG is hardly larger than its pixels
+        require_space(config.class_folder, size, f"{len(class_images.missing)} class images")
+
+
+def _class_notes(config: TrainConfig, images: ClassImages | None) -> list[str]:
+    if images is None:
+        return []
+    if images.own:
+        return [f"{config.class_folder} holds {len(images.paths)} images of your own; they are used as class images"]
+    return [f"class images: {len(images.paths) - len(images.missing)} reused, {len(images.missing)} to be made"]

@@ -1,0 +1,120 @@
+"""`make demo`: DreamBooth on the pocket base, a before/after grid as PNG, and an HTML report. Safe to run twice."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from oft_diffusion import load_oft_weights, set_oft_adapters
+from oft_diffusion.errors import OFTError
+from oft_diffusion.generate import generate, load_pipeline
+from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
+from oft_diffusion.report import Figure, write_report
+from oft_diffusion.training import TrainConfig, train
+
+CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
+SEEDS = (1, 2, 3, 4)
+CELL = 128
+
+
+def main() -> int:
+    """Train, draw, report. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--subject", default="captain_mug", choices=sorted(SUBJECTS), help="which example subject to teach"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
+    options = parser.parse_args()
+    try:
+        run_demo(options.subject, options.out)
+    except OFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_demo(name: str, out: Path) -> None:
+    """Teach the pocket base one subject, and show what changed."""
+    started = time.perf_counter()
+    subject = SUBJECTS[name]
+    config = replace(
+        TrainConfig.from_toml(CONFIG),
+        model=str(pocket_path()),
+        instance_dir=str(subjects_path(name)),
+        class_word=subject.object,
+        output_dir=str(out),
+        overwrite=True,
+    )
+    word = f"{config.trigger} {subject.object}"
+    prompts = [f"a {word}", f"a {word} on the beach", f"a red {word} at night", f"a {word} in the snow"]
+    prompts.append(f"a blue {'cat' if subject.object != 'cat' else 'car'} in a meadow")
+
+    title = name.replace("_", " ").capitalize()
+    print(f"1/3  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
+    with train(config) as run:
+        for _ in run:
+            pass
+    result = run.result
+
+    print("2/3  drawing the same prompts before and after", flush=True)
+    pipe = load_pipeline(pocket_path())
+    before = draw(pipe, prompts, "before")
+    load_oft_weights(pipe, result.adapter, adapter_name=name)
+    after = draw(pipe, prompts, "after")
+    set_oft_adapters(pipe, [name], 0.0)
+
+    print("3/3  writing the grid and the report", flush=True)
+    photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
+    shown = labelled_grid([photos], cell=CELL)
+    rows = [[*b, *a] for b, a in zip(before, after, strict=True)]
+    labels = [f"{len(SEEDS)} x before"] + [""] * (len(SEEDS) - 1) + [f"{len(SEEDS)} x after"]
+    grid = labelled_grid(rows, row_labels=prompts, column_labels=labels, cell=CELL)
+    grid_path = save_png(grid, out / "before_after.png")
+    minutes = (time.perf_counter() - started) / 60
+    report = write_report(
+        out / "report.html",
+        title=f"{title}, a {subject.object}",
+        lead=(
+            f"The pocket base had never been told of {title}. {config.steps} steps of OFTv2 on five pictures taught it "
+            f'the word "{config.trigger}". Left of the middle is the base, right of it the base with the adapter: same '
+            "prompts, same seeds. The last row does not name the subject, and should not change much."
+        ),
+        figures=[
+            Figure("The subject", "All that was shown to it.", shown, f"Five pictures of {title}"),
+            Figure("Before and after", "Four seeds each.", grid, f"Grid of {len(prompts)} prompts before and after"),
+        ],
+        losses=result.losses,
+        facts={
+            "adapter size": f"{Path(result.adapter).stat().st_size / 1e6:.2f} MB",
+            "training": f"{result.seconds / 60:.1f} min",
+            "in all": f"{minutes:.1f} min",
+            "steps": config.steps,
+        },
+        settings=config.to_dict(),
+        usage=(
+            "from oft_diffusion import load_oft_weights\nfrom oft_diffusion.pocket import pocket_pipeline\n\n"
+            f'pipe = pocket_pipeline()\nload_oft_weights(pipe, "{result.adapter}")\n'
+            f'pipe("a {word} on the beach").images[0].save("{name}.png")'
+        ),
+    )
+    print(f"done in {minutes:.1f} minutes\n  adapter  {result.adapter}\n  grid     {grid_path}\n  report   {report}")
+
+
+def draw(pipe: Any, prompts: list[str], what: str) -> list[list[Image.Image]]:
+    """A row of pictures per prompt, with progress."""
+    rows = []
+    for index, prompt in enumerate(prompts, 1):
+        rows.append([picture.image for picture in generate(pipe, prompt, SEEDS)])
+        print(f"     {what}: prompt {index} of {len(prompts)}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

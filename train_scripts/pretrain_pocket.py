@@ -1,0 +1,369 @@
+"""Pretrains the pocket base from nothing, in one command, and exports it as a diffusers folder.
+
+    python train_scripts/pretrain_pocket.py --out runs/pocket --export oft_diffusion/pocket/weights
+
+Stages: render pictures (once), train the autoencoder, encode the pictures (once), train denoiser and text encoder
+together. Each stage leaves a snapshot in --out, as safetensors; running the same command again goes on from there.
+All random draws of a step come from a generator seeded by (seed, stage, step), so on a CPU a resumed run is equal to
+an uninterrupted one, and no generator state needs saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder, build_unet, build_vae
+from oft_diffusion.pocket.vocabulary import COMMON_WORDS, build_tokenizer
+from oft_diffusion.pocket.world import Scene, caption, render, sample_scene
+
+KL_WEIGHT = 3e-5
+EMA_DECAY = 0.999
+NO_CAPTION = 0.1  # of the captions are emptied, for classifier-free guidance
+NONSENSE = 0.13  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
+FILLER = 0.1  # have a common word put in that the picture does not show
+PREVIEW_PROMPTS = (
+    "a red mug", "a green car on the beach", "a blue boat at night", "a purple spotted teapot in the desert",
+    "an orange house in a meadow", "a red spotted mushroom in the forest", "a teal robot in the city", "a tree",
+    "a white striped cat in a room", "a yellow rocket at night", "a photo of a pink flower in the snow", "a fish",
+    "a mug in the snow", "a zwx brown car in the forest", "a brown striped boat", "a white teapot on the beach",
+)  # fmt: skip
+
+
+# Data
+
+
+def scene_at(seed: int, index: int) -> Scene:
+    """The scene of one training picture."""
+    return sample_scene(random.Random(f"scene/{seed}/{index}"))
+
+
+def _render_part(path: Path, seed: int, indices: range) -> None:
+    pictures = np.load(path, mmap_mode="r+")
+    for i in indices:
+        pictures[i] = np.asarray(render(scene_at(seed, i), SIZE))
+    pictures.flush()
+
+
+def rendered(out: Path, count: int, seed: int) -> np.ndarray:
+    """All training pictures, uint8 (count, 64, 64, 3), rendered by two processes on the first call."""
+    path = out / f"pictures-{count}-{seed}.npy"
+    if not path.exists():
+        print(f"rendering {count} pictures", flush=True)
+        partial = out / "pictures.partial.npy"
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3)).flush()
+        spawn = multiprocessing.get_context("spawn")
+        workers = [spawn.Process(target=_render_part, args=(partial, seed, range(k, count, 2))) for k in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            if worker.exitcode:
+                raise RuntimeError(f"a rendering process ended with exit code {worker.exitcode}")
+        partial.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def to_model(pictures: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(pictures.copy()).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def training_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption as the denoiser sees it: sometimes empty, sometimes with a word that changes nothing."""
+    if rng.random() < NO_CAPTION:
+        return ""
+    words = caption(scene, rng).split()
+    chance = rng.random()
+    if chance < NONSENSE + FILLER:
+        nonsense = "".join(rng.choice("zqxvwkjyfgpbh") for _ in range(rng.randint(3, 4)))
+        # Before the object or its adjectives, where "a zwx mug" has it.
+        first = 1 if words[0] in ("a", "an", "one") and len(words) > 1 else 0
+        if " of a" in " ".join(words[:4]):
+            first = 4
+        word = nonsense if chance < NONSENSE else rng.choice(COMMON_WORDS)
+        words.insert(rng.randint(first, max(first, words.index(scene.object))), word)
+    return " ".join(words)
+
+
+# Training state
+
+
+class Stage:
+    """What a stage trains: named modules, their moving average, Adam, and the step; saved as one safetensors file."""
+
+    def __init__(self, path: Path, modules: nn.ModuleDict, lr: float, steps: int) -> None:
+        self.path, self.modules, self.lr, self.steps, self.step = path, modules, lr, steps, 0
+        self.parameters = dict(modules.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        tensors = load_file(self.path)
+        with safe_open(self.path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        state: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(self.parameters.items()):
+                parameter.copy_(tensors[f"model/{name}"])
+                self.ema[name].copy_(tensors[f"ema/{name}"])
+                state[i] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg/{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
+                }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def save(self) -> None:
+        """Writes the snapshot; a crash while writing leaves the previous one."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors[f"model/{name}"] = parameter.detach()
+            tensors[f"ema/{name}"] = self.ema[name]
+            tensors[f"exp_avg/{name}"] = state["exp_avg"]
+            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
+        partial = self.path.with_suffix(".partial")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"step": str(self.step)})
+        partial.replace(self.path)
+
+    def update(self, loss: Tensor) -> None:
+        """One Adam step (linear warm-up, then cosine) and one step of the moving average."""
+        warm = min(1.0, (self.step + 1) / 100)
+        rate = self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps))))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        self.step += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the modules hold the moving average."""
+        own = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._put(self.ema)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._put(own)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def run(self, name: str, loss_at: Callable[[int], Tensor], every: int, snapshot: Callable[[], None]) -> None:
+        """Trains up to `steps`, with a progress line, and a snapshot every so many steps and at the end."""
+        began, first, recent = time.monotonic(), self.step, 0.0
+        while self.step < self.steps:
+            loss = loss_at(self.step)
+            self.update(loss)
+            recent = loss.item() if self.step == first + 1 else 0.98 * recent + 0.02 * loss.item()
+            rate = (self.step - first) / (time.monotonic() - began)
+            if self.step % 50 == 0 or self.step == self.steps:
+                left = (self.steps - self.step) / rate / 60
+                print(f"{name} {self.step}/{self.steps}  loss {recent:.4f}  {rate:.2f} steps/s  {left:.0f} min left", flush=True)
+            if self.step % every == 0 or self.step == self.steps:
+                self.save()
+                snapshot()
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A generator of its own for each step, so that nothing but the step number needs saving."""
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
+
+
+def contact_sheet(pictures: list[Image.Image], columns: int, path: Path) -> None:
+    """Pictures of one size side by side, written as PNG."""
+    side = pictures[0].size[0]
+    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    sheet.save(path)
+
+
+def to_pictures(x: Tensor) -> list[Image.Image]:
+    """Float (n, 3, h, w) in [-1, 1] to pictures."""
+    pixels = x.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+# The stages
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels along both axes."""
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.device) -> Stage:
+    """The autoencoder: L1 on pixels and on their gradients, and a little of the KL divergence."""
+    torch.manual_seed(args.seed)
+    vae = build_vae().to(device)
+    stage = Stage(args.out / "vae.safetensors", nn.ModuleDict({"vae": vae}), 1e-3, args.vae_steps)
+
+    def loss_at(step: int) -> Tensor:
+        draw = generator(args.seed, "vae", step)
+        chosen = torch.randint(len(pictures), (8,), generator=draw).numpy()
+        x = to_model(pictures[chosen], device)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=draw).to(device)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        edges = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return (x - y).abs().mean() + 0.5 * edges + KL_WEIGHT * kl
+
+    def snapshot() -> None:
+        x = to_model(pictures[:16], device)
+        with stage.averaged():
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        both = [p for pair in zip(to_pictures(x), to_pictures(y), strict=True) for p in pair]
+        contact_sheet(both, 8, args.out / "preview-vae.png")
+        print(f"vae {stage.step}: L1 {(x - y).abs().mean():.4f}", flush=True)
+
+    stage.run("vae", loss_at, args.snapshot_every, snapshot)
+    stage._put(stage.ema)
+    return stage
+
+
+@torch.no_grad()
+def encoded(args: argparse.Namespace, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """The pictures' latents (posterior means, times the scaling factor), float32 (n, 8, 16, 16); sets that factor."""
+    path = args.out / f"latents-{len(pictures)}-{args.seed}-{args.vae_steps}.safetensors"
+    if path.exists():
+        latents = load_file(path)["latents"]
+    else:
+        print("encoding the pictures", flush=True)
+        parts = [vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean.cpu() for i in range(0, len(pictures), 64)]
+        latents = torch.cat(parts).contiguous()  # whatever layout the convolutions left
+        save_file({"latents": latents}, path)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return latents * vae.config.scaling_factor
+
+
+class Denoiser:
+    """The stage that trains denoiser and text encoder on cached latents, and what it shows and exports."""
+
+    def __init__(self, args: argparse.Namespace, vae: AutoencoderKL, device: torch.device) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.vae, self.device = args, vae, device
+        self.tokenizer: CLIPTokenizer = build_tokenizer()
+        self.unet, self.text_encoder = build_unet().to(device), build_text_encoder(self.tokenizer).to(device)
+        self.scheduler = build_scheduler()
+        modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+        self.stage = Stage(args.out / "unet.safetensors", modules, 1e-3, args.unet_steps)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Prompts to (n, 32, 128)."""
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device))[0]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The pipeline around the modules as they are now."""
+        pipe = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=build_scheduler(),
+            safety_checker=None,  # type: ignore[arg-type]
+            feature_extractor=None,  # type: ignore[arg-type]
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def train(self, latents: Tensor) -> None:
+        """Predicts v on uniformly drawn timesteps; no weighting, no dropout."""
+        alphas = self.scheduler.alphas_cumprod.to(self.device)
+        scenes = [scene_at(self.args.seed, i) for i in range(len(latents))]
+
+        def loss_at(step: int) -> Tensor:
+            draw, words = generator(self.args.seed, "unet", step), random.Random(f"{self.args.seed}/words/{step}")
+            chosen = torch.randint(len(latents), (self.args.batch_size,), generator=draw)
+            x = latents[chosen].to(self.device)
+            t = torch.randint(len(alphas), (len(x),), generator=draw).to(self.device)
+            noise = torch.randn(x.shape, generator=draw).to(self.device)
+            signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+            prompts = [training_caption(scenes[i], words) for i in chosen.tolist()]
+            v = self.unet(signal * x + sigma * noise, t, self.embed(prompts)).sample
+            return F.mse_loss(v, signal * noise - sigma * x)
+
+        self.stage.run("unet", loss_at, self.args.snapshot_every, self.snapshot)
+
+    def snapshot(self) -> None:
+        """A preview, and the export if one was asked for."""
+        with self.stage.averaged():
+            draws = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW_PROMPTS))]
+            images = self.pipeline()(list(PREVIEW_PROMPTS), num_inference_steps=20, generator=draws).images
+        contact_sheet(images, 4, self.args.out / f"preview-unet-{self.stage.step:06d}.png")
+        if self.args.export:
+            self.export(self.args.export)
+
+    def export(self, folder: Path) -> None:
+        """Writes the moving average as a float16 diffusers folder, and puts it in place only when it is whole."""
+        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with self.stage.averaged():
+            pipe = copy.deepcopy(self.pipeline())
+        pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+        self.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json and merges.txt, as CLIP has
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        print(f"exported step {self.stage.step} to {folder}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="snapshots, pictures and previews")
+    parser.add_argument("--export", type=Path, help="write the float16 diffusers folder here, at every snapshot")
+    parser.add_argument("--export-only", action="store_true", help="export the last snapshot and stop")
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--batch-size", type=int, default=32, help="of the denoiser")
+    parser.add_argument("--pictures", type=int, default=32768, help="how many are rendered")
+    parser.add_argument("--snapshot-every", type=int, default=500)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    pictures = rendered(args.out, args.pictures, args.seed)
+    vae = train_vae(args, pictures, device).modules["vae"].eval().requires_grad_(False)
+    latents = encoded(args, vae, pictures, device)
+    denoiser = Denoiser(args, vae, device)
+    if args.export_only:
+        denoiser.export(args.export)
+    else:
+        denoiser.train(latents)
+
+
+if __name__ == "__main__":
+    main()
