@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.pipeline import list_oft_adapters
+from oft_diffusion.pipeline import list_oft_adapters, set_oft_adapters
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
             fix="check the path or the hub id",
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)  # type: ignore[no-any-return]
+    return pipe.to(device)
 
 
 def generate(
@@ -108,3 +108,39 @@ def generate(
         if on_picture is not None:
             on_picture(len(pictures), len(seeds))
     return pictures
+
+
+def compare(
+    pipe: Any,
+    adapter_name: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    strengths: Sequence[float] = (0.0, 1.0),
+    on_row: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> list[list[Picture]]:
+    """The same prompts and seeds at several strengths; strength 0 is the base, bit for bit.
+
+    Args:
+        pipe: a pipeline with the adapter; left with this adapter alone active, at the last strength.
+        adapter_name: which.
+        prompts: one row each.
+        seeds: pictures per prompt and strength.
+        strengths: groups within a row.
+        on_row: called with (rows done, of how many).
+        **options: for `generate`.
+
+    Returns:
+        One row per prompt: all seeds at the first strength, then all at the second, and so on.
+    """
+    rows = []
+    for index, prompt in enumerate(prompts, 1):
+        row: list[Picture] = []
+        for strength in strengths:
+            set_oft_adapters(pipe, adapter_name, strength)
+            row += generate(pipe, prompt, seeds, **options)
+        rows.append(row)
+        if on_row is not None:
+            on_row(index, len(prompts))
+    return rows

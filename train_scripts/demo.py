@@ -7,13 +7,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from oft_diffusion import load_oft_weights, set_oft_adapters
+from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
-from oft_diffusion.generate import generate, load_pipeline
+from oft_diffusion.generate import compare, load_pipeline
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.report import Figure, write_report
@@ -65,17 +64,14 @@ def run_demo(name: str, out: Path) -> None:
 
     print("2/3  drawing the same prompts before and after", flush=True)
     pipe = load_pipeline(pocket_path())
-    before = draw(pipe, prompts, "before")
     load_oft_weights(pipe, result.adapter, adapter_name=name)
-    after = draw(pipe, prompts, "after")
-    set_oft_adapters(pipe, [name], 0.0)
+    rows = compare(pipe, name, prompts, SEEDS, on_row=lambda i, n: print(f"     prompt {i} of {n}", flush=True))
 
     print("3/3  writing the grid and the report", flush=True)
     photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
     shown = labelled_grid([photos], cell=CELL)
-    rows = [[*b, *a] for b, a in zip(before, after, strict=True)]
     labels = [f"{len(SEEDS)} x before"] + [""] * (len(SEEDS) - 1) + [f"{len(SEEDS)} x after"]
-    grid = labelled_grid(rows, row_labels=prompts, column_labels=labels, cell=CELL)
+    grid = labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
     grid_path = save_png(grid, out / "before_after.png")
     minutes = (time.perf_counter() - started) / 60
     report = write_report(
@@ -105,15 +101,6 @@ def run_demo(name: str, out: Path) -> None:
         ),
     )
     print(f"done in {minutes:.1f} minutes\n  adapter  {result.adapter}\n  grid     {grid_path}\n  report   {report}")
-
-
-def draw(pipe: Any, prompts: list[str], what: str) -> list[list[Image.Image]]:
-    """A row of pictures per prompt, with progress."""
-    rows = []
-    for index, prompt in enumerate(prompts, 1):
-        rows.append([picture.image for picture in generate(pipe, prompt, SEEDS)])
-        print(f"     {what}: prompt {index} of {len(prompts)}", flush=True)
-    return rows
 
 
 if __name__ == "__main__":

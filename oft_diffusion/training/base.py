@@ -42,6 +42,7 @@ class Base:
         weights: the folder in diffusers' format, or the single .safetensors file.
         configs: the folder with model_index.json, component configs and the tokenizer.
         variant: "fp16" where the folder holds only such files, else None.
+        pipeline: the diffusers class that model_index.json names.
         unet, vae, scheduler: their configs.
     """
 
@@ -49,6 +50,7 @@ class Base:
     weights: Path
     configs: Path
     variant: str | None
+    pipeline: str
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
@@ -141,7 +143,8 @@ def find_base(model: str, config_dir: str | None = None, name: str | None = None
     else:
         configs, variant = _single_file_configs(weights, config_dir), None
     loaded = _read_configs(configs)
-    base = Base(name or model, weights, configs, variant, loaded["unet"], loaded["vae"], loaded["scheduler"])
+    pipeline = str(_read_json(configs / "model_index.json")["_class_name"])
+    base = Base(name or model, weights, configs, variant, pipeline, loaded["unet"], loaded["vae"], loaded["scheduler"])
     for path in base._weight_files():
         _check_header(path)
     _check_kind(base)

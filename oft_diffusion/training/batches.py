@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,11 @@ class Batches:
     """
 
     def __init__(
-        self, config: TrainConfig, family: StableDiffusion, pictures: dict[str, Sequence[Picture]], device: torch.device
+        self,
+        config: TrainConfig,
+        family: StableDiffusion,
+        pictures: Mapping[str, Sequence[Picture]],
+        device: torch.device,
     ) -> None:
         self.config = config
         self.family = family

@@ -86,6 +86,13 @@ class StableDiffusion:
             ) from error
         return cls(pipeline, base)
 
+    def enable_gradient_checkpointing(self, component: str) -> None:
+        """Recompute activations in backward instead of keeping them. Non-reentrant, as adapters' hooks need it."""
+        if component == "unet":
+            self.unet.enable_gradient_checkpointing()  # diffusers' is non-reentrant
+        else:
+            self.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     # -- text --------------------------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: Sequence[str]) -> Text:

@@ -1,62 +1,42 @@
 """DreamBooth with OFT, from top to bottom: `train(config)` gives a run; entering it loads, iterating it learns.
 
-One step is: take a batch by its number, add noise, ask the adapted denoiser, compare, descend. What is family-specific
-is in `family.py`, what is random in `data.py`, what is on disk in `checkpoint.py`.
+One step is: take a batch by its number, add noise, ask the adapted denoiser, compare, descend. What comes before the
+first step is in `prepare.py`; what is family-specific in `family.py`, what is random in `data.py`, what a checkpoint
+holds in `state.py`.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-import shutil
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import TrainingError
-from oft_diffusion.files import FILE_NAME, AdapterMetadata, load_adapter_file, save_adapter_file, write_atomically
+from oft_diffusion.files import FILE_NAME, save_adapter_file
 from oft_diffusion.images import labelled_grid, save_png
-from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict
-from oft_diffusion.targets import choose_block_size, find_targets
-from oft_diffusion.training.batches import Batch, Batches
-from oft_diffusion.training.checkpoint import (
-    Checkpoint,
-    check_identity,
-    collect_training,
-    list_checkpoints,
-    load_checkpoint,
-    require_space,
-    restore_rng,
-    restore_training,
-    rng_states,
-    save_checkpoint,
-)
-from oft_diffusion.training.class_images import class_pictures, make_class_images
+from oft_diffusion.training.batches import Batch
+from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import pictures_digest
-from oft_diffusion.training.family import FAMILIES, StableDiffusion
-from oft_diffusion.training.model import ADAPTER, AdaptedModel, SilentLayers
+from oft_diffusion.training.interrupts import on_interrupt
+from oft_diffusion.training.model import SilentLayers
 from oft_diffusion.training.preflight import Plan, preflight
-from oft_diffusion.training.results import GRIDS, LOSSES, SETTINGS, Console, History, TrainResult, TrainStep
+from oft_diffusion.training.prepare import Parts, prepare
+from oft_diffusion.training.results import GRIDS, SETTINGS, Console, History, TrainResult, TrainStep
+from oft_diffusion.training.state import LossGuard, adapter_metadata, adapter_tensors, restore, snapshot
 
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAX_BAD_LOSSES = 5  # steps in a row whose loss is not finite
-_MAX_OVERFLOWS = 30  # the same for float16 overflow: the scaler needs about a dozen to find its scale
 _RATE_WINDOW = 20  # steps over which the rate is averaged
 
 
@@ -67,7 +47,7 @@ def train(
     on_note: Callable[[str], None] | None = None,
     program: str = "oft-diffusion train",
 ) -> TrainingRun:
-    """Check everything that can be checked without loading a model, and prepare a run.
+    """Check everything that can be checked without loading a model, and return a run.
 
     ```python
     with train(TrainConfig.from_toml("mug.toml")) as run:
@@ -80,7 +60,7 @@ def train(
         config: the settings.
         progress: whether to draw bars and print notes on the terminal.
         on_note: called with each note instead of printing it.
-        program: how the resume command begins.
+        program: how the command that resumes this run begins.
 
     Returns:
         A run, to be used in a `with` statement and iterated.
@@ -92,10 +72,14 @@ def train(
 
 
 class TrainingRun:
-    """A DreamBooth run.
+    """A DreamBooth run: enter it to load and prepare, iterate it to train, then read `result`.
 
-    Enter it to load the base, make class images, fill caches and inject adapters; iterate it to train. `stop()` may be
-    called from any thread; `save()` and `sample()` belong into the body of the loop.
+    `stop()` may be called from any thread. `save()` and `sample()` belong into the body of the loop.
+
+    Attributes:
+        step: optimizer steps done.
+        history: the losses so far.
+        silent_layers: layers that had no gradient over the first applied steps, as `component.layer`.
     """
 
     def __init__(self, config: TrainConfig, plan: Plan, console: Console, program: str) -> None:
@@ -106,35 +90,25 @@ class TrainingRun:
         self.output_dir = Path(config.output_dir)
         self.step = 0
         self.history = History()
-        self.interrupted = False
         self.silent_layers: tuple[str, ...] = ()
-        self._pictures: list[Path] = []
-        self._stopped = threading.Event()
+        self.interrupted = False
+        self.parts: Parts | None = None
         self._result: TrainResult | None = None
-        self._entered = self._training = False
+        self._stop = threading.Event()
+        self.guard = LossGuard(self.output_dir)
+        self._durations: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._seconds = 0.0
 
-    # -- preparation: everything up to the first step ----------------------------------------------------------------
-
     def __enter__(self) -> TrainingRun:
-        config = self.config
-        self._own_state = not AcceleratorState().initialized if AcceleratorState._shared_state else True
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        self.console.shown &= self.accelerator.is_main_process
-        self._entered = True
+        self._owns_accelerate = not AcceleratorState._shared_state
+        self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
+        self.console.shown = self.console.shown and self.accelerator.is_main_process
         try:
             for note in self.plan.notes:
                 self.console.say(note)
-            self._prepare_output()
-            self.console.say(f"loading {config.model}")
-            self.family = self._load_family()
-            pictures = self._prepare_pictures()
-            self.batches = Batches(config, self.family, pictures, self.accelerator.device)
-            self.batches.fill_caches(self.console.track)
-            self._park_what_is_cached()
-            self.banks = self._inject()
-            self._identity = self._describe_identity(pictures)
-            self._prepare_optimizer()
+            torch.manual_seed(self.config.seed)  # for dropout in a base that has any; all else is in data.py
+            self.parts = prepare(self.config, self.plan, self.accelerator, self.console)
+            self.watch = SilentLayers(self.parts.banks)
             if self.plan.resume_from is not None:
                 self._restore(self.plan.resume_from)
         except BaseException:
@@ -144,37 +118,238 @@ class TrainingRun:
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         try:
-            if kind is None and self._training and self._result is None:
-                self._finish()  # the caller left the loop with break: as good as stop()
+            if kind is None and self._seconds and self._result is None:
+                self._finish()  # the caller left the loop with break, which is as good as stop()
         finally:
             self._release()
 
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        config = self.config
+        self._require_parts()
+        with on_interrupt(self._interrupt):
+            if self.step == 0 and config.validation_prompts:
+                self.sample()
+            self.console.start(self.step, config.steps)
+            while self.step < config.steps and not self._stop_everywhere():
+                record = self._optimizer_step()
+                self.history.add(record)
+                self.console.advance(record)
+                last = self.step == config.steps
+                if config.validation_prompts and (last or self.step % config.validation_every == 0):
+                    record = replace(record, pictures=self.sample())
+                if config.checkpoint_every and not last and self.step % config.checkpoint_every == 0:
+                    record = replace(record, checkpoint=self.save())
+                yield record
+            self._finish()
+
+    def _optimizer_step(self) -> TrainStep:
+        """Forward and backward over `accumulation` batches, then one step of AdamW."""
+        config, parts, accelerator = self.config, self._require_parts(), self.accelerator
+        started = time.perf_counter()
+        totals = torch.zeros(2, device=accelerator.device)
+        for i in range(config.accumulation):
+            number = self.step * config.accumulation + i
+            batch = parts.batches.at(number, accelerator.process_index, accelerator.num_processes)
+            last = i == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(parts.model):
+                instance, prior = self._losses(batch)
+                loss = instance + config.prior_weight * prior
+                accelerator.backward(loss / config.accumulation)
+            totals += torch.stack([instance, prior]).detach() / config.accumulation
+        instance_loss, prior_loss = accelerator.reduce(totals, "mean").tolist()
+        total = instance_loss + config.prior_weight * prior_loss
+        rate = parts.adamw.param_groups[0]["lr"]
+        grad_norm, applied = self._descend(total)
+        self.step += 1
+        self._durations.append(time.perf_counter() - started)
+        self._seconds += self._durations[-1]
+        seconds = sum(self._durations) / len(self._durations)
+        return TrainStep(
+            step=self.step,
+            steps=config.steps,
+            loss=total,
+            instance_loss=instance_loss,
+            prior_loss=prior_loss if config.prior_preservation else None,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            applied=applied,
+            seconds_per_step=seconds,
+            seconds_left=seconds * (config.steps - self.step),
+        )
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss over the instance images and over the class images (zero where there are none)."""
+        parts = self._require_parts()
+        family = parts.family
+        noisy = family.add_noise(batch.latents, batch.noise, batch.timesteps)
+        prediction = parts.model(noisy, batch.timesteps, batch.text)
+        target = family.target(batch.latents, batch.noise, batch.timesteps)
+        per_sample = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        per_sample = per_sample * family.loss_weight(batch.timesteps, self.config.min_snr_gamma)
+        instance, prior = per_sample[: batch.instances], per_sample[batch.instances :]
+        return instance.mean(), prior.mean() if len(prior) else torch.zeros_like(instance[0])
+
+    def _descend(self, loss: float) -> tuple[float, bool]:
+        """Clip and apply the gradients, unless they or the loss are not finite. Returns their norm and whether."""
+        parts, accelerator = self._require_parts(), self.accelerator
+        parameters = [p for bank in parts.banks.values() for p in bank.parameters()]
+        norm = float(accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        usable = math.isfinite(loss) and math.isfinite(norm)
+        if usable and self.watch.watching:
+            self._watch_gradients()
+        if usable or accelerator.scaler is not None:  # a float16 scaler wants to see overflows: it skips by itself
+            parts.optimizer.step()
+        applied = usable and not parts.optimizer.step_was_skipped
+        parts.optimizer.zero_grad()
+        if applied:
+            for bank in parts.banks.values():
+                bank.project_()
+            parts.schedule.step()
+        if note := self.guard.check(self.step + 1, loss, applied):
+            self.console.say(note)
+        return norm, applied
+
+    def _watch_gradients(self) -> None:
+        """After the first few applied steps, name the layers that learn nothing."""
+        self.watch.watch()
+        if self.watch.watching:
+            return
+        if self.watch.all_silent():
+            raise TrainingError(
+                f"no layer had a gradient over the first {self.watch.STEPS} steps, so nothing is being trained",
+                expected="gradients on the generators",
+                fix="check that nothing replaced or bypasses the adapted layers",
+            )
+        self.silent_layers = tuple(self.watch.found())
+        if self.silent_layers:
+            shown = ", ".join(self.silent_layers[:5]) + (", ..." if len(self.silent_layers) > 5 else "")
+            self.console.say(f"{len(self.silent_layers)} layers had no gradient so far and do not learn: {shown}")
+
+    # -- stopping ----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Finish after the step in progress: adapter and checkpoint are written. From any thread."""
+        self._stop.set()
+
+    def _stop_everywhere(self) -> bool:
+        """Whether any process wants to stop; all must agree, or the others would wait for it forever."""
+        if self.accelerator.num_processes == 1:
+            return self._stop.is_set()
+        flag = torch.tensor([float(self._stop.is_set())], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        self.stop()
+        self.console.say("stopping after this step (once more to stop at once)")
+
+    def _finish(self) -> None:
+        """Write adapter, checkpoint and losses; say how to go on where the run was cut short."""
+        parts = self._require_parts()
+        checkpoint = self.save() if self.step else None
+        if self.accelerator.is_main_process:
+            metadata = adapter_metadata(parts, self.config, self.step)
+            save_adapter_file(self.output_dir / FILE_NAME, adapter_tensors(parts), metadata)
+            self.history.write(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        self.console.stop()
+        self._result = TrainResult(
+            adapter=self.output_dir / FILE_NAME,
+            steps=self.step,
+            losses=self.history.losses,
+            pictures=tuple(sorted((self.output_dir / GRIDS).glob("step-*.png"))),
+            checkpoint=checkpoint,
+            interrupted=self.interrupted,
+            silent_layers=self.silent_layers,
+            seconds=self._seconds,
+        )
+        if self.step < self.config.steps:
+            self.console.say(
+                f"stopped at step {self.step} of {self.config.steps}; to go on:\n  {self.resume_command()}"
+            )
+
+    def resume_command(self) -> str:
+        """The command line that goes on from the newest checkpoint."""
+        return f"{self.program} --config {shlex.quote(str(self.output_dir / SETTINGS))} --resume latest"
+
+    @property
+    def result(self) -> TrainResult:
+        """What the run left.
+
+        Raises:
+            TrainingError: it is not finished yet.
+        """
+        if self._result is None:
+            raise TrainingError(
+                "the run has no result yet", expected="a run whose loop has ended", fix="iterate it to the end first"
+            )
+        return self._result
+
+    # -- saving, restoring, sampling ---------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of the steps done so far, and the losses.
+
+        Raises:
+            TrainingError: the disk is full or the folder cannot be written.
+        """
+        parts, accelerator = self._require_parts(), self.accelerator
+        checkpoint = snapshot(parts, accelerator, self.config, self.step, self.history)
+        path = self.output_dir / f"checkpoint-{self.step:06d}"
+        if accelerator.is_main_process:
+            metadata = adapter_metadata(parts, self.config, self.step)
+            save_checkpoint(self.output_dir, checkpoint, adapter_tensors(parts), metadata, self.config.keep_checkpoints)
+            self.history.write(self.output_dir)
+        accelerator.wait_for_everyone()
+        return path
+
+    def _restore(self, folder: Path) -> None:
+        parts = self._require_parts()
+        checkpoint = load_checkpoint(folder)
+        check_identity(checkpoint.state, parts.identity)
+        restore(parts, self.accelerator, checkpoint)
+        self.step = checkpoint.step
+        self.history = History(checkpoint.state["history"])
+        self.console.say(f"resumed from {folder}, step {self.step}")
+
+    def sample(self, prompts: Sequence[str] | None = None) -> Path:
+        """Write a grid of pictures as the model draws them now: a row per prompt, a column per seed, always the same.
+
+        Args:
+            prompts: `validation_prompts` if None; `{trigger}` and `{class_word}` are filled in.
+
+        Returns:
+            The PNG's path, `samples/step-<step>.png` in output_dir.
+        """
+        parts, config = self._require_parts(), self.config
+        path = self.output_dir / GRIDS / f"step-{self.step:06d}.png"
+        if self.accelerator.is_main_process:
+            filled = [
+                config.fill(prompt) for prompt in prompts or config.validation_prompts or [config.instance_prompt]
+            ]
+            seeds = [config.seed + i for i in range(config.validation_count)]
+            how = (config.resolution, config.sampling_steps, config.guidance_scale)
+            rows = [parts.family.sample([prompt] * len(seeds), seeds, *how) for prompt in filled]
+            grid = labelled_grid(rows, row_labels=filled, cell=max(config.resolution, 128))
+            save_png(grid, path, {"step": self.step, "prompts": filled, "seeds": seeds})
+        self.accelerator.wait_for_everyone()
+        return path
+
+    # -- housekeeping ------------------------------------------------------------------------------------------------
+
+    def _require_parts(self) -> Parts:
+        if self.parts is None:
+            raise TrainingError(
+                "the run is not open", expected="a run that was entered", fix="use `with train(config) as run:`"
+            )
+        return self.parts
+
     def _release(self) -> None:
+        self.parts = None
         self.console.stop()
         self.accelerator.free_memory()
-        if self._own_state:
+        if self._owns_accelerate:
             # accelerate keeps the precision of its first use for the whole process; the next run may want another.
             AcceleratorState._reset_state()
-
-    def _prepare_output(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        if self.config.overwrite:
-            for path in (*list_checkpoints(self.output_dir), self.output_dir / GRIDS):
-                shutil.rmtree(path, ignore_errors=True)
-            for name in (FILE_NAME, LOSSES, SETTINGS):
-                (self.output_dir / name).unlink(missing_ok=True)
-        settings = replace(self.config, resume=None, overwrite=False).to_toml()
-        write_atomically(self.output_dir / SETTINGS, settings.encode())
-
-    def _load_family(self) -> StableDiffusion:
-        family = FAMILIES[self.plan.base.pipeline].load(self.plan.base, _DTYPES[self.config.mixed_precision])
-        for prompt in {p.prompt for p in self.plan.pictures}:
-            if family.too_long(prompt):
-                self.console.say(f"longer than the text encoder reads, and cut: {prompt!r}")
-        for name in self._adapted():  # a block size that does not fit shall not wait for the class images
-            settings = self._oft_of(name)
-            choose_block_size(find_targets(getattr(family, name), settings.targets), settings.block_size)
-        for module in (family.unet, family.text_encoder, family.vae):
-            module.to(self.accelerator.device)
-        return family

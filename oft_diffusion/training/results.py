@@ -101,9 +101,7 @@ class History:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Rows that every JSON reader takes."""
-        return [
-            {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in row.items()} for row in self.rows
-        ]
+        return [{k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in row.items()} for row in self.rows]
 
 
 class Console:

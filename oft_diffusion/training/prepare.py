@@ -1,0 +1,162 @@
+"""Everything between a checked config and the first step: load, make class images, cache, inject, optimise, resume."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from oft_diffusion.bank import OFTBank
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
+from oft_diffusion.inject import inject_oft, load_oft_state_dict
+from oft_diffusion.targets import choose_block_size, find_targets
+from oft_diffusion.training.batches import Batches
+from oft_diffusion.training.checkpoint import list_checkpoints, require_space
+from oft_diffusion.training.class_images import class_pictures, make_class_images
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.data import Picture, pictures_digest
+from oft_diffusion.training.family import FAMILIES, StableDiffusion
+from oft_diffusion.training.model import ADAPTER, AdaptedModel
+from oft_diffusion.training.preflight import Plan
+from oft_diffusion.training.results import GRIDS, LOSSES, SETTINGS, Console
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop turns.
+
+    Attributes:
+        family: the base, with adapters in its components.
+        batches: what to learn from, by number.
+        banks: by component: "unet", and "text_encoder" if it is adapted.
+        model: the prepared container; call this one in training.
+        optimizer: as accelerate wrapped it; adamw is the one inside.
+        schedule: the learning rate's course; stepped once per applied optimizer step.
+        identity: what a resumed run must find unchanged.
+    """
+
+    family: StableDiffusion
+    batches: Batches
+    banks: Mapping[str, OFTBank]
+    model: Any
+    optimizer: Any
+    adamw: torch.optim.AdamW
+    schedule: Any
+    identity: Mapping[str, Any]
+
+
+def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: Console) -> Parts:
+    """Build everything, in this order, since class images and caches want the base as it is.
+
+    Raises:
+        OFTError: the model cannot be loaded or adapted, a disk is full, an image or adapter file is unusable.
+    """
+    if accelerator.is_main_process:
+        _prepare_output(config)
+    accelerator.wait_for_everyone()
+    console.say(f"loading {config.model}")
+    family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision])
+    _check_targets(config, family)
+    for module in (family.unet, family.text_encoder, family.vae):
+        module.to(accelerator.device)
+    pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
+    for prompt in sorted({p.prompt for found in pictures.values() for p in found if family.too_long(p.prompt)}):
+        console.say(f"longer than the text encoder reads, and cut: {prompt!r}")
+    batches = Batches(config, family, pictures, accelerator.device)
+    batches.fill_caches(console.track)
+    _park(config, family)
+    banks = _inject(config, family)
+    model = AdaptedModel(family, banks, text_is_encoded=config.cache_text_embeddings)
+    adamw = torch.optim.AdamW(
+        [{"params": list(banks[name].parameters()), "lr": rate} for name, rate in _rates(config)],
+        weight_decay=config.weight_decay,
+    )
+    wrapped, optimizer = accelerator.prepare(model, adamw)
+    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    schedule = get_scheduler(name, adamw, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
+    identity = {
+        "base model": plan.base.fingerprint(),
+        "instance images or captions": pictures_digest(pictures["instance"]),
+        "class images": pictures_digest(pictures["class"]),
+        "number of processes": accelerator.num_processes,
+    }
+    return Parts(family, batches, banks, wrapped, optimizer, adamw, schedule, identity)
+
+
+def adapted(config: TrainConfig) -> Iterator[tuple[str, OFTConfig]]:
+    """Each component that carries an adapter, with the adapter's settings."""
+    yield "unet", config.oft
+    if config.text_encoder:
+        yield "text_encoder", config.text_encoder_oft
+
+
+def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:
+    yield "unet", config.learning_rate
+    if config.text_encoder:
+        yield "text_encoder", config.text_encoder_learning_rate or config.learning_rate
+
+
+def _prepare_output(config: TrainConfig) -> None:
+    """Delete an earlier run where that is wished, and write down the settings of this one."""
+    folder = Path(config.output_dir)
+    if config.overwrite:
+        for path in (*list_checkpoints(folder), folder / GRIDS):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (FILE_NAME, LOSSES, SETTINGS):
+            (folder / name).unlink(missing_ok=True)
+    settings = replace(config, resume=None, overwrite=False).to_toml()
+    write_atomically(folder / SETTINGS, settings.encode())
+
+
+def _check_targets(config: TrainConfig, family: StableDiffusion) -> None:
+    """Find unusable targets and block sizes now, before class images are made; and whether checkpoints will fit."""
+    size = 0
+    for name, settings in adapted(config):
+        targets = find_targets(getattr(family, name), settings.targets)
+        block_size = choose_block_size(targets, settings.block_size)
+        size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
+    # A checkpoint holds the adapter, the generators and Adam's two moments; one more than kept exists while writing.
+    require_space(Path(config.output_dir), 4 * size * (config.keep_checkpoints + 1) + size, "adapter and checkpoints")
+
+
+def _class_images(
+    config: TrainConfig, plan: Plan, family: StableDiffusion, accelerator: Accelerator, console: Console
+) -> list[Picture]:
+    if plan.class_images is None:
+        return []
+    make_class_images(plan.class_images, family, console.track, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return class_pictures(plan.class_images)
+
+
+def _park(config: TrainConfig, family: StableDiffusion) -> None:
+    """Move what is not needed any more off the device; pictures on the way fetch it back for a moment."""
+    if config.cache_latents:
+        family.vae.to("cpu")
+    if config.cache_text_embeddings:
+        family.text_encoder.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _inject(config: TrainConfig, family: StableDiffusion) -> dict[str, OFTBank]:
+    banks = {}
+    start = load_adapter_file(config.init_adapter).components if config.init_adapter else None
+    for name, settings in adapted(config):
+        component = getattr(family, name)
+        banks[name] = inject_oft(component, settings, ADAPTER)
+        if start is not None:
+            load_oft_state_dict(component, start[name], ADAPTER)
+        if config.gradient_checkpointing:
+            family.enable_gradient_checkpointing(name)
+        component.train()  # dropout, where a base has any, and transformers' checkpointing work in training mode only
+    return banks

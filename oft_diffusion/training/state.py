@@ -1,0 +1,112 @@
+"""From a run in memory to a checkpoint or an adapter file, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from oft_diffusion.errors import TrainingError
+from oft_diffusion.files import AdapterMetadata
+from oft_diffusion.inject import oft_state_dict
+from oft_diffusion.training.checkpoint import (
+    Checkpoint,
+    collect_training,
+    list_checkpoints,
+    restore_rng,
+    restore_training,
+    rng_states,
+)
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.model import ADAPTER
+from oft_diffusion.training.prepare import Parts
+from oft_diffusion.training.results import History
+
+# Paths say nothing to a reader of the file, and much about its author's disk.
+_PRIVATE = ("model", "config_dir", "instance_dir", "output_dir", "class_dir", "init_adapter", "resume", "overwrite")
+
+
+def snapshot(parts: Parts, accelerator: Accelerator, config: TrainConfig, step: int, history: History) -> Checkpoint:
+    """Everything a resume needs. All processes must call it, since each adds its RNG states."""
+    tensors, adam_steps = collect_training(parts.banks, parts.adamw)
+    for which, rng in rng_states().items():
+        everyone = accelerator.gather(rng.to(accelerator.device)[None]).cpu()
+        tensors |= {f"rng/{process}/{which}": one.clone() for process, one in enumerate(everyone)}
+    state = {
+        "batches": step * config.accumulation,  # the data position: which pictures, noise and timesteps come next
+        "config": config.to_dict(),
+        "identity": dict(parts.identity),
+        "adam_steps": adam_steps,
+        "schedule": parts.schedule.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "history": history.to_json(),
+    }
+    return Checkpoint(step, state, tensors)
+
+
+def restore(parts: Parts, accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Put a snapshot back into freshly prepared parts.
+
+    Raises:
+        TrainingError: the checkpoint's layers do not fit.
+    """
+    state = checkpoint.state
+    restore_training(parts.banks, parts.adamw, checkpoint.tensors, state["adam_steps"])
+    parts.schedule.load_state_dict(state["schedule"])
+    for group, rate in zip(parts.adamw.param_groups, parts.schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    if accelerator.scaler is not None and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    prefix = f"rng/{accelerator.process_index}/"
+    restore_rng({k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)})
+
+
+def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
+    """What an adapter file holds: per component, tensors by layer."""
+    return {name: oft_state_dict(getattr(parts.family, name), ADAPTER) for name in parts.banks}
+
+
+def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMetadata:
+    """What an adapter file says about itself."""
+    settings: Mapping[str, Any] = {k: v for k, v in config.to_dict().items() if k not in _PRIVATE}
+    return AdapterMetadata(
+        components={name: bank.adapters[ADAPTER].config for name, bank in parts.banks.items()},
+        base=parts.family.describe(),
+        trigger=config.trigger,
+        class_word=config.class_word,
+        training={"steps_done": step, **settings},
+    )
+
+
+class LossGuard:
+    """Counts steps in a row that could not be applied, and gives up after some."""
+
+    MAX_BAD_LOSSES = 5
+    MAX_OVERFLOWS = 30  # of gradients alone: a float16 scaler needs about a dozen to find its scale
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.bad_losses = self.overflows = 0
+
+    def check(self, step: int, loss: float, applied: bool) -> str | None:
+        """Note one step; a sentence for the user at the first bad loss.
+
+        Raises:
+            TrainingError: too many steps in a row were bad.
+        """
+        self.bad_losses = 0 if math.isfinite(loss) else self.bad_losses + 1
+        self.overflows = 0 if applied else self.overflows + 1
+        if self.bad_losses >= self.MAX_BAD_LOSSES or self.overflows >= self.MAX_OVERFLOWS:
+            what = f"the loss was {loss}" if self.bad_losses else "gradients were not finite"
+            newest = list_checkpoints(self.output_dir)
+            raise TrainingError(
+                f"{what} on {self.bad_losses or self.overflows} steps in a row, up to step {step}",
+                expected="finite numbers",
+                fix="lower learning_rate, or use mixed_precision = 'bf16' or 'no'"
+                + (f"; {newest[-1]} is the newest checkpoint" if newest else ""),
+            )
+        return f"step {step}: the loss is {loss}, so the step is skipped" if self.bad_losses == 1 else None
