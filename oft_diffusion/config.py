@@ -57,7 +57,9 @@ class OFTConfig:
                 expected="an integer from 1 to 32, the highest power of Q in the series",
                 fix="use 5, or PEFT's number of terms minus one",
             )
-        if self.coft_eps is not None and not 0 < float(self.coft_eps) < float("inf"):
+        if not isinstance(self.scaled, bool):
+            raise ConfigError(f"scaled={self.scaled!r} is not usable", expected="true or false", fix="leave scaled out")
+        if self.coft_eps is not None and not (_is_number(self.coft_eps) and 0 < self.coft_eps < float("inf")):
             raise ConfigError(
                 f"coft_eps={self.coft_eps!r} bounds nothing",
                 expected="a positive bound on the Frobenius norm of each block's Q, or None",
@@ -107,3 +109,7 @@ def _check_block_size(block_size: object) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)

@@ -32,6 +32,15 @@ FORMAT_VERSION = 1
 FILE_NAME = "oft_adapter.safetensors"
 HEADER_KEY = "oft_diffusion"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "base": (dict,),
+    "trigger": (str, type(None)),
+    "class_word": (str, type(None)),
+    "training": (dict,),
+    "software": (dict,),
+    "created": (str,),
+    "sha256": (str,),
+}
 _MAX_HEADER_BYTES = 25_000_000  # safetensors' own limit is 100 MB; an adapter of 10,000 layers needs 2
 
 
@@ -76,7 +85,14 @@ class AdapterMetadata:
         """
         data = json.loads(text)
         data["components"] = {name: OFTConfig.from_dict(config) for name, config in data["components"].items()}
-        return cls(**data)
+        metadata = cls(**data)
+        wrong = [name for name, kinds in _KINDS.items() if not isinstance(getattr(metadata, name), kinds)]
+        classes = {} if "base" in wrong else metadata.base.get("components", {})
+        if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
+            wrong.append("base")
+        if wrong:
+            raise TypeError(f"not of the right type: {', '.join(wrong)}")
+        return metadata
 
 
 @dataclass(frozen=True)
@@ -102,13 +118,15 @@ def save_adapter_file(
         The file's path.
 
     Raises:
-        AdapterFileError: a tensor is not finite or misshapen, or the file cannot be written.
+        AdapterFileError: a tensor is not finite or misshapen, the metadata's components are not the tensors', or the
+            file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     tensors = {f"{part}.{name}": t.contiguous() for part, state in components.items() for name, t in state.items()}
     _check_tensors(path, tensors)
+    _check_settings(path, {part: state for part, state in components.items() if state}, metadata)
     filled = AdapterMetadata(**{
         **metadata.__dict__,
         "software": software_versions(),
@@ -141,13 +159,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     for key, tensor in tensors.items():
         component, _, name = key.partition(".")
         components.setdefault(component, {})[name] = tensor
-    if set(components) != set(metadata.components):
-        raise AdapterFileError(
-            f"{path.name} has tensors for {', '.join(sorted(components))} but settings for "
-            f"{', '.join(sorted(metadata.components)) or 'nothing'}",
-            expected="settings for each adapted component",
-            fix="get the file again, or ask its author to save it again",
-        )
+    _check_settings(path, components, metadata)
     return AdapterFile(path, components, metadata)
 
 
@@ -158,7 +170,15 @@ def resolve_adapter_path(path: str | Path, weight_name: str | None = None) -> Pa
         AdapterFileError: there is none, or it is not a safetensors file.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise AdapterFileError(
+            f"{path} cannot be reached ({error.strerror or error})",
+            expected="an adapter file or folder",
+            fix="check the path and its permissions",
+        ) from error
+    if is_folder:
         inside = path / (weight_name or FILE_NAME)
         if not inside.is_file():
             others = sorted(p.name for p in path.glob("*.safetensors"))
@@ -168,9 +188,9 @@ def resolve_adapter_path(path: str | Path, weight_name: str | None = None) -> Pa
                 fix="name the file with weight_name, or pass its path",
             )
         path = inside
-    if not path.is_file():
+    if not exists:
         raise AdapterFileError(f"{path} does not exist", expected="an adapter file or folder", fix="check the path")
-    if path.suffix != ".safetensors":
+    if not path.is_file() or path.suffix != ".safetensors":
         raise AdapterFileError(
             f"{path.name} is no safetensors file",
             expected="a .safetensors file; pickled formats (.pt, .bin, .ckpt) can run code and are never loaded",
@@ -208,14 +228,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
+        temporary = None
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise AdapterFileError(
             f"{path} cannot be written ({error.strerror or error})",
             expected=f"a writable folder with {len(data) / 1e6:.1f} MB free",
             fix="free some space, or choose another folder",
         ) from error
+    finally:
+        if temporary is not None:  # Ctrl-C leaves nothing behind either
+            Path(temporary).unlink(missing_ok=True)
 
 
 def software_versions() -> dict[str, str]:
@@ -283,6 +305,26 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_settings(path: Path, components: Mapping[str, Mapping[str, Tensor]], metadata: AdapterMetadata) -> None:
+    configs = metadata.components
+    if not components or set(components) != set(configs):
+        raise AdapterFileError(
+            f"{path.name} has tensors for {', '.join(sorted(components)) or 'nothing'} but settings for "
+            f"{', '.join(sorted(configs)) or 'nothing'}",
+            expected="settings for each adapted component",
+            fix="get the file again, or ask its author to save it again",
+        )
+    for part, state in components.items():
+        sizes = sorted({block_size_of(t.shape[1]) or 0 for t in state.values()})
+        if sizes != [configs[part].block_size]:
+            raise AdapterFileError(
+                f"{path.name} has {part} blocks of size {', '.join(map(str, sizes))}, but its settings say "
+                f"{configs[part].block_size}",
+                expected="one block size per component, the one in its settings",
+                fix="get the file again, or ask its author to save it again",
+            )
+
+
 def _parse_metadata(path: Path, header: Mapping[str, str]) -> AdapterMetadata:
     text = header.get(HEADER_KEY)
     if text is None:
@@ -292,17 +334,19 @@ def _parse_metadata(path: Path, header: Mapping[str, str]) -> AdapterMetadata:
             fix="load it with the tool that wrote it",
         )
     try:
-        format_version = json.loads(text).get("format_version", 0)
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        format_version = json.loads(text).get("format_version")
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise AdapterFileError(
                 f"{path.name} has format version {format_version}",
-                expected=f"at most {FORMAT_VERSION}",
+                expected=f"an integer from 1 to {FORMAT_VERSION}",
                 fix="upgrade oft-diffusion",
             )
         return AdapterMetadata.from_json(text)
     except AdapterFileError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except OFTError as error:
+        raise AdapterFileError(f"{path.name}: {error.problem}", expected=error.expected, fix=error.fix) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterFileError(
             f"{path.name} has metadata that cannot be read ({str(error)[:200]})",
             expected=f"the JSON that oft-diffusion writes under {HEADER_KEY!r}",

@@ -183,17 +183,12 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_pixels(path: Path, resolution: int) -> Tensor:
-    """An image's central square, uint8 `(3, resolution, resolution)`: shorter side resized, longer one cropped.
+    """An image's central square, resized, uint8 `(3, resolution, resolution)`.
 
     Raises:
         DataError: as `read_picture`.
     """
-    image = read_picture(path)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = ImageOps.fit(read_picture(path), (resolution, resolution), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

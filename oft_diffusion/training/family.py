@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from oft_diffusion.errors import ConfigError, TrainingError
+from oft_diffusion.pipeline import describe_base
 from oft_diffusion.training.base import Base
 
 # CLIP's tokenizer numbers its words by frequency: ids past this one are words that hardly occur in captions.
@@ -67,7 +68,7 @@ class StableDiffusion:
         Raises:
             TrainingError: diffusers cannot load it.
         """
-        options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None, "local_files_only": True}
+        options: dict[str, Any] = {"dtype": dtype, "safety_checker": None, "local_files_only": True}
         try:
             if base.single_file:
                 pipeline = StableDiffusionPipeline.from_single_file(
@@ -205,13 +206,10 @@ class StableDiffusion:
 
     def describe(self) -> dict[str, Any]:
         """The base, for an adapter's metadata; plain JSON types, no path but its last part."""
-        return {
-            "name": self.base.name if not self.base.weights.exists() else self.base.weights.resolve().name,
-            "family": self.name,
-            "components": {c: type(getattr(self, c)).__name__ for c in ("unet", "text_encoder")},
-            "prediction_type": self.base.prediction_type,
-            "fingerprint": self.base.fingerprint(),
-        }
+        name = self.base.weights.resolve().name if self.base.name == str(self.base.weights) else self.base.name
+        own = {"family": self.name, "prediction_type": self.base.prediction_type}
+        modules = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return describe_base(name, modules) | own | {"fingerprint": self.base.fingerprint()}
 
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion}

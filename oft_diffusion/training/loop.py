@@ -148,7 +148,7 @@ class TrainingRun:
         """Forward and backward over `accumulation` batches, then one step of AdamW."""
         config, parts, accelerator = self.config, self._require_parts(), self.accelerator
         started = time.perf_counter()
-        totals = torch.zeros(2, device=accelerator.device)
+        totals = torch.zeros(3, device=accelerator.device)
         for i in range(config.accumulation):
             number = self.step * config.accumulation + i
             batch = parts.batches.at(number, accelerator.process_index, accelerator.num_processes)
@@ -157,9 +157,8 @@ class TrainingRun:
                 instance, prior = self._losses(batch)
                 loss = instance + config.prior_weight * prior
                 accelerator.backward(loss / config.accumulation)
-            totals += torch.stack([instance, prior]).detach() / config.accumulation
-        instance_loss, prior_loss = accelerator.reduce(totals, "mean").tolist()
-        total = instance_loss + config.prior_weight * prior_loss
+            totals += torch.stack([loss, instance, prior]).detach() / config.accumulation
+        total, instance_loss, prior_loss = accelerator.reduce(totals, "mean").tolist()
         rate = parts.adamw.param_groups[0]["lr"]
         grad_norm, applied = self._descend(total)
         self.step += 1

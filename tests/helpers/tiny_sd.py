@@ -28,7 +28,8 @@ def tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", zero_snr: b
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
@@ -42,7 +43,7 @@ def tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", zero_snr: b
     )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr,
+        prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr, steps_offset=1,
         timestep_spacing="trailing" if zero_snr else "leading",
     )  # fmt: skip
     return StableDiffusionPipeline(

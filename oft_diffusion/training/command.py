@@ -1,0 +1,64 @@
+"""`oft-diffusion train`, and what train_scripts/train_dreambooth.py runs: a command line to a run to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from oft_diffusion.errors import OFTError
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.loop import train
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    program: str = "oft-diffusion train",
+    shipped: Mapping[str, Callable[[], Path]] | None = None,
+) -> int:
+    """Train as a command line says.
+
+    Args:
+        argv: the options; this process's if None.
+        program: how usage and the resume command begin.
+        shipped: names that `--model` may give instead of a path, with what finds them.
+
+    Returns:
+        The exit status: 0, 1 after an error of ours, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog=program, description="DreamBooth: pictures of a subject to an OFT adapter.")
+    TrainConfig.add_arguments(parser)
+    options = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        config = TrainConfig.from_namespace(options)
+        if config.model in (shipped or {}):
+            assert shipped is not None
+            config = replace(config, model=str(shipped[config.model]()))
+        with train(config, program=program) as run:
+            for _ in run:
+                pass
+    except OFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted before the first step; class images made so far will be used again", file=sys.stderr)
+        return 130
+    result = run.result
+    if run.accelerator.is_main_process:
+        print(f"adapter     {result.adapter}  ({result.adapter.stat().st_size / 1e6:.2f} MB, {result.steps} steps)")
+        print(f"checkpoint  {result.checkpoint}")
+        for path in result.pictures[-1:]:
+            print(f"pictures    {path}")
+    return 130 if result.interrupted else 0
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+    """Options with underscores, as knobs are spelled in TOML, mean the same as those with dashes."""
+    spelled = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return spelled
