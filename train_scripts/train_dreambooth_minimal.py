@@ -31,7 +31,7 @@ def read_square(path: Path, side: int) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """Train an adapter; returns the loss of every step."""
+    """Train an adapter. Returns every step's loss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("pictures", type=Path)
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument(
         "--class-images", type=Path, help="folder of class images for prior preservation; made if empty"
     )
+    parser.add_argument("--class-count", type=int, default=100)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/minimal"))
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=32)
@@ -51,13 +52,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     pipe: Any = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(device)
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
 
-    # The subject has a name that the model does not know yet. Pictures of its class keep that word's meaning: the model
-    # draws them itself, before it is adapted.
+    # The subject gets a word that means nothing yet. Class images, drawn by the base itself, keep the class word's meaning.
     streams = {"instance": (sorted(args.pictures.glob("*.png")), f"a photo of {args.trigger} {args.class_word}")}
     if args.class_images is not None:
         prompt = f"a photo of {args.class_word}"
         args.class_images.mkdir(parents=True, exist_ok=True)
-        for i in range(0 if list(args.class_images.glob("*.png")) else 100):
+        for i in range(0 if list(args.class_images.glob("*.png")) else args.class_count):
             generator = torch.Generator().manual_seed(i)
             image = pipe(prompt, height=args.resolution, width=args.resolution, generator=generator).images[0]
             image.save(args.class_images / f"class_{i:05d}.png")

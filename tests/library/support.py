@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import OFTError
 from oft_diffusion.files import HEADER_KEY, AdapterMetadata, save_adapter_file
+from oft_diffusion.inject import inject_oft
+from oft_diffusion.pipeline import save_oft_weights
 from oft_diffusion.rotation import block_size_of, packed_size, unpack
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.{}.oft_R.weight"
@@ -97,3 +101,78 @@ def assert_one_sentence(error: pytest.ExceptionInfo[OFTError], *names: str) -> N
     assert len(message) < 1000
     for name in names:
         assert name in message
+
+
+# Pipelines
+
+PROMPT = "a photo of sks mug"
+BOTH = ("unet", "text_encoder")
+
+
+def copy_pipe(pipe: Any) -> Any:
+    """A pipeline of its own: nothing done to it reaches the original."""
+    copied = type(pipe)(**copy.deepcopy(pipe.components), requires_safety_checker=False)
+    copied.register_to_config(_name_or_path=pipe.config._name_or_path)
+    copied.set_progress_bar_config(disable=True)
+    return copied
+
+
+def draw(pipe: Any, *, prompt: str = PROMPT, seed: int = 0) -> Tensor:
+    """A picture in floats `(1, 3, 16, 16)`, always from the same noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+class Maker:
+    """Writes adapters for a base."""
+
+    def __init__(self, base: Any, folder: Path) -> None:
+        self.base = base
+        self.folder = folder
+
+    def __call__(
+        self, name: str, seed: int = 1, parts: Sequence[str] = BOTH, config: OFTConfig | None = None, **metadata: Any
+    ) -> Path:
+        pipe = copy_pipe(self.base)
+        for part in parts:
+            excite(inject_oft(getattr(pipe, part), config or OFTConfig(block_size=8), "a"), "a", seed=seed)
+        known = AdapterMetadata(components={}, **metadata)
+        return save_oft_weights(pipe, self.folder / f"{name}-{len(list(self.folder.iterdir()))}" / f"{name}.safetensors", "a", known)
+
+
+def modules_of(pipe: Any) -> Iterable[tuple[str, nn.Module]]:
+    for part, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            yield from ((f"{part}.{name}", module) for name, module in component.named_modules())
+
+
+def fingerprint(pipe: Any) -> dict[str, Any]:
+    """Everything that an adapter could change in a pipeline: classes, tensors, gradients, hooks, attributes."""
+    found: dict[str, Any] = {}
+    for name, module in modules_of(pipe):
+        hooks = {key: [id(h) for h in value.values()] for key, value in module.__dict__.items() if key.endswith("_hooks")}
+        tensors = {
+            key: (t.detach().clone(), t.requires_grad, t.dtype, id(t))
+            for key, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        }
+        found[name] = (id(module), type(module), module.training, sorted(module.__dict__), hooks, tensors)
+    return found
+
+
+def assert_unchanged(pipe: Any, before: Mapping[str, Any]) -> None:
+    after = fingerprint(pipe)
+    assert after.keys() == before.keys()
+    for name in before:
+        assert after[name][:5] == before[name][:5], name
+        assert after[name][5].keys() == before[name][5].keys()
+        for key, (tensor, *rest) in before[name][5].items():
+            assert after[name][5][key][1:] == tuple(rest), f"{name}.{key}"
+            assert torch.equal(after[name][5][key][0], tensor), f"{name}.{key}"
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

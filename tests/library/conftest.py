@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tests.helpers.tiny_sd import write_tiny_sd
+from tests.library.support import Maker, copy_pipe
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sd(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def base_pipe(model_folder: Path) -> StableDiffusionPipeline:
+    """One for all tests: copy it, never change it."""
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(base_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    return copy_pipe(base_pipe)
+
+
+@pytest.fixture(scope="session")
+def make(base_pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Adapter files for the tiny base, far from the identity; the same arguments give the same file."""
+    return Maker(base_pipe, tmp_path_factory.mktemp("adapters"))

@@ -1,0 +1,126 @@
+"""A base that cannot be trained is refused by a look at its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oft_diffusion.errors import ConfigError
+from oft_diffusion.training.base import find_base, is_hub_id
+
+
+@pytest.fixture
+def model(tiny_sd: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_found(model: Path) -> None:
+    base = find_base(str(model))
+    assert (base.vae_factor, base.prediction_type, base.variant, base.single_file) == (2, "epsilon", None, False)
+    assert base.pipeline == "StableDiffusionPipeline"
+    base.check_resolution(16)
+    with pytest.raises(ConfigError, match=r"resolution = 17 is no multiple of 2.*use 16 or 18"):
+        base.check_resolution(17)
+
+
+def test_fingerprint_knows_copies_and_changes(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    assert find_base(str(model)).fingerprint() == find_base(str(copy)).fingerprint()
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(bytes(data))
+    assert find_base(str(model)).fingerprint() != find_base(str(copy)).fingerprint()
+
+
+def test_fp16_only_folder(model: Path) -> None:
+    for file in [*model.glob("*/diffusion_pytorch_model.safetensors"), *model.glob("*/model.safetensors")]:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert find_base(str(model)).variant == "fp16"
+    (model / "unet" / "diffusion_pytorch_model.fp16.safetensors").rename(
+        model / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(ConfigError, match="only fp16 weights for some"):
+        find_base(str(model))
+
+
+def empty(model: Path) -> None:
+    shutil.rmtree(model)
+    model.mkdir()
+
+
+def one_file_inside(model: Path) -> None:
+    empty(model)
+    (model / "v1-5.safetensors").touch()
+
+
+def truncate(model: Path) -> None:
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def pickle_weights(model: Path) -> None:
+    (model / "vae" / "diffusion_pytorch_model.safetensors").rename(model / "vae" / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (shutil.rmtree, "there is no model"),
+        (empty, "has no model_index.json; it is empty"),
+        (one_file_inside, "v1-5.safetensors, with config_dir"),
+        (lambda m: edit(m / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+        (lambda m: (m / "unet" / "config.json").unlink(), "lacks unet/config.json"),
+        (lambda m: (m / "vae" / "config.json").write_text("{"), "vae/config.json cannot be read"),
+        (lambda m: [p.unlink() for p in (m / "tokenizer").iterdir()], "lacks tokenizer/vocab.json"),
+        (truncate, "are truncated or corrupt"),
+        (pickle_weights, "diffusion_pytorch_model.bin is a pickle"),
+        (lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "holds no .safetensors weights"),
+        (lambda m: edit(m / "unet" / "config.json", in_channels=9), "takes 9 channels, but its VAE makes 4"),
+        (lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="flow"), "prediction_type 'flow'"),
+    ],
+)
+def test_unusable_folders(break_it: Callable[[Path], object], sentence: str, model: Path) -> None:
+    break_it(model)
+    with pytest.raises(ConfigError) as caught:
+        find_base(str(model))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config_dir", "sentence"),
+    [
+        ("sd.ckpt", None, "is a pickled checkpoint"),
+        ("sd.txt", None, "is no model file"),
+        ("sd.safetensors", None, "needs configs, which diffusers would fetch from the hub"),
+        ("sd.safetensors", "nowhere", "has no model_index.json"),
+    ],
+)
+def test_unusable_files(name: str, config_dir: str | None, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        find_base(str(tmp_path / name), config_dir)
+    assert sentence in str(caught.value)
+
+
+def test_corrupt_single_file(tmp_path: Path, tiny_sd: Path) -> None:
+    (tmp_path / "sd.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match="truncated or corrupt"):
+        find_base(str(tmp_path / "sd.safetensors"), str(tiny_sd))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("owner/name", True), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("model", False), ("a/b/c", False),
+     ("./model", False), ("owner/sd.safetensors", False), ("/abs/model", False), ("tests/nothing", False)],
+)  # fmt: skip
+def test_hub_ids(name: str, expected: bool) -> None:
+    assert is_hub_id(name) == expected
