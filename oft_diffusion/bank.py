@@ -152,12 +152,25 @@ class OFTBank(nn.Module):
         for name in names:
             self.require(name)
         self.refuse_merged(names)
-        self._use(make_active(names, strengths, mode))
+        self.use(make_active(names, strengths, mode))
 
-    def activate(self, name: str) -> None:
-        """Put an adapter after those that are active, at strength 1."""
+    def use(self, active: tuple[Active, ...]) -> None:
+        """`set_adapters` with a mode each. After an error, the adapters of before are in use again.
+
+        Raises:
+            AdapterError: a series adapter's norm allows no fractional power.
+        """
+        before = self._active
+        try:
+            self._use(active)
+        except AdapterError:
+            self._use(before)
+            raise
+
+    def activate(self, name: str, strength: float = 1.0) -> None:
+        """Put an adapter after those that are active."""
         self.require(name)
-        self._use((*self._active, Active(name)))
+        self.use((*(a for a in self._active if a.name != name), *make_active([name], strength, "rotation")))
 
     @property
     def merged(self) -> tuple[str, ...]:

@@ -84,9 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from oft_diffusion.pocket import pocket_path
     from oft_diffusion.training.command import main as train_main
 
-    return train_main(arguments)
+    return train_main(arguments, shipped={"pocket": pocket_path})
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -124,6 +124,8 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
     given = {_canonical(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}
     problems = [f"{wanted[k][0]} is missing" for k in wanted if k not in given]
     problems += [f"{given[k][0]} matches no layer" for k in given if k not in wanted]
+    kept = {key for key, _ in given.values()}
+    problems += [f"{key} is there twice, with and without text_model." for key in state if key not in kept]
     for key in wanted.keys() & given.keys():
         (name, shape), tensor = wanted[key], given[key][1]
         if tuple(tensor.shape) != shape:

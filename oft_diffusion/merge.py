@@ -15,7 +15,7 @@ from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import hooked_layers
 from oft_diffusion.inject import require_bank
-from oft_diffusion.plan import Active, make_stages, split_by_layer
+from oft_diffusion.plan import Active, Stage, make_stages, split_by_layer
 
 KeepBase = Literal["cpu", "disk", False]
 
@@ -38,20 +38,24 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
     """
     bank = require_bank(model)
     staying, merging = _split_active(bank, adapter_names)
-    layers = hooked_layers(model)
     stages = make_stages(merging, bank.adapters)
-    names = [name for name in layers if any(name in stage.blocks for stage in stages)]
-    for name in names:
-        _check_weight(name, layers[name])
-    copy = BaseCopy({n: _weight(layers[n]) for n in names}, keep_base) if keep_base else None
+    weights = _merge_targets(model, stages)
+    copy = BaseCopy(weights, keep_base) if keep_base else None
     with torch.no_grad():
-        device = _weight(layers[names[0]]).device
+        device = next(iter(weights.values())).device
         deltas = split_by_layer(stages, bank.build_deltas(stages, device))
-        for name in names:
+        for name, weight in weights.items():
             # x meets the stages in order, so W takes the last one's rotation first.
             for delta in reversed(deltas[name]):
-                _rotate_columns_(_weight(layers[name]), delta)
+                _rotate_columns_(weight, delta)
     bank.set_merged(staying, merging, copy)
+
+
+def check_merge(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Raise what `merge_oft` would raise, and change nothing: for callers that merge several models or none."""
+    bank = require_bank(model)
+    _, merging = _split_active(bank, adapter_names)
+    _merge_targets(model, make_stages(merging, bank.adapters))
 
 
 def unmerge_oft(model: nn.Module) -> None:
@@ -124,6 +128,14 @@ def _split_active(bank: OFTBank, names: Sequence[str] | None) -> tuple[tuple[Act
             fix="merge all active adapters, or change their order with set_adapters",
         )
     return staying, merging
+
+
+def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
+    """The weights that these stages rotate, by layer name."""
+    layers = {n: m for n, m in hooked_layers(model).items() if any(n in stage.blocks for stage in stages)}
+    for name, layer in layers.items():
+        _check_weight(name, layer)
+    return {name: _weight(layer) for name, layer in layers.items()}
 
 
 def _weight(layer: nn.Module) -> Tensor:

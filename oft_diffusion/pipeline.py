@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from oft_diffusion.bank import OFTBank
-from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
 from oft_diffusion.files import (
     FILE_NAME,
     AdapterFile,
@@ -23,8 +23,13 @@ from oft_diffusion.files import (
 )
 from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
-from oft_diffusion.merge import KeepBase, merge_oft, unmerge_oft
-from oft_diffusion.plan import StrengthMode, check_adapter_name
+from oft_diffusion.merge import KeepBase, check_merge, merge_oft, unmerge_oft
+from oft_diffusion.plan import StrengthMode, check_adapter_name, make_active
+
+_HUB_OPTIONS = (
+    "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version",
+    "local_dir", "local_files_only", "repo_type", "revision", "subfolder", "token", "user_agent",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,11 @@ def load_oft_weights(
 
     Raises:
         AdapterFileError: the file is missing, broken, or does not fit this pipeline; the pipeline is unchanged then.
-        AdapterError: the name is taken or not usable.
+        AdapterError: the name is taken or not usable, or an adapter is fused; the pipeline is unchanged then, too.
     """
-    file = load_adapter_file(_locate(source, weight_name, hub_options))
-    name = adapter_name or _default_name(pipe, file)
+    path, label = _locate(source, weight_name, hub_options)
+    file = load_adapter_file(path)
+    name = adapter_name or _default_name(pipe, file.metadata.trigger or label)
     check_adapter_name(name)
     if name in {a.name for a in list_oft_adapters(pipe)}:
         raise AdapterError(
@@ -91,22 +97,31 @@ def load_oft_weights(
             load_oft_state_dict(module, file.components[part], name)
             bank.metadata[name] = file.metadata
             bank.freeze(name)
-    except Exception:
+            bank.activate(name, strength)
+    except BaseException as error:  # Ctrl-C, too
         for module in loaded:
             remove_oft(module, name)
+        if isinstance(error, (TargetError, AdapterFileError)):
+            raise AdapterFileError(
+                f"{file.path.name} does not fit this pipeline's {part}: {error.problem}",
+                expected=error.expected,
+                fix="load the adapter into the kind of pipeline it was trained for",
+            ) from error
         raise
-    if strength != 1.0:
-        for module in loaded:
-            _set_strength(module, name, strength)
     return next(a for a in list_oft_adapters(pipe) if a.name == name)
 
 
 def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
-    """The pipeline's adapters, in the order they were loaded."""
+    """The pipeline's adapters, in the order they were loaded into each component."""
     found: dict[str, LoadedAdapter] = {}
+    order: list[str] = []
     for part, bank in _banks(pipe).items():
         strengths = {a.name: a.strength for a in (*bank.active, *bank.merged_active)}
+        place = 0
         for name in bank.adapters:
+            if name not in order:
+                order.insert(place, name)
+            place = order.index(name) + 1
             before = found.get(name)
             found[name] = LoadedAdapter(
                 name,
@@ -115,7 +130,7 @@ def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
                 name in bank.merged,
                 bank.metadata.get(name),
             )
-    return list(found.values())
+    return [found[name] for name in order]
 
 
 def set_oft_adapters(
@@ -133,26 +148,26 @@ def set_oft_adapters(
         mode: "rotation" takes the group power R^s, "linear" the blend (1-s) I + s R that other tools use.
 
     Raises:
-        AdapterError: a name is unknown, fused or repeated, counts differ, or a strength is not finite.
+        AdapterError: a name is unknown, fused or repeated, counts differ, or a strength is not finite, or a fraction
+            that a series adapter's norm does not allow; nothing is changed then.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    values = [float(strengths)] * len(names) if isinstance(strengths, (int, float)) else list(strengths)
     banks = _require_banks(pipe, names)
-    if len(values) != len(names):
-        raise AdapterError(
-            f"{len(names)} adapter(s) but {len(values)} strength(s)",
-            expected="one strength for all, or one each",
-            fix="pass lists of equal length",
-        )
+    active = make_active(names, strengths, mode)
     for bank in banks.values():
         bank.refuse_merged(names)
-    for bank in banks.values():
-        here = [(n, s) for n, s in zip(names, values, strict=True) if n in bank.adapters]
-        bank.set_adapters([n for n, _ in here], [s for _, s in here], mode)
+    before = [(bank, bank.active) for bank in banks.values()]
+    try:
+        for bank in banks.values():
+            bank.use(tuple(a for a in active if a.name in bank.adapters))
+    except AdapterError:
+        for bank, was_active in before:
+            bank.use(was_active)
+        raise
 
 
 def fuse_oft(
-    pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
+    pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
 ) -> None:
     """Merge active adapters into the weights: no cost per step any more, and the same pictures up to rounding.
 
@@ -162,13 +177,26 @@ def fuse_oft(
         keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
 
     Raises:
-        AdapterError: nothing is active, or the order would change.
-        TargetError: a layer has no floating weight, as in a quantized base.
+        AdapterError: nothing is active, or the order would change; nothing is fused then, in no component.
+        TargetError: a layer has no floating weight, as in a quantized base; likewise.
     """
-    for part, bank in _require_banks(pipe, adapter_names or ()).items():
-        here = None if adapter_names is None else [n for n in adapter_names if n in bank.adapters]
-        if bank.active and here != []:
-            merge_oft(getattr(pipe, part), here, keep_base=keep_base)
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    wanted: dict[str, list[str]] = {}
+    for part, bank in _require_banks(pipe, names or ()).items():
+        here = [a.name for a in bank.active] if names is None else [n for n in names if n in bank.adapters]
+        if here:
+            wanted[part] = here
+    if not wanted:
+        fused = [a.name for a in list_oft_adapters(pipe) if a.fused]
+        raise AdapterError(
+            f"nothing to fuse: no adapter is active or named{f' ({fused[0]} is fused already)' if fused else ''}",
+            expected="active adapters",
+            fix="activate them with set_oft_adapters first",
+        )
+    for part, here in wanted.items():
+        check_merge(getattr(pipe, part), here)
+    for part, here in wanted.items():
+        merge_oft(getattr(pipe, part), here, keep_base=keep_base)
 
 
 def unfuse_oft(pipe: DiffusionPipeline) -> None:
@@ -188,9 +216,13 @@ def unload_oft_weights(pipe: DiffusionPipeline, adapter_name: str | None = None)
     """Remove one adapter, or all; without any, the pipeline is bit-identical to what it was.
 
     Raises:
-        AdapterError: there is none of that name, or it is fused and the base was kept: unfuse first.
+        AdapterError: there is none of that name, or it is fused and the base was kept: unfuse first. Nothing is
+            removed then.
     """
     banks = _require_banks(pipe, () if adapter_name is None else (adapter_name,))
+    for bank in banks.values():
+        if adapter_name is not None or bank.base_copy is not None:
+            bank.refuse_merged(bank.merged if adapter_name is None else (adapter_name,))
     for part, bank in banks.items():
         if adapter_name is None or adapter_name in bank.adapters:
             remove_oft(getattr(pipe, part), adapter_name)
@@ -229,8 +261,13 @@ def save_oft_weights(
 
 
 def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """What an adapter's metadata says of its base: where it came from, and each adapted component's class."""
-    return {"name": str(name), "components": {part: type(unwrap(m)).__name__ for part, m in components.items()}}
+    """What an adapter's metadata says of its base: its name, and each adapted component's class.
+
+    Of a local path only the last part: adapters are shared, and where a base lay is nobody's business.
+    """
+    local = Path(name)
+    shown = local.absolute().name if name and (local.is_absolute() or local.exists()) else str(name)
+    return {"name": shown, "components": {part: type(unwrap(m)).__name__ for part, m in components.items()}}
 
 
 def _banks(pipe: DiffusionPipeline) -> dict[str, OFTBank]:
@@ -255,13 +292,6 @@ def _require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, O
     return banks
 
 
-def _set_strength(module: nn.Module, name: str, strength: float) -> None:
-    bank = bank_of(module)
-    assert bank is not None
-    active = bank.active
-    bank.set_adapters([a.name for a in active], [strength if a.name == name else a.strength for a in active])
-
-
 def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.Module:
     module = pipe.components.get(part)
     if not isinstance(module, nn.Module):
@@ -282,29 +312,35 @@ def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.
     return module
 
 
-def _default_name(pipe: DiffusionPipeline, file: AdapterFile) -> str:
-    stem = file.path.parent.name if file.path.name == FILE_NAME else file.path.stem
-    base = re.sub(r"[^A-Za-z0-9_\-]+", "_", file.metadata.trigger or stem).strip("_") or "adapter"
+def _default_name(pipe: DiffusionPipeline, text: str) -> str:
+    base = re.sub(r"[^A-Za-z0-9_\-]+", "_", text).strip("_") or "adapter"
+    if hasattr(nn.ParameterDict, base):  # "train" is a fine trigger, but no name for a parameter
+        base += "_adapter"
     taken = {a.name for a in list_oft_adapters(pipe)}
     return next(name for name in (base, *(f"{base}_{i}" for i in range(2, 1000))) if name not in taken)
 
 
-def _locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str, Any]) -> Path:
+def _locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str, Any]) -> tuple[Path, str]:
+    """The local path of an adapter file, and what to call it: the folder's, the file's or the repository's name."""
+    if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
+        raise TypeError(f"load_oft_weights() got an unexpected keyword argument {unknown[0]!r}")
     local = Path(source)
-    looks_local = isinstance(source, Path) or local.exists() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(source))
-    if looks_local or local.suffix == ".safetensors":
+    is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w.\-]{1,96}/[\w.\-]{1,96}", source) is not None
+    if not is_hub_id or local.suffix == ".safetensors" or local.exists():
         if subfolder := hub_options.get("subfolder"):
             local = local / subfolder
-        return resolve_adapter_path(local, weight_name)
+        path = resolve_adapter_path(local, weight_name)
+        return path, path.absolute().parent.name if path.name == FILE_NAME else path.stem
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    file_name = weight_name or FILE_NAME
     try:
-        return Path(hf_hub_download(str(source), weight_name or FILE_NAME, **hub_options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        path = Path(hf_hub_download(str(source), file_name, **hub_options))
+    except Exception as error:  # its client raises those of several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise AdapterFileError(
-            f"{source!r} is no local path, and {weight_name or FILE_NAME} could not be had from that hub repository "
-            f"({str(error).splitlines()[0][:200]})",
+            f"{source!r} is no local path, and {file_name} could not be had from that hub repository ({reason})",
             expected="a local file or folder, or a reachable repository that holds the file",
             fix="check the name, weight_name, revision and token, or download the file first",
         ) from error
+    return path, local.name if path.name == FILE_NAME else path.stem

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     pipe: Any = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(device)
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
 
-    # The subject gets a word that means nothing yet. Class images, drawn by the base itself, keep the class word's meaning.
+    # The subject gets a word that means nothing yet. Class images, drawn by the base, keep the class word's meaning.
     streams = {"instance": (sorted(args.pictures.glob("*.png")), f"a photo of {args.trigger} {args.class_word}")}
     if args.class_images is not None:
         prompt = f"a photo of {args.class_word}"

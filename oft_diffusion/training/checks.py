@@ -51,7 +51,7 @@ def raise_problems(problems: Sequence[OFTError]) -> None:
         listed = "".join(f"\n  {i}. {error}" for i, error in enumerate(problems, 1))
         raise ConfigError(
             f"{len(problems)} problems, found before any model was loaded:{listed}\n",
-            expected="none",
+            expected="settings and files without them",
             fix="correct each as it says",
         )
 
@@ -114,7 +114,7 @@ def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
             fix='use "a photo of {trigger} {class_word}"',
         )
         yield Problem(("instance_prompt",), problem)
-    elif contains(words.get("class_prompt", []), trigger):
+    elif config.prior_preservation and contains(words.get("class_prompt", []), trigger):
         problem = ConfigError(
             f"class_prompt = {config.class_prompt!r} holds the trigger {config.trigger!r}",
             expected="a prompt for the class in general",
@@ -128,12 +128,14 @@ def contains(words: Sequence[str], part: Sequence[str]) -> bool:
     return any(list(words[i : i + len(part)]) == list(part) for i in range(len(words) - len(part) + 1))
 
 
+_PROMPTS = ("instance_prompt", "class_prompt", "validation_prompts")
+
 # (check, the knobs that must be of the right type for it)
 _CONTRADICTIONS = (
     (_adapter_problems, tuple(f.name for f in fields(OFTConfig))),
     (_unused_or_exclusive, (*_NEEDS, *_NEEDS.values(), *(knob for row in _EXCLUSIVE for knob in row[:2]))),
     (_schedule_problems, ("warmup_steps", "steps")),
-    (_prompt_problems, ("trigger", "class_word", "instance_prompt", "class_prompt", "validation_prompts")),
+    (_prompt_problems, ("trigger", "class_word", "prior_preservation", *_PROMPTS)),
 )
 
 

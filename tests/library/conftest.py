@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.helpers.tiny_sd import write_tiny_sd

@@ -141,7 +141,9 @@ class Maker:
         for part in parts:
             excite(inject_oft(getattr(pipe, part), config or OFTConfig(block_size=8), "a"), "a", seed=seed)
         known = AdapterMetadata(components={}, **metadata)
-        return save_oft_weights(pipe, self.folder / f"{name}-{len(list(self.folder.iterdir()))}" / f"{name}.safetensors", "a", known)
+        return save_oft_weights(
+            pipe, self.folder / f"{name}-{len(list(self.folder.iterdir()))}" / f"{name}.safetensors", "a", known
+        )
 
 
 def modules_of(pipe: Any) -> Iterable[tuple[str, nn.Module]]:
@@ -154,7 +156,9 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
     """Everything that an adapter could change in a pipeline: classes, tensors, gradients, hooks, attributes."""
     found: dict[str, Any] = {}
     for name, module in modules_of(pipe):
-        hooks = {key: [id(h) for h in value.values()] for key, value in module.__dict__.items() if key.endswith("_hooks")}
+        hooks = {
+            key: [id(h) for h in value.values()] for key, value in module.__dict__.items() if key.endswith("_hooks")
+        }
         tensors = {
             key: (t.detach().clone(), t.requires_grad, t.dtype, id(t))
             for key, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))

@@ -54,7 +54,9 @@ def adapters(draw):
     components, configs = {}, {}
     for part in draw(st.lists(st.sampled_from(["unet", "text_encoder", "text_encoder_2"]), min_size=1, unique=True)):
         block_size = draw(st.sampled_from([2, 3, 4, 8, 32]))
-        names = draw(st.lists(st.from_regex(r"[a-z]{1,3}(\.[a-z0-9_]{1,4}){0,3}", fullmatch=True), min_size=1, max_size=4))
+        names = draw(
+            st.lists(st.from_regex(r"[a-z]{1,3}(\.[a-z0-9_]{1,4}){0,3}", fullmatch=True), min_size=1, max_size=4)
+        )
         components[part] = {
             f"{name}.oft_R.weight": generators(
                 draw(st.integers(1, 4)), block_size, seed=draw(st.integers(0, 99)), norm=draw(st.floats(0.01, 5))
@@ -191,7 +193,9 @@ def test_names_and_packing_are_those_of_peft(tmp_path, block_size):
     ours, theirs = tiny_unet(), tiny_unet()
     bank = inject_oft(ours, OFTConfig(block_size=block_size, parametrisation="cayley_neumann", neumann_order=4))
     excite(bank)
-    path = save_adapter_file(tmp_path, {"unet": oft_state_dict(ours)}, AdapterMetadata({"unet": bank.adapters["default"].config}))
+    path = save_adapter_file(
+        tmp_path, {"unet": oft_state_dict(ours)}, AdapterMetadata({"unet": bank.adapters["default"].config})
+    )
     state = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
 
     config = peft.OFTConfig(

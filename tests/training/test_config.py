@@ -98,7 +98,7 @@ def test_missing_file_broken_toml_and_missing_knobs(tmp_path: Path) -> None:
         ({"trigger": " "}, "trigger is empty"),
         ({"trigger": "dog"}, "the trigger 'dog' is part of the class word"),
         ({"instance_prompt": "a photo of a dog"}, "does not hold the trigger"),
-        ({"class_prompt": "a {trigger} dog"}, "holds the trigger"),
+        ({"class_prompt": "a {trigger} dog", "prior_preservation": True}, "holds the trigger"),
         ({"validation_prompts": ["a {colour} dog"]}, "braces that mean nothing"),
         ({"validation_prompts": "a dog"}, "a list of texts"),
         ({"text_encoder": True, "cache_text_embeddings": True}, "cached embeddings would not follow"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def test_a_perfect_answer_denoises(prediction_type: str, family: StableDiffusion
     timesteps = torch.tensor([1, 200, 500, 900])
     noisy = kind.add_noise(latents, noise, timesteps)
     answer = kind.target(latents, noise, timesteps)
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                             prediction_type=prediction_type)  # fmt: skip
+    schedule: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                  prediction_type=prediction_type)  # fmt: skip
     for i, t in enumerate(timesteps):
         found = schedule.step(answer[i], int(t), noisy[i]).pred_original_sample
         assert torch.allclose(found, latents[i], atol=2e-3)

@@ -1,0 +1,136 @@
+"""Bad input: one sentence each, all of them at once, before any model is loaded or anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError, TrainingError
+from oft_diffusion.training import TrainConfig, preflight, train
+from oft_diffusion.training.family import StableDiffusion
+from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_file
+from tests.training.conftest import Run
+
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    if "run" not in request.fixturenames:
+        monkeypatch.setattr(StableDiffusion, "load", load)
+
+
+def refused(config: TrainConfig) -> OFTError:
+    with pytest.raises(OFTError) as caught:
+        train(config, progress=False)
+    assert caught.value.expected
+    assert caught.value.fix
+    return caught.value
+
+
+def test_what_the_issue_names(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    draw_pictures(tmp_path / "one", count=1)
+    mistakes: list[tuple[dict[str, object], type[OFTError], str]] = [
+        ({"instance_dir": str(tmp_path / "empty")}, DataError, "holds no images"),
+        ({"instance_dir": str(tmp_path / "one")}, DataError, "holds one image only"),
+        ({"resolution": 400}, DataError, "3 of 3 images"),
+        ({"model": str(tmp_path / "empty")}, ConfigError, "has no model_index.json; it is empty"),
+        ({"model": str(tmp_path / "gone")}, ConfigError, "there is no model"),
+        ({"trigger": "dog"}, ConfigError, "is a common word"),
+        ({"resolution": 17}, ConfigError, "is no multiple of 2"),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append(({"mixed_precision": "fp16"}, ConfigError, "needs a GPU"))
+    for knobs, kind, sentence in mistakes:
+        error = refused(config(**knobs))
+        assert isinstance(error, kind)
+        assert sentence in error.problem
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_at_once(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    error = refused(
+        config(
+            instance_dir=str(tmp_path / "empty"), trigger="table", learning_rate=-1.0, resolution=17, resume="latest"
+        )
+    )
+    message = str(error)
+    assert message.count("Fix:") == 6  # five, and the one of the whole
+    for sentence in ("learning_rate = -1.0", "holds no images", "a common word", "no multiple of 2", "no checkpoint"):
+        assert sentence in message
+
+
+def test_checks_do_not_trip_over_broken_knobs(config: Config) -> None:
+    message = str(
+        refused(config(resolution="large", block_size="many", trigger=3, steps=None, output_dir=7, model=None))
+    )
+    assert message.count("Fix:") == 7
+
+
+def test_full_disk(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
+    error = refused(config())
+    assert isinstance(error, TrainingError)
+    assert "has 5 MB free" in error.problem
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000))
+    preflight(config())
+    error = refused(config(prior_preservation=True, num_class_images=200_000))
+    assert "200000 class images" in error.expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written" in refused(config(output_dir=str(tmp_path / "locked" / "run"))).problem
+
+
+def test_output_that_is_a_file(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(config(output_dir=str(tmp_path / "file"))).problem
+
+
+def test_hub_id_without_a_network(config: Config) -> None:
+    error = refused(config(model="owner/no-such-model"))
+    assert "the model owner/no-such-model cannot be fetched from the hub" in error.problem
+
+
+def test_notes_are_no_errors(config: Config, tmp_path: Path) -> None:
+    plan = preflight(config(instance_dir=str(draw_pictures(tmp_path / "two", count=2)), resolution=32))
+    assert len(plan.notes) == 2
+
+
+def test_adapters_to_continue_from(config: Config, run: Run, tmp_path: Path) -> None:
+    _, first = run(config())
+    adapter = str(first.adapter)
+    out = str(tmp_path / "next")
+    assert isinstance(
+        refused(config(output_dir=out, init_adapter=str(tmp_path / "none.safetensors"))), AdapterFileError
+    )
+    error = refused(config(output_dir=out, init_adapter=adapter, block_size=8, scaled=True))
+    assert "unet's block_size is 16 there, 8 here; unet's scaled is False there, True here" in error.problem
+    error = refused(config(output_dir=out, init_adapter=adapter, text_encoder=True))
+    assert "adapts unet" in error.problem
+    assert error.fix == "set text_encoder = false"
+    preflight(config(output_dir=out, init_adapter=adapter, block_size="auto"))
+    first.adapter.write_bytes(first.adapter.read_bytes()[:-50])
+    assert isinstance(refused(config(output_dir=out, init_adapter=adapter)), AdapterFileError)
+
+
+def test_single_file_checkpoint_trains(config: Config, run: Run, tiny_sd: Path, tmp_path: Path) -> None:
+    file = write_single_file(tiny_pipeline(tmp_path), tmp_path / "tiny.safetensors")
+    assert "needs configs" in refused(config(model=str(file))).problem
+    assert "pickled" in refused(config(model=str(tmp_path / "sd.ckpt"), config_dir=str(tiny_sd))).problem
+    _, from_file = run(config(model=str(file), config_dir=str(tiny_sd)))
+    _, from_folder = run(config(overwrite=True))
+    assert from_file.losses == from_folder.losses
