@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -101,10 +102,10 @@ def _generate(options: argparse.Namespace) -> int:
     for name in ("count", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} is too small", expected="1 or more", fix="raise it")
+    adapters = [parse_adapter(text) for text in options.adapter]
     model = pocket_path() if options.model == "pocket" else options.model
     pipe = load_pipeline(model, getattr(torch, options.dtype), options.device)
-    for text in options.adapter:
-        path, strength = parse_adapter(text)
+    for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {strength:g}")
         _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
@@ -130,7 +131,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _warn_without_trigger(prompt: str, trigger: str | None) -> None:
-    if trigger and trigger not in prompt.split():
+    # CLIP's tokenizer lowers the case; punctuation beside the trigger is no part of it.
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE):
         print(f"warning: the prompt lacks the adapter's trigger {trigger!r}", file=sys.stderr)
 
 

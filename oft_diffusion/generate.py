@@ -12,7 +12,7 @@ from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from oft_diffusion.errors import ConfigError
+from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.pipeline import list_oft_adapters, set_oft_adapters
 
 
@@ -28,7 +28,8 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
     """Any text-to-image pipeline in diffusers' format, from a folder or the hub; safetensors only.
 
     Raises:
-        ConfigError: there is no such folder, it is no pipeline, or it holds pickled weights only.
+        ConfigError: there is no such folder, it is no pipeline, it holds pickled weights only, or there is no such
+            device.
     """
     local = Path(model)
     if local.exists() and not (local / "model_index.json").is_file():
@@ -38,15 +39,22 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
             fix="convert a single checkpoint with diffusers' from_single_file and save_pretrained",
         )
     try:
-        pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        pipe = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # diffusers, transformers and safetensors each have their own
         raise ConfigError(
-            f"{model} cannot be loaded as a pipeline ({str(error).splitlines()[0][:200]})",
+            f"{model} cannot be loaded as a pipeline ({_first_line(error)})",
             expected="a text-to-image pipeline in diffusers' format with safetensors weights",
             fix="check the path or the hub id",
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"the pipeline cannot be moved to {device!r} ({_first_line(error)})",
+            expected="a device of this machine with enough memory",
+            fix='use "cpu", or torch\'s build for your device',
+        ) from error
 
 
 def generate(
@@ -71,14 +79,24 @@ def generate(
         negative_prompt: what not to draw, where the pipeline knows such.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        width: in pixels; the pipeline's own size if None.
+        width: in pixels, together with height; the pipeline's own size if both are None.
         height: likewise.
         batch_size: pictures per call of the pipeline.
         on_picture: called with (pictures done, of how many) after each batch.
 
     Returns:
         Pictures in the order of seeds.
+
+    Raises:
+        ConfigError: the pipeline refuses a setting (a size that its VAE cannot divide, too many steps, ...).
     """
+    if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
+        # diffusers takes its own size for both where one is missing or 0, without a word
+        raise ConfigError(
+            f"width={width} and height={height} make no size",
+            expected="both, in pixels, or neither",
+            fix="give both",
+        )
     extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
     if width is not None:
         extra["width"] = width
@@ -96,13 +114,22 @@ def generate(
     pictures: list[Picture] = []
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
-        images = pipe(
-            [prompt] * len(batch),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in batch],
-            **({**extra, "negative_prompt": [negative_prompt] * len(batch)} if negative_prompt else extra),
-        ).images
+        try:
+            images = pipe(
+                [prompt] * len(batch),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in batch],
+                **({**extra, "negative_prompt": [negative_prompt] * len(batch)} if negative_prompt else extra),
+            ).images
+        except OFTError:
+            raise
+        except ValueError as error:  # what diffusers raises on settings that it checks
+            raise ConfigError(
+                f"the pipeline refuses these settings ({_first_line(error)})",
+                expected="a seed, a size and a number of steps that it can take",
+                fix="change the setting that the message names",
+            ) from error
         for seed, image in zip(batch, images, strict=True):
             pictures.append(Picture(image, {**shared, "seed": seed, "width": image.width, "height": image.height}))
         if on_picture is not None:
@@ -144,3 +171,7 @@ def compare(
         if on_row is not None:
             on_row(index, len(prompts))
     return rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

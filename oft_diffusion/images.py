@@ -94,7 +94,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             picture.load()
             text = picture.info.get(_KEY) if isinstance(picture, PngImagePlugin.PngImageFile) else None
         settings = json.loads(text) if text else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise OFTError(f"{path} cannot be read ({error})", expected="a PNG picture", fix="check the file") from error
     if not isinstance(settings, dict):
         raise OFTError(
@@ -108,7 +108,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """The text that A1111-style UIs show and read: prompt, negative prompt, then `Key: value` pairs."""
     names = {"steps": "Steps", "scheduler": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model"}
-    pairs = [f"{shown}: {settings[key]}" for key, shown in names.items() if settings.get(key) is not None]
+    pairs = [f"{shown}: {_quoted(settings[key])}" for key, shown in names.items() if settings.get(key) is not None]
     if "width" in settings and "height" in settings:
         pairs.append(f"Size: {settings['width']}x{settings['height']}")
     pairs += [f"OFT {a['name']}: {a['strength']:g}" for a in settings.get("adapters", ())]
@@ -116,6 +116,11 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     return "\n".join([*lines, ", ".join(pairs)])
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
 def _resized(picture: Image.Image, cell: int) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,20 +75,25 @@ def write_report(
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """An SVG of the losses: every step as a dot, and the mean of the last tenth of the run as a line."""
-    if not losses:
-        return "<p>No step was made.</p>"
+    """An SVG of the losses: every step as a dot, and the mean of the last tenth of the run as a line.
+
+    Steps whose loss was not finite have no dot.
+    """
+    steps = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
+    if not steps:
+        return f"<p>{'No step had a finite loss' if losses else 'No step was made'}.</p>"
     width, height, left, bottom = 720, 220, 52, 26
-    window = max(1, len(losses) // 10)
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-    top = max(losses) * 1.05 or 1.0
+    finite = [losses[i] for i in steps]
+    window = max(1, len(finite) // 10)
+    means = [sum(finite[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(finite))]
+    top = max(finite) * 1.05 or 1.0
 
     def point(step: int, value: float) -> tuple[float, float]:
         x = left + (width - left - 8) * step / max(1, len(losses) - 1)
         return round(x, 1), round((height - bottom) * (1 - value / top), 1)
 
-    dots = "".join('<circle cx="{}" cy="{}" r="1.6"/>'.format(*point(i, v)) for i, v in enumerate(losses))
-    line = " ".join("{},{}".format(*point(i, v)) for i, v in enumerate(means))
+    dots = "".join('<circle cx="{}" cy="{}" r="1.6"/>'.format(*point(i, v)) for i, v in zip(steps, finite, strict=True))
+    line = " ".join("{},{}".format(*point(i, v)) for i, v in zip(steps, means, strict=True))
     labels = "".join(
         f'<text x="{left - 6}" y="{point(0, v)[1] + 4}" text-anchor="end">{v:.3g}</text>'
         for v in (0.0, top / 2, top * 0.95)

@@ -83,7 +83,7 @@ def write_views(photograph: Image.Image, square: tuple[float, float, float], fol
     for index, (dx, dy, zoom) in enumerate(((0.0, 0.0, 1.0), (0.06, 0.02, 0.9), (0.0, 0.08, 0.88), (0.1, 0.05, 0.85))):
         size = side * zoom
         x, y = min(left + dx * side, width - size), min(top + dy * side, height - size)
-        box = tuple(round(v) for v in (x, y, x + size, y + size))
+        box = (x, y, x + size, y + size)
         view = photograph.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS, box=box)
         view.save(folder / f"{index + 1}.jpg", quality=92)
         views.append(view)

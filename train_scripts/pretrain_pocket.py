@@ -1,6 +1,6 @@
 """Pretrains the pocket base from nothing, in one command, and exports it as a diffusers folder.
 
-    python train_scripts/pretrain_pocket.py --out runs/pocket --export oft_diffusion/pocket/weights
+python train_scripts/pretrain_pocket.py --out runs/pocket --export oft_diffusion/pocket/weights
 
 Stages: render pictures (once), train the autoencoder, encode the pictures (once), train denoiser and text encoder
 together. Each stage leaves a snapshot in --out, as safetensors; running the same command again goes on from there.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,10 @@ class Stage:
             rate = (self.step - first) / (time.monotonic() - began)
             if self.step % 50 == 0 or self.step == self.steps:
                 left = (self.steps - self.step) / rate / 60
-                print(f"{name} {self.step}/{self.steps}  loss {recent:.4f}  {rate:.2f} steps/s  {left:.0f} min left", flush=True)
+                print(
+                    f"{name} {self.step}/{self.steps}  loss {recent:.4f}  {rate:.2f} steps/s  {left:.0f} min left",
+                    flush=True,
+                )
             if self.step % every == 0 or self.step == self.steps:
                 self.save()
                 snapshot()
@@ -259,7 +263,10 @@ def encoded(args: argparse.Namespace, vae: AutoencoderKL, pictures: np.ndarray, 
         latents = load_file(path)["latents"]
     else:
         print("encoding the pictures", flush=True)
-        parts = [vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean.cpu() for i in range(0, len(pictures), 64)]
+        parts = [
+            vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean.cpu()
+            for i in range(0, len(pictures), 64)
+        ]
         latents = torch.cat(parts).contiguous()  # whatever layout the convolutions left
         save_file({"latents": latents}, path)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -273,7 +280,9 @@ class Denoiser:
         torch.manual_seed(args.seed)
         self.args, self.vae, self.device = args, vae, device
         self.tokenizer: CLIPTokenizer = build_tokenizer()
-        self.unet, self.text_encoder = build_unet().to(device), build_text_encoder(self.tokenizer).to(device)
+        self.unet = build_unet().to(device)
+        encoder: Any = build_text_encoder(self.tokenizer)
+        self.text_encoder = encoder.to(device)
         self.scheduler = build_scheduler()
         modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
         self.stage = Stage(args.out / "unet.safetensors", modules, 1e-3, args.unet_steps)
@@ -291,8 +300,8 @@ class Denoiser:
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=build_scheduler(),
-            safety_checker=None,  # type: ignore[arg-type]
-            feature_extractor=None,  # type: ignore[arg-type]
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -332,7 +341,9 @@ class Denoiser:
         with self.stage.averaged():
             pipe = copy.deepcopy(self.pipeline())
         pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
-        self.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json and merges.txt, as CLIP has
+        self.tokenizer.backend_tokenizer.model.save(
+            str(partial / "tokenizer")
+        )  # vocab.json and merges.txt, as CLIP has
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

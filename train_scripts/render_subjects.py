@@ -1,6 +1,6 @@
 """Draws the example pictures of the pocket world's subjects: oft_diffusion/pocket/subjects/<name>/01.png to 05.png.
 
-    python train_scripts/render_subjects.py
+python train_scripts/render_subjects.py
 """
 
 from __future__ import annotations

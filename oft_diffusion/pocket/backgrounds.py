@@ -15,7 +15,9 @@ class Frame:
 
     def __init__(self, side: int, sky: tuple[RGB, RGB]) -> None:
         ramp = Image.linear_gradient("L").resize((side, side))  # 0 at the top, 255 at the bottom
-        self.image = Image.composite(Image.new("RGB", (side, side), sky[1]), Image.new("RGB", (side, side), sky[0]), ramp)
+        self.image = Image.composite(
+            Image.new("RGB", (side, side), sky[1]), Image.new("RGB", (side, side), sky[0]), ramp
+        )
         self.pen, self.side = ImageDraw.Draw(self.image), side
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
@@ -119,7 +121,13 @@ def _snow(side: int, rng: random.Random) -> Image.Image:
 
 def _forest(side: int, rng: random.Random) -> Image.Image:
     f = Frame(side, ((120, 166, 116), (176, 208, 150)))
-    for x, fill in ((0.06, (94, 72, 56)), (0.3, (112, 94, 74)), (0.52, (112, 94, 74)), (0.74, (94, 72, 56)), (0.95, (112, 94, 74))):
+    for x, fill in (
+        (0.06, (94, 72, 56)),
+        (0.3, (112, 94, 74)),
+        (0.52, (112, 94, 74)),
+        (0.74, (94, 72, 56)),
+        (0.95, (112, 94, 74)),
+    ):
         at, w = x + rng.uniform(-0.07, 0.07), rng.uniform(0.028, 0.05)
         f.box(at - w, 0, at + w, 0.76, fill)
     for i in range(9):

@@ -251,7 +251,9 @@ def _rocket(p: Painter, k: Look) -> None:
 def _flower(p: Painter, k: Look) -> None:
     p.paint((58, 148, 62), line(0.13, (0, 0.4), (0, 0.95)))
     p.paint((58, 148, 62), ell(-0.34, 0.78, 0.3, 0.13), ell(0.34, 0.78, 0.3, 0.13))
-    p.paint(k.body, *(ell(0.5 * math.cos(t), 0.5 * math.sin(t) - 0.2, 0.3) for t in (math.tau * i / 8 for i in range(8))))
+    p.paint(
+        k.body, *(ell(0.5 * math.cos(t), 0.5 * math.sin(t) - 0.2, 0.3) for t in (math.tau * i / 8 for i in range(8)))
+    )
     p.paint(k.accent, ell(0, -0.2, 0.46))
 
 

@@ -6,6 +6,7 @@ The 256 bytes are tokens, so every prompt can be tokenised; each word of the lis
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -15,7 +16,7 @@ from oft_diffusion.pocket import world
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 32
 
-COMMON_WORDS = """
+_COMMON = """
 a an the of in on at to with and or by for from into over under near beside behind above below between through around
 is are was be it its this that these those my your his her our their one two three four five six seven eight nine ten
 photo picture drawing painting image illustration sketch portrait cartoon icon poster sticker toy model close up view
@@ -34,7 +35,8 @@ farm village town island cave space planet earth world fire ice stone wood metal
 black grey gray cyan magenta violet navy lime striped spotted plain stripes spots dots pattern colour color colourful
 colorful coloured walking running sitting standing flying swimming sleeping eating playing jumping holding wearing
 looking going coming next first last second third thing place time year way life work part number name word
-""".split()
+"""
+COMMON_WORDS = _COMMON.split()
 
 
 def _world_words() -> list[str]:
@@ -46,7 +48,7 @@ def _world_words() -> list[str]:
 def _merge_all(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
     """BPE: joins the neighbours with the lowest rank until none is left."""
     while len(pieces) > 1:
-        rank, i = min((merges.get(pair, len(merges)), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)))
+        rank, i = min((merges.get(pair, len(merges)), i) for i, pair in enumerate(pairwise(pieces)))
         if rank == len(merges):
             break
         pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
@@ -74,4 +76,5 @@ def build_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[s
 def build_tokenizer() -> CLIPTokenizer:
     """The pocket base's tokenizer; the same one every time."""
     vocabulary, merges = build_vocabulary([*_world_words(), *COMMON_WORDS])
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    # The annotation says strings; the BPE model underneath takes pairs.
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]

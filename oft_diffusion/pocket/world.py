@@ -142,7 +142,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: an object class with fixed uncaptioned attributes, and the colour and pattern it has in photos."""
+    """One individual: an object class with fixed uncaptioned attributes, and its colour and pattern in photos."""
 
     name: str
     object: str

@@ -59,6 +59,8 @@ def instance_pictures(config: TrainConfig) -> tuple[list[Picture], list[str]]:
             fix="add two or more pictures from other sides, with other backgrounds",
         )
     notes = [f"{folder} holds two images; from 3 to 8 the subject is learned better"] if len(paths) == 2 else []
+    if ignored := _ignored(folder):
+        notes.append(f"not {_IMAGE_KINDS}, hence ignored: {', '.join(ignored)}")
     problems, small = [], []
     for path in paths:
         try:
@@ -96,6 +98,11 @@ def image_files(folder: Path, knob: str) -> list[Path]:
         )
     visible = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _ignored(folder: Path) -> list[str]:
+    known = (*IMAGE_SUFFIXES, ".txt")
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() not in known and not p.name.startswith("."))
 
 
 def _others(folder: Path) -> str:
@@ -219,7 +226,10 @@ class Draw:
 
 
 def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int], timesteps: int) -> Draw:
-    """The draw of sample `number`: pictures in a new order every epoch, the rest from a generator of its own."""
+    """The draw of sample `number`: pictures in a new order every epoch, the rest from a generator of its own.
+
+    The generator's numbers are taken in this order: posterior noise, noise, timestep, flip.
+    """
     epoch, place = divmod(number, pictures)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {stream} {number}").getrandbits(63))
     return Draw(

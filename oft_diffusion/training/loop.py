@@ -31,11 +31,11 @@ from oft_diffusion.training.batches import Batch
 from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.interrupts import on_interrupt
-from oft_diffusion.training.model import SilentLayers
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, prepare
 from oft_diffusion.training.results import GRIDS, SETTINGS, Console, History, TrainResult, TrainStep
-from oft_diffusion.training.state import LossGuard, adapter_metadata, adapter_tensors, restore, snapshot
+from oft_diffusion.training.state import adapter_metadata, adapter_tensors, restore, snapshot
+from oft_diffusion.training.watch import LossGuard, SilentLayers
 
 _RATE_WINDOW = 20  # steps over which the rate is averaged
 
@@ -101,7 +101,14 @@ class TrainingRun:
 
     def __enter__(self) -> TrainingRun:
         self._owns_accelerate = not AcceleratorState._shared_state
-        self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
+        try:
+            self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
+        except ValueError as error:
+            raise TrainingError(
+                f"accelerate is in use in this process with other settings ({error})",
+                expected=f"no Accelerator yet, or one with mixed_precision={self.config.mixed_precision!r}",
+                fix="train in a process of its own",
+            ) from error
         self.console.shown = self.console.shown and self.accelerator.is_main_process
         try:
             for note in self.plan.notes:
@@ -320,10 +327,10 @@ class TrainingRun:
             prompts: `validation_prompts` if None; `{trigger}` and `{class_word}` are filled in.
 
         Returns:
-            The PNG's path, `samples/step-<step>.png` in output_dir.
+            The PNG's path, `samples/step-<step>.png` in output_dir, or `step-<step>-own.png` where prompts are given.
         """
         parts, config = self._require_parts(), self.config
-        path = self.output_dir / GRIDS / f"step-{self.step:06d}.png"
+        path = self.output_dir / GRIDS / f"step-{self.step:06d}{'-own' if prompts else ''}.png"
         if self.accelerator.is_main_process:
             filled = [
                 config.fill(prompt) for prompt in prompts or config.validation_prompts or [config.instance_prompt]

@@ -141,7 +141,7 @@ def _check_output(config: TrainConfig) -> None:
 
 def _check_init_adapter(config: TrainConfig) -> None:
     """The adapter to continue from is readable and was made with the settings that are asked for now."""
-    if config.init_adapter is None:
+    if config.init_adapter is None or config.resume is not None:  # a resumed run has long left it behind
         return
     found = load_adapter_file(config.init_adapter)
     if found.metadata is None:

@@ -74,7 +74,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     batches = Batches(config, family, pictures, accelerator.device)
     batches.fill_caches(console.track)
     _park(config, family)
-    banks = _inject(config, family)
+    banks = _inject(config, plan, family)
     model = AdaptedModel(family, banks, text_is_encoded=config.cache_text_embeddings)
     adamw = torch.optim.AdamW(
         [{"params": list(banks[name].parameters()), "lr": rate} for name, rate in _rates(config)],
@@ -148,9 +148,11 @@ def _park(config: TrainConfig, family: StableDiffusion) -> None:
         torch.cuda.empty_cache()
 
 
-def _inject(config: TrainConfig, family: StableDiffusion) -> dict[str, OFTBank]:
+def _inject(config: TrainConfig, plan: Plan, family: StableDiffusion) -> dict[str, OFTBank]:
     banks = {}
-    start = load_adapter_file(config.init_adapter).components if config.init_adapter else None
+    start = None
+    if config.init_adapter is not None and plan.resume_from is None:
+        start = load_adapter_file(config.init_adapter).components
     for name, settings in adapted(config):
         component = getattr(family, name)
         banks[name] = inject_oft(component, settings, ADAPTER)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.inject import oft_state_dict
 from oft_diffusion.training.checkpoint import (
     Checkpoint,
     collect_training,
-    list_checkpoints,
     restore_rng,
     restore_training,
     rng_states,
@@ -80,33 +76,3 @@ def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMet
         class_word=config.class_word,
         training={"steps_done": step, **settings},
     )
-
-
-class LossGuard:
-    """Counts steps in a row that could not be applied, and gives up after some."""
-
-    MAX_BAD_LOSSES = 5
-    MAX_OVERFLOWS = 30  # of gradients alone: a float16 scaler needs about a dozen to find its scale
-
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
-        self.bad_losses = self.overflows = 0
-
-    def check(self, step: int, loss: float, applied: bool) -> str | None:
-        """Note one step; a sentence for the user at the first bad loss.
-
-        Raises:
-            TrainingError: too many steps in a row were bad.
-        """
-        self.bad_losses = 0 if math.isfinite(loss) else self.bad_losses + 1
-        self.overflows = 0 if applied else self.overflows + 1
-        if self.bad_losses >= self.MAX_BAD_LOSSES or self.overflows >= self.MAX_OVERFLOWS:
-            what = f"the loss was {loss}" if self.bad_losses else "gradients were not finite"
-            newest = list_checkpoints(self.output_dir)
-            raise TrainingError(
-                f"{what} on {self.bad_losses or self.overflows} steps in a row, up to step {step}",
-                expected="finite numbers",
-                fix="lower learning_rate, or use mixed_precision = 'bf16' or 'no'"
-                + (f"; {newest[-1]} is the newest checkpoint" if newest else ""),
-            )
-        return f"step {step}: the loss is {loss}, so the step is skipped" if self.bad_losses == 1 else None

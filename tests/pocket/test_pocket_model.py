@@ -128,7 +128,9 @@ def test_it_draws_what_the_seed_says_and_not_a_flat_field(pipe):
 
 @needs_weights
 def test_every_attention_layer_can_be_cut_into_blocks_of_32(pipe):
-    layers = [module for name, module in pipe.unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    layers = [
+        module for name, module in pipe.unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    ]
     assert layers
     assert all(layer.in_features % 32 == 0 for layer in layers)
 
@@ -197,7 +199,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tiny.main(["--out", str(whole), *steps, *fixed])
 
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     update = tiny.Stage.update
@@ -205,14 +207,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     def interrupt_at(path: str, step: int):
         def wrapped(self, loss):
             if self.path.name == path and self.step == step:
-                raise Interrupted
+                raise InterruptedRunError
             update(self, loss)
 
         monkeypatch.setattr(tiny.Stage, "update", wrapped)
 
     for name in ("vae.safetensors", "unet.safetensors"):
         interrupt_at(name, 3)  # one step after a snapshot, so the resumed run has to repeat it
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             tiny.main(["--out", str(parts), *steps, *fixed])
     monkeypatch.setattr(tiny.Stage, "update", update)
     torch.rand(7)  # the global generator must not matter

@@ -75,8 +75,12 @@ def test_two_processes_learn_what_one_does(config: Config, run: Run, tmp_path: P
 
     two("--steps", "2")
     two("--resume", "latest")
-    _, alone = run(config(steps=4, text_encoder=True, batch_size=2, output_dir=str(tmp_path / "alone"),
-                          prior_preservation=True, num_class_images=3, class_dir=str(settings.class_folder)))  # fmt: skip
+    _, alone = run(
+        config(
+            steps=4, text_encoder=True, batch_size=2, output_dir=str(tmp_path / "alone"), prior_preservation=True,
+            num_class_images=3, class_dir=str(settings.class_folder),
+        )
+    )  # fmt: skip
     losses = [row["loss"] for row in json.loads((tmp_path / "run" / "losses.json").read_text())]
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     ours, theirs = (load_adapter_file(p).components for p in (tmp_path / "run", alone.adapter))

@@ -148,6 +148,14 @@ def test_decompression_bomb(config: Config, tmp_path: Path, monkeypatch: pytest.
     assert "bomb.png has more pixels than 2,000" in refused(config(instance_dir=str(folder)))
 
 
+def test_ignored_files_are_named(config: Config, tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "p", count=3)
+    for name in ("raw.HEIC", ".DS_Store", "picture_0.txt", "other.txt"):
+        (folder / name).write_text("sks")
+    _, notes = instance_pictures(config(instance_dir=str(folder)))
+    assert notes == ["not PNG, JPEG or WebP, hence ignored: raw.HEIC"]
+
+
 def test_small_pictures_are_named_but_used(config: Config, tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "p", count=3, side=24)
     _, notes = instance_pictures(config(instance_dir=str(folder), resolution=32))

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from oft_diffusion.errors import TargetError, TrainingError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainingRun, train
 from oft_diffusion.training.batches import Batch, Batches
-from oft_diffusion.training.model import ADAPTER, SilentLayers
+from oft_diffusion.training.model import ADAPTER
+from oft_diffusion.training.watch import SilentLayers
 from tests.helpers.tiny_sd import draw_pictures, write_tiny_sd
 from tests.training.conftest import Run
 
@@ -282,6 +285,17 @@ def test_misuse_is_explained(config: Config) -> None:
         next(iter(run))
     with run, pytest.raises(TrainingError, match="the run has no result yet"):
         _ = run.result
+
+
+def test_foreign_accelerators_are_not_disturbed(config: Config, run: Run) -> None:
+    theirs = Accelerator(mixed_precision="bf16")
+    try:
+        with pytest.raises(TrainingError, match="accelerate is in use in this process with other settings"):
+            run(config())
+        run(config(mixed_precision="bf16"))
+        assert theirs.mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_break_finishes_the_run(config: Config) -> None:

@@ -114,6 +114,15 @@ def test_a_finished_run_resumes_to_its_result(config: Config, run: Run) -> None:
     assert again.losses == first.losses
 
 
+def test_a_resumed_run_needs_its_first_adapter_no_more(config: Config, run: Run, tmp_path: Path) -> None:
+    _, first = run(config(output_dir=str(tmp_path / "first"), steps=1))
+    start = {"init_adapter": str(first.adapter)}
+    run(config(**start))
+    first.adapter.unlink()
+    steps, _ = run(config(steps=4, resume="latest", **start))
+    assert [s.step for s in steps] == [4]
+
+
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
