@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,5 @@ def _resized(picture: Image.Image, cell: int) -> Image.Image:
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect.bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "…")) - 1
+    return text[: max(0, fitting)] + "…"

@@ -1,0 +1,198 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from oft_diffusion import list_oft_adapters, load_oft_weights, set_oft_adapters
+from oft_diffusion.errors import AdapterError, ConfigError
+from oft_diffusion.generate import compare, generate, load_pipeline
+from oft_diffusion.images import read_settings, save_png
+from tests.library.support import PROMPT, assert_one_sentence
+
+
+@pytest.fixture(scope="module")
+def mug(make):
+    return make("mug", seed=1, trigger="sks")
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(p.image, dtype=int) for p in pictures])
+
+
+def test_a_seed_is_the_same_picture_in_any_batch_and_company(pipe, mug):
+    load_oft_weights(pipe, mug)
+    seeds = [5, 6, 7, 8, 9]
+    alone = pixels([generate(pipe, PROMPT, [seed], steps=2)[0] for seed in seeds])
+    assert len(np.unique(alone, axis=0)) == len(seeds)
+    for batch_size in (1, 2, 4, 8):
+        # one level of 255: matrix products of another size round otherwise
+        assert abs(pixels(generate(pipe, PROMPT, seeds, steps=2, batch_size=batch_size)) - alone).max() <= 1
+    backwards = pixels(generate(pipe, PROMPT, seeds[::-1], steps=2))[::-1]
+    assert abs(backwards - alone).max() <= 1
+
+
+def test_the_same_call_gives_the_same_bits(pipe):
+    first, second = (pixels(generate(pipe, PROMPT, [1, 2], steps=2)) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_the_callers_random_numbers_are_left_alone(pipe):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    generate(pipe, PROMPT, [1], steps=1)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_settings_say_what_made_the_picture(pipe, mug, make, tmp_path):
+    load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
+    load_oft_weights(pipe, make("idle", seed=2), adapter_name="idle", strength=0.0)
+    (picture,) = generate(pipe, PROMPT, [9], steps=2, guidance=3.0, negative_prompt="blurry", width=16, height=32)
+    assert picture.image.size == (16, 32)
+    assert picture.settings == {
+        "prompt": PROMPT,
+        "negative_prompt": "blurry",
+        "steps": 2,
+        "guidance": 3.0,
+        "scheduler": "DDIMScheduler",
+        "model": "model",
+        "adapters": [{"name": "mug", "strength": 0.5}],
+        "seed": 9,
+        "width": 16,
+        "height": 32,
+    }
+    settings = read_settings(save_png(picture.image, tmp_path / "a.png", picture.settings))
+    again = generate(
+        pipe,
+        settings["prompt"],
+        [settings["seed"]],
+        **{key: settings[key] for key in ("steps", "guidance", "negative_prompt", "width", "height")},
+    )
+    assert np.array_equal(pixels([picture]), pixels(again))
+
+
+def test_every_setting_matters(pipe):
+    base = pixels(generate(pipe, PROMPT, [1], steps=2))
+    for change in ({"steps": 3}, {"guidance": 1.0}, {"negative_prompt": "red dog"}):
+        assert not np.array_equal(pixels(generate(pipe, PROMPT, [1], **{"steps": 2, **change})), base)
+    assert not np.array_equal(pixels(generate(pipe, "a red dog", [1], steps=2)), base)
+
+
+def test_progress_is_told(pipe):
+    calls = []
+    generate(pipe, PROMPT, range(5), steps=1, batch_size=2, on_picture=lambda *done: calls.append(done))
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+    assert generate(pipe, PROMPT, [], steps=1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"width": 32}, ["width=32", "height=None"]),
+        ({"height": 32}, ["height=32"]),
+        ({"width": 0, "height": 0}, ["width=0"]),
+        ({"width": -16, "height": -16}, ["width=-16"]),
+        ({"width": 17, "height": 17}, ["17"]),
+        ({"steps": 1001}, ["1001"]),
+        ({"seeds": [2**64]}, []),
+    ],
+)
+def test_settings_that_no_pipeline_can_take(pipe, options, words):
+    seeds = options.pop("seeds", [1])
+    with pytest.raises(ConfigError) as error:
+        generate(pipe, PROMPT, seeds, **{"steps": 1, **options})
+    assert_one_sentence(error, *words)
+
+
+# compare
+
+
+def test_comparing_strengths(pipe, mug, make):
+    untouched = pixels(generate(pipe, PROMPT, [1, 2], steps=2))
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    load_oft_weights(pipe, make("other", seed=2), adapter_name="other")
+    calls = []
+    rows = compare(
+        pipe, "mug", [PROMPT, "a red dog"], [1, 2], strengths=(0, 0.5, 1), steps=2, on_row=lambda *n: calls.append(n)
+    )
+    assert calls == [(1, 2), (2, 2)]
+    assert [len(row) for row in rows] == [6, 6]
+    assert [p.settings["seed"] for p in rows[0]] == [1, 2] * 3
+    assert [p.settings["prompt"] for p in rows[1]] == ["a red dog"] * 6
+    assert [p.settings["adapters"] for p in rows[0][::2]] == [
+        [], [{"name": "mug", "strength": 0.5}], [{"name": "mug", "strength": 1.0}]
+    ]  # fmt: skip
+    assert np.array_equal(pixels(rows[0][:2]), untouched)
+    for a, b in ((0, 2), (2, 4), (0, 4)):
+        assert not np.array_equal(pixels(rows[0][a : a + 2]), pixels(rows[0][b : b + 2]))
+    assert [(a.name, a.strength) for a in list_oft_adapters(pipe)] == [("mug", 1.0), ("other", None)]
+    set_oft_adapters(pipe, "mug")
+    assert np.array_equal(pixels(rows[0][4:]), pixels(generate(pipe, PROMPT, [1, 2], steps=2)))
+    with pytest.raises(AdapterError) as error:
+        compare(pipe, "cup", [PROMPT], [1])
+    assert_one_sentence(error, "'cup'")
+
+
+# Loading a pipeline
+
+
+def test_a_folder_is_loaded_in_the_wanted_precision(model_folder, recwarn):
+    pipe = load_pipeline(model_folder, torch.bfloat16)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert len(generate(pipe, PROMPT, [1], steps=1)) == 1
+    assert not [w for w in recwarn if "torch_dtype" in str(w.message)]
+
+
+def test_an_adapter_moves_a_half_precision_picture(model_folder, mug):
+    pipe = load_pipeline(model_folder, torch.bfloat16)
+    base = pixels(generate(pipe, PROMPT, [1], steps=2))
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    assert abs(pixels(generate(pipe, PROMPT, [1], steps=2)) - base).max() > 3
+    set_oft_adapters(pipe, "mug", 0)
+    assert np.array_equal(pixels(generate(pipe, PROMPT, [1], steps=2)), base)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BROKEN = {
+    "no index": lambda folder: (folder / "model_index.json").unlink(),
+    "index is no JSON": lambda folder: (folder / "model_index.json").write_text("{"),
+    "index says nothing": lambda folder: (folder / "model_index.json").write_text("{}"),
+    "index is a list": lambda folder: (folder / "model_index.json").write_text("[]"),
+    "cut weights": lambda folder: _cut(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+    "cut text weights": lambda folder: _cut(folder / "text_encoder" / "model.safetensors"),
+    "no weights": lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+    "pickled weights only": lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.bin"
+    ),
+    "broken config": lambda folder: (folder / "unet" / "config.json").write_text("{"),
+    "no vae": lambda folder: shutil.rmtree(folder / "vae"),
+    "unknown class": lambda folder: (folder / "model_index.json").write_text(json.dumps({"_class_name": "NoSuch"})),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_folder_is_one_sentence(model_folder, tmp_path, damage):
+    shutil.copytree(model_folder, tmp_path / "broken")
+    BROKEN[damage](tmp_path / "broken")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(tmp_path / "broken")
+    assert_one_sentence(error, "broken")
+
+
+def test_a_missing_folder_file_or_device_is_one_sentence(model_folder, tmp_path):
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"x")
+    for model in (tmp_path, tmp_path / "none", str(tmp_path / "none"), "no-such/model", single):
+        with pytest.raises(ConfigError) as error:
+            load_pipeline(model)
+        assert_one_sentence(error, str(model))
+    for device in ("nonsense", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError) as error:
+            load_pipeline(model_folder, device=device)
+        assert_one_sentence(error, device)
