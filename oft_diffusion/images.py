@@ -142,5 +142,5 @@ def _resized(picture: Image.Image, cell: int) -> Image.Image:
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
-    fitting = bisect.bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "…")) - 1
-    return text[: max(0, fitting)] + "…"
+    lengths = [font.getlength(text[:count] + "…") for count in range(len(text))]
+    return text[: max(0, bisect.bisect(lengths, width) - 1)] + "…"

@@ -92,10 +92,9 @@ def test_train_save_load_generate(sd15_folder: Path, tmp_path: Path, capsys: pyt
 
     pipe = load_pipeline(sd15_folder)
     load_oft_weights(pipe, run.result.adapter, adapter_name="mug")
-    options = {"steps": 2, "width": SIZE, "height": SIZE}
-    [adapted] = generate(pipe, "a zwx mug", [1], **options)
+    [adapted] = generate(pipe, "a zwx mug", [1], steps=2, width=SIZE, height=SIZE)
     set_oft_adapters(pipe, "mug", 0.0)
-    [base] = generate(pipe, "a zwx mug", [1], **options)
+    [base] = generate(pipe, "a zwx mug", [1], steps=2, width=SIZE, height=SIZE)
     assert adapted.image.size == (SIZE, SIZE)
     assert adapted.image.tobytes() != base.image.tobytes()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

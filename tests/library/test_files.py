@@ -6,13 +6,15 @@ import stat
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
@@ -207,7 +209,8 @@ def test_names_and_packing_are_those_of_peft(tmp_path, block_size):
     )
     peft.inject_adapter_in_model(config, theirs)
     assert set(peft.get_peft_model_state_dict(theirs)) == set(state)
-    assert not peft.set_peft_model_state_dict(theirs, state).unexpected_keys
+    outcome: Any = peft.set_peft_model_state_dict(theirs, state)
+    assert not outcome.unexpected_keys
 
     noise, time = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
     text = torch.randn(2, 5, 32)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_settings_say_what_made_the_picture(pipe, mug, make, tmp_path):
 
 def test_every_setting_matters(pipe):
     base = pixels(generate(pipe, PROMPT, [1], steps=2))
-    for change in ({"steps": 3}, {"guidance": 1.0}, {"negative_prompt": "red dog"}):
+    changes: tuple[dict[str, Any], ...] = ({"steps": 3}, {"guidance": 1.0}, {"negative_prompt": "red dog"})
+    for change in changes:
         assert not np.array_equal(pixels(generate(pipe, PROMPT, [1], **{"steps": 2, **change})), base)
     assert not np.array_equal(pixels(generate(pipe, "a red dog", [1], steps=2)), base)
 

@@ -1,5 +1,6 @@
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,13 @@ SETTINGS = {
 
 def square(colour, side=16, mode="RGB"):
     return Image.new("RGB", (side, side), colour).convert(mode)
+
+
+def colours_of(picture: Image.Image) -> dict[Any, int]:
+    """How many pixels each colour has."""
+    found = picture.getcolors(maxcolors=100_000)
+    assert found is not None
+    return {colour: count for count, colour in found}
 
 
 # Settings inside PNG files
@@ -92,7 +100,8 @@ def a1111(text):
     *lines, last = text.strip().split("\n")
     if len(A1111_PAIR.findall(last)) < 3:
         lines, last = [*lines, last], ""
-    prompt, negative = [], []
+    prompt: list[str] = []
+    negative: list[str] = []
     target = prompt
     for line in map(str.strip, lines):
         if line.startswith("Negative prompt:"):
@@ -194,7 +203,7 @@ def test_every_picture_is_on_the_grid_once_and_unchanged(rows, columns):
     grid = labelled_grid([[square(colour) for colour in row] for row in colours])
     assert grid.mode == "RGB"
     assert grid.size == (6 + columns * 22, 6 + rows * 22)
-    counts = {colour: count for count, colour in grid.getcolors()}
+    counts = colours_of(grid)
     for r, row in enumerate(colours):
         for c, colour in enumerate(row):
             assert counts[colour] == 256
@@ -216,7 +225,7 @@ def test_labels_add_height_and_never_width():
     assert both.height == plain.height + 3 * line
     assert {g.width for g in (plain, columns, rows, first, both)} == {plain.width}
     for grid in (columns, rows, first, both):
-        counts = {colour: count for count, colour in grid.getcolors()}
+        counts = colours_of(grid)
         assert counts[RED] == counts[GREEN] == 2 * 32 * 32
 
 
@@ -225,7 +234,7 @@ def test_labels_of_any_length_and_script_stay_inside(label):
     pictures = [[square(RED, 64), square(GREEN, 64)]]
     grid = labelled_grid(pictures, row_labels=[label], column_labels=[label, label])
     assert grid.width == labelled_grid(pictures).width
-    counts = {colour: count for count, colour in grid.getcolors(maxcolors=100_000)}
+    counts = colours_of(grid)
     assert counts[RED] == counts[GREEN] == 64 * 64
 
 
@@ -240,14 +249,14 @@ def test_small_pictures_are_enlarged_crisply():
     picture.putpixel((1, 0), BLUE)
     grid = labelled_grid([[picture]], cell=64)
     assert grid.size == (76, 76)
-    assert set(grid.crop((6, 6, 70, 70)).getcolors()) == {(3 * 32 * 32, RED), (32 * 32, BLUE)}
+    assert colours_of(grid.crop((6, 6, 70, 70))) == {RED: 3 * 32 * 32, BLUE: 32 * 32}
 
 
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (500, 3), (1, 1)])
 def test_oblong_pictures_keep_their_shape_on_white(size):
     grid = labelled_grid([[Image.new("RGB", size, RED)]], cell=32)
     assert grid.size == (44, 44)
-    inside = {colour: count for count, colour in grid.crop((6, 6, 38, 38)).getcolors()}
+    inside = colours_of(grid.crop((6, 6, 38, 38)))
     width, height = (max(1, round(s * 32 / max(size))) for s in size)
     assert inside[RED] == width * height
     assert inside.get(WHITE, 0) == 32 * 32 - width * height

@@ -17,7 +17,7 @@ from oft_diffusion import (
 )
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.files import load_adapter_file
-from oft_diffusion.hooks import bank_of
+from oft_diffusion.inject import require_bank
 from tests.library.support import (
     BOTH,
     assert_one_sentence,
@@ -100,6 +100,7 @@ def test_metadata_survives_loading_and_saving(pipe, mug, tmp_path):
     loaded = load_oft_weights(pipe, mug, adapter_name="other")
     assert (loaded.name, loaded.strength, loaded.fused) == ("other", 1.0, False)
     assert set(loaded.components) == set(BOTH)
+    assert loaded.metadata is not None
     assert (loaded.metadata.trigger, loaded.metadata.class_word) == ("sks", "mug")
     assert loaded.metadata.base["components"] == {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}
     again = load_adapter_file(save_oft_weights(pipe, tmp_path, "other")).metadata
@@ -112,7 +113,7 @@ def test_loaded_adapters_are_frozen(pipe, mug):
     load_oft_weights(pipe, mug)
     for part in BOTH:
         module = getattr(pipe, part)
-        assert not any(p.requires_grad for p in (*module.parameters(), *bank_of(module).parameters()))
+        assert not any(p.requires_grad for p in (*module.parameters(), *require_bank(module).parameters()))
 
 
 # Strength
@@ -161,7 +162,7 @@ def test_loading_another_adapter_leaves_the_first_ones_strength_and_mode(pipe, m
     load_oft_weights(pipe, mug, adapter_name="mug")
     set_oft_adapters(pipe, "mug", 0.5, mode="linear")
     load_oft_weights(pipe, style, adapter_name="style", strength=0.7)
-    active = bank_of(pipe.unet).active
+    active = require_bank(pipe.unet).active
     assert [(a.name, a.strength, a.mode) for a in active] == [("mug", 0.5, "linear"), ("style", 0.7, "rotation")]
 
 
@@ -212,7 +213,7 @@ def test_adapters_of_other_components_and_block_sizes_meet(pipe, make, style, wo
     set_oft_adapters(pipe, ["style", "words"])
     assert torch.equal(draw(pipe), pictures[2])
     set_oft_adapters(pipe, "words")
-    assert bank_of(pipe.unet).active == ()
+    assert require_bank(pipe.unet).active == ()
     fuse_oft(pipe)
     assert [a.name for a in list_oft_adapters(pipe) if a.fused] == ["words"]
 
@@ -222,8 +223,8 @@ def test_adapters_are_listed_in_the_order_of_loading(pipe, style, words, mug):
         load_oft_weights(pipe, path, adapter_name=path.stem)
     assert sorted(names(pipe)) == ["mug", "style", "words"]
     for part in BOTH:
-        mine = [name for name in names(pipe) if name in bank_of(getattr(pipe, part)).adapters]
-        assert mine == list(bank_of(getattr(pipe, part)).adapters)
+        mine = [name for name in names(pipe) if name in require_bank(getattr(pipe, part)).adapters]
+        assert mine == list(require_bank(getattr(pipe, part)).adapters)
 
 
 # Fusing
@@ -380,7 +381,7 @@ def test_unknown_and_repeated_names_change_nothing(pipe, mug, style, words):
         (lambda: set_oft_adapters(pipe, "mug", float("nan")), "nan"),
         (lambda: set_oft_adapters(pipe, ["style", "words"], [0.1, float("inf")]), "inf"),
         (lambda: set_oft_adapters(pipe, ["words", "style"], [0.1, float("inf")]), "inf"),
-        (lambda: set_oft_adapters(pipe, "mug", mode="cubic"), "cubic"),
+        (lambda: set_oft_adapters(pipe, "mug", mode="cubic"), "cubic"),  # type: ignore[arg-type]
         (lambda: fuse_oft(pipe, ["cup"]), "'cup'"),
         (lambda: unload_oft_weights(pipe, "cup"), "'cup'"),
         (lambda: save_oft_weights(pipe, "nowhere", "cup"), "'cup'"),

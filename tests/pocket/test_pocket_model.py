@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,6 +24,8 @@ needs_weights = pytest.mark.skipif(not (pocket_path() / "model_index.json").exis
 @pytest.fixture(scope="module")
 def pretrain():
     spec = importlib.util.spec_from_file_location("pretrain_pocket", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -181,8 +183,8 @@ def tiny(pretrain, monkeypatch):
         "attention_head_dim": 2,
     }
     small_vae = dict(vae) | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
-    monkeypatch.setattr(pretrain, "build_unet", lambda: model.UNet2DConditionModel.from_config(small_unet))
-    monkeypatch.setattr(pretrain, "build_vae", lambda: model.AutoencoderKL.from_config(small_vae))
+    monkeypatch.setattr(pretrain, "build_unet", lambda: UNet2DConditionModel.from_config(small_unet))
+    monkeypatch.setattr(pretrain, "build_vae", lambda: AutoencoderKL.from_config(small_vae))
     monkeypatch.setattr(pretrain.Denoiser, "snapshot", lambda self: None)
     return pretrain
 

@@ -1,5 +1,6 @@
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_every_value_of_every_attribute_gives_its_own_picture(scene, name):
 
 
 @pytest.mark.parametrize("change", [{"x": 0.45}, {"y": 0.88}, {"scale": 0.29}, {"flip": True}, {"light": 0.9}])
-def test_nuisance_attributes_change_the_picture(scene, change):
+def test_nuisance_attributes_change_the_picture(scene: Scene, change: dict[str, Any]) -> None:
     assert difference(render(scene), render(replace(scene, **change))).max() > 10
 
 
@@ -66,7 +67,8 @@ def test_uncaptioned_attributes_are_visible_on_every_object(kind):
     bare = Scene(kind, "teal", "plain", "snow", ACCENTS[0], "none", "none", "none")
     for name, values in UNCAPTIONED.items():
         for value in values[1:]:
-            changed = (difference(render(bare), render(replace(bare, **{name: value}))).max(axis=2) > 40).sum()
+            other: dict[str, Any] = {name: value}
+            changed = (difference(render(bare), render(replace(bare, **other))).max(axis=2) > 40).sum()
             assert changed >= 15, f"{name}={value} hardly shows on a {kind}"
 
 
