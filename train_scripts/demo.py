@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -43,14 +42,14 @@ def run_demo(name: str, out: Path) -> None:
     """Teach the pocket base one subject, and show what changed."""
     started = time.perf_counter()
     subject = SUBJECTS[name]
-    config = replace(
-        TrainConfig.from_toml(CONFIG),
-        model=str(pocket_path()),
-        instance_dir=str(subjects_path(name)),
-        class_word=subject.object,
-        output_dir=str(out),
-        overwrite=True,
-    )
+    overrides = {
+        "model": str(pocket_path()),
+        "instance_dir": str(subjects_path(name)),
+        "class_word": subject.object,
+        "output_dir": str(out),
+        "overwrite": True,
+    }
+    config = TrainConfig.from_toml(CONFIG, overrides)
     word = f"{config.trigger} {subject.object}"
     prompts = [f"a {word}", f"a {word} on the beach", f"a red {word} at night", f"a {word} in the snow"]
     prompts.append(f"a blue {'cat' if subject.object != 'cat' else 'car'} in a meadow")

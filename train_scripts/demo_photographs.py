@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +52,14 @@ def run(out: Path) -> None:
     rows, labels = [], []
     for name, (class_word, load, square) in PHOTOGRAPHS.items():
         views = write_views(Image.fromarray(np.asarray(load())), square, out / name / "views")
-        config = replace(
-            TrainConfig.from_toml(CONFIG),
-            model=str(pocket_path()),
-            instance_dir=str(out / name / "views"),
-            class_word=class_word,
-            output_dir=str(out / name),
-            overwrite=True,
-        )
+        overrides = {
+            "model": str(pocket_path()),
+            "instance_dir": str(out / name / "views"),
+            "class_word": class_word,
+            "output_dir": str(out / name),
+            "overwrite": True,
+        }
+        config = TrainConfig.from_toml(CONFIG, overrides)
         print(f"{name}: {len(views)} views", flush=True)
         with train(config) as training:
             for _ in training:
