@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from oft_diffusion import rotation
-from oft_diffusion.deltas import DeltaBuilder, GraphMark
+from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, is_compiled, reset_compiler
 from oft_diffusion.plan import (
@@ -25,8 +25,6 @@ from oft_diffusion.plan import (
     make_stages,
     split_by_layer,
 )
-
-Placement = tuple[torch.device, torch.dtype]
 
 
 class OFTBank(nn.Module):
@@ -56,10 +54,9 @@ class OFTBank(nn.Module):
         self._active: tuple[Active, ...] = ()
         self._stages: tuple[Stage, ...] = ()
         self._builder = DeltaBuilder(self.generators, self.adapters)
-        # Constant deltas of frozen adapters: tensors of fixed address, rewritten in place; one set per placement.
         self._placement: Placement = (device, dtype)
-        self._constants: dict[Placement, list[Tensor]] = {}
-        self._ready = False
+        self._constants = ConstantDeltas(self._builder)  # of frozen adapters
+        self._ready = False  # the slots hold constants
         # Deltas of trainable adapters live from one forward to its backward.
         self._mark = GraphMark()
         self._in_grad_forward = False
@@ -241,7 +238,7 @@ class OFTBank(nn.Module):
     def refresh(self) -> None:
         """Rebuild constant deltas in place: call it after writing frozen generators by other means than ours."""
         self._builder.forget()
-        self._rewrite_constants()
+        self._constants.rewrite(self._stages)
 
     # -- what the hooks call ----------------------------------------------------------------------------------------
 
@@ -261,7 +258,7 @@ class OFTBank(nn.Module):
                 self._place(placement)
             return
         self._ready = self.between_forwards = False
-        self._constants = {}
+        self._constants.clear()
         self._placement = placement
         self._in_grad_forward = torch.is_grad_enabled()
         flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
@@ -312,7 +309,7 @@ class OFTBank(nn.Module):
         """Deltas in x's device and dtype. Constants are converted once per device and dtype, and stay in the hook."""
         if self._trainable():
             return tuple(delta.to(device=x.device, dtype=x.dtype) for delta in deltas)
-        fitted = split_by_layer(self._stages, self._constants_at((x.device, x.dtype)))[hook.name]
+        fitted = split_by_layer(self._stages, self._constants.at(self._stages, (x.device, x.dtype)))[hook.name]
         hook.grad_deltas = hook.eval_deltas = fitted
         return fitted
 
@@ -341,11 +338,11 @@ class OFTBank(nn.Module):
         self._active, self._stages = active, stages
         if same_layout:
             if self._ready:
-                self._rewrite_constants()
+                self._constants.rewrite(self._stages)
             elif not self._trainable():
                 self._place(self._placement)
             return
-        self._constants = {}
+        self._constants.clear()
         self._ready = self._audited = self.between_forwards = False
         for hook in self.hooks.values():
             hook.grad_deltas = hook.eval_deltas = None
@@ -356,29 +353,13 @@ class OFTBank(nn.Module):
 
     def _place(self, placement: Placement) -> None:
         if placement != self._placement:
-            self._constants = {}
+            self._constants.clear()
         self._placement = placement
-        by_layer = split_by_layer(self._stages, self._constants_at(placement))
+        by_layer = split_by_layer(self._stages, self._constants.at(self._stages, placement))
         for name, hook in self.hooks.items():
             hook.grad_deltas = hook.eval_deltas = by_layer.get(name, ())
         self._ready = True
         self.between_forwards = False
-
-    def _constants_at(self, placement: Placement) -> list[Tensor]:
-        if placement not in self._constants:
-            # Outside inference mode, or the constants could never take part in a graph later.
-            with torch.inference_mode(False), torch.no_grad():
-                flats = self._builder.build(self._stages, placement[0])
-                self._constants[placement] = [f.to(placement[1], copy=True) for f in flats]
-            self._builder.forget_deltas()
-        return self._constants[placement]
-
-    def _rewrite_constants(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for placement, flats in self._constants.items():
-                for flat, new in zip(flats, self._builder.build(self._stages, placement[0]), strict=True):
-                    flat.copy_(new)
-        self._builder.forget_deltas()
 
     def _audit(self) -> None:
         self._audited = True
@@ -404,14 +385,14 @@ class OFTBank(nn.Module):
             return tensor.to(probe.device)
 
         super()._apply(keep_dtype, recurse)
-        self._constants = {}
+        self._constants.clear()
         self._ready = False
         self._builder.forget()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_constants={}, _ready=False, _in_grad_forward=False, between_forwards=False)
+        state.update(_ready=False, _in_grad_forward=False, between_forwards=False)
         return state
 
 

@@ -14,6 +14,9 @@ from oft_diffusion import rotation
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.plan import Active, Adapter, Stage
 
+# Where deltas are wanted, and in which dtype.
+Placement = tuple[torch.device, torch.dtype]
+
 
 class DeltaBuilder:
     """Builds deltas; keeps what is costly and constant of frozen adapters (spectra, deltas beside trainable ones)."""
@@ -79,6 +82,42 @@ class DeltaBuilder:
         if not parameter.requires_grad:
             self._spectra[active.name] = parts
         return rotation.power_delta(parts, active.strength).to(device, parameter.dtype)
+
+
+class ConstantDeltas:
+    """Deltas of frozen adapters, per placement: tensors of fixed address, rewritten in place.
+
+    Compiled models and captured graphs read those addresses, and so go on with the new values.
+    """
+
+    def __init__(self, builder: DeltaBuilder) -> None:
+        self._builder = builder
+        self._flats: dict[Placement, list[Tensor]] = {}
+
+    def at(self, stages: Sequence[Stage], placement: Placement) -> list[Tensor]:
+        """Flat deltas of every stage in that placement, built on the first call."""
+        if placement not in self._flats:
+            # Outside inference mode, or the constants could never take part in a graph later.
+            with torch.inference_mode(False), torch.no_grad():
+                flats = self._builder.build(stages, placement[0])
+                self._flats[placement] = [f.to(placement[1], copy=True) for f in flats]
+            self._builder.forget_deltas()
+        return self._flats[placement]
+
+    def rewrite(self, stages: Sequence[Stage]) -> None:
+        """Overwrite every placement's values; the stages have the layout they had in `at`."""
+        with torch.inference_mode(False), torch.no_grad():
+            for placement, flats in self._flats.items():
+                for flat, new in zip(flats, self._builder.build(stages, placement[0]), strict=True):
+                    flat.copy_(new)
+        self._builder.forget_deltas()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._flats = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_builder": self._builder, "_flats": {}}
 
 
 class GraphMark:
