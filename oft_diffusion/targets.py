@@ -160,7 +160,7 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern[str]]:
 
 
 def _refuse_fused(model: nn.Module) -> None:
-    fused = [name for name, module in model.named_modules() if getattr(module, "fused_projections", False)]
+    fused = [name for name, module in model.named_modules() if _uses_fused_projections(module)]
     if fused:
         raise TargetError(
             f"{type(model).__name__} has fused QKV projections ({fused[0]} and {len(fused) - 1} more), "
@@ -168,6 +168,13 @@ def _refuse_fused(model: nn.Module) -> None:
             expected="separate projections",
             fix="call unfuse_qkv_projections() before injecting",
         )
+
+
+def _uses_fused_projections(module: nn.Module) -> bool:
+    if not getattr(module, "fused_projections", False):
+        return False
+    # diffusers' Attention keeps its flag after unfuse_qkv_projections(); there the processor decides.
+    return type(module).__name__ != "Attention" or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
 def _is_linear(module: nn.Module) -> bool:
