@@ -64,7 +64,15 @@ def run_demo(name: str, out: Path) -> None:
     print("2/3  drawing the same prompts before and after", flush=True)
     pipe = load_pipeline(pocket_path())
     load_oft_weights(pipe, result.adapter, adapter_name=name)
-    rows = compare(pipe, name, prompts, SEEDS, on_row=lambda i, n: print(f"     prompt {i} of {n}", flush=True))
+    rows = compare(
+        pipe,
+        name,
+        prompts,
+        SEEDS,
+        steps=config.sampling_steps,
+        guidance=config.guidance_scale,
+        on_row=lambda i, n: print(f"     prompt {i} of {n}", flush=True),
+    )
 
     print("3/3  writing the grid and the report", flush=True)
     photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]

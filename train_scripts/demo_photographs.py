@@ -66,7 +66,7 @@ def run(out: Path) -> None:
                 pass
         load_oft_weights(pipe, training.result.adapter, adapter_name=name)
         prompt = f"a photo of a {config.trigger} {class_word}"
-        [row] = compare(pipe, name, [prompt], SEEDS)
+        [row] = compare(pipe, name, [prompt], SEEDS, steps=config.sampling_steps, guidance=config.guidance_scale)
         unload_oft_weights(pipe, name)
         rows.append([*views[:2], *(picture.image for picture in row)])
         labels.append(f"{prompt}: two of the {VIEWS} views, {len(SEEDS)} x before, {len(SEEDS)} x after")
