@@ -1,0 +1,173 @@
+"""Copies, casts, autocast, inference mode, and accelerate's offloading hooks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+
+from oft_diffusion import OFTConfig, inject_oft, remove_oft
+from oft_diffusion.bank import OFTBank
+from oft_diffusion.hooks import bank_of
+from tests.core.reference import relative, unet_inputs
+from tests.library.support import excite, tiny_unet
+
+
+def adapted(frozen: bool) -> tuple[Any, OFTBank, torch.Tensor]:
+    """A UNet with an excited adapter, its bank, and what the base said."""
+    unet = tiny_unet()
+    base = out_of(unet)
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    if frozen:
+        bank.freeze("default")
+    return unet, bank, base
+
+
+def out_of(unet: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(**unet_inputs(unet, dtype=dtype)).sample
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+
+
+def saved(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def after_training(model: Any) -> Any:
+    model(**unet_inputs(model)).sample.sum().backward()
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, after_training])
+def test_a_copy_works_on_its_own(duplicate: Callable[[Any], Any], frozen: bool) -> None:
+    unet, bank, base = adapted(frozen)
+    if duplicate is after_training and frozen:
+        unet.conv_in.requires_grad_(True)
+    before = out_of(unet)
+    assert relative(before, base) > 1e-2
+    other = duplicate(unet)
+    assert torch.equal(out_of(other), before)
+    its_bank = bank_of(other)
+    assert its_bank is not None
+    assert its_bank is not bank
+    excite(its_bank, seed=5)
+    assert relative(out_of(other), before) > 1e-2
+    assert torch.equal(out_of(unet), before)
+    remove_oft(unet)
+    remove_oft(other)
+    assert torch.equal(out_of(unet), base)
+    assert torch.equal(out_of(other), base)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_component_leaves_the_generators_in_float32(dtype: torch.dtype, frozen: bool) -> None:
+    unet, bank, base = adapted(frozen)
+    exact = out_of(unet)
+    unet.to(dtype)
+    bank.to(dtype)
+    assert bank.generators["default"].dtype == torch.float32
+    cast = out_of(unet, dtype)
+    assert cast.dtype == dtype
+    assert relative(cast, exact) < 0.1 * relative(exact, base)
+    unet.to(torch.float32)
+    assert relative(out_of(unet), exact) < 0.1 * relative(exact, base)
+
+
+def test_autocast_in_bfloat16_trains_float32_generators() -> None:
+    unet, bank, base = adapted(frozen=False)
+    inputs = unet_inputs(unet)
+    unet(**inputs).sample.square().mean().backward()
+    exact = bank.generators["default"].grad
+    assert exact is not None
+    bank.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = unet(**inputs).sample
+        loss = out.float().square().mean()
+    loss.backward()
+    gradient = bank.generators["default"].grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
+    assert relative(gradient, exact) < 0.1
+    assert relative(out, base) > 1e-2
+
+
+def test_inference_mode_first_and_training_after() -> None:
+    unet, bank, base = adapted(frozen=True)
+    with torch.inference_mode():
+        out = unet(**unet_inputs(unet)).sample
+    assert relative(out, base) > 1e-2
+    bank.generators["default"].requires_grad_(True)
+    unet(**unet_inputs(unet)).sample.sum().backward()
+    assert bank.generators["default"].grad is not None
+    bank.freeze("default")
+    inputs = unet_inputs(unet)
+    inputs["sample"].requires_grad_()
+    unet(**inputs).sample.sum().backward()  # constants made under inference mode could not be saved for this
+    assert inputs["sample"].grad is not None
+
+
+def sequential(unet: Any) -> Callable[[], None]:
+    cpu_offload(unet, torch.device("cpu"), offload_buffers=True)
+    return lambda: remove_hook_from_submodules(unet)
+
+
+def whole_model(unet: Any) -> Callable[[], None]:
+    _, hook = cpu_offload_with_hook(unet, torch.device("cpu"))
+    return hook.remove
+
+
+def dispatched(unet: Any) -> Callable[[], None]:
+    dispatch_model(unet, {"": "cpu"}, force_hooks=True)
+    return lambda: remove_hook_from_submodules(unet)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inject_first", [False, True])
+@pytest.mark.parametrize("offload", [sequential, whole_model, dispatched])
+def test_offloading_before_and_after_injection(
+    offload: Callable[[Any], Callable[[], None]], inject_first: bool, frozen: bool
+) -> None:
+    expected_unet, _, base = adapted(frozen)
+    expected = out_of(expected_unet)
+    unet = tiny_unet()
+    restore = None if inject_first else offload(unet)
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    if frozen:
+        bank.freeze("default")
+    restore = restore or offload(unet)
+    assert torch.equal(out_of(unet), expected)
+    assert relative(expected, base) > 1e-2
+    bank.set_adapters("default", 0.0)
+    assert torch.equal(out_of(unet), base)
+    restore()
+    remove_oft(unet)
+    assert torch.equal(out_of(unet), base)
+
+
+def test_deltas_follow_the_execution_device() -> None:
+    unet, _, _ = adapted(frozen=True)
+    expected = out_of(unet)
+    unet.to("meta")
+    hook = AlignDevicesHook(execution_device=torch.device("meta"))
+    for module in unet.modules():
+        add_hook_to_module(module, hook, append=True)
+    out = out_of(unet)
+    assert out.device.type == "meta"
+    assert out.shape == expected.shape
