@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import AdapterFileError, ConfigError, OFTError, TrainingError
+from oft_diffusion.errors import ConfigError, OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
 from oft_diffusion.training.checkpoint import (
@@ -140,16 +140,10 @@ def _check_output(config: TrainConfig) -> None:
 
 
 def _check_init_adapter(config: TrainConfig) -> None:
-    """The adapter to continue from is readable and was made with the settings that are asked for now."""
+    """The adapter to continue from is readable, of this package, and was made with the settings that are asked for now."""
     if config.init_adapter is None or config.resume is not None:  # a resumed run has long left it behind
         return
     found = load_adapter_file(config.init_adapter)
-    if found.metadata is None:
-        raise AdapterFileError(
-            f"{config.init_adapter} was written by another tool and does not say how it was made",
-            expected="an adapter that oft-diffusion trained or converted",
-            fix="convert it first with oft-diffusion convert",
-        )
     wanted = {"unet": config.oft} | ({"text_encoder": config.text_encoder_oft} if config.text_encoder else {})
     if set(found.components) != set(wanted):
         raise ConfigError(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError, TrainingError
 from oft_diffusion.training import TrainConfig, preflight, train
@@ -90,7 +91,8 @@ def test_full_disk(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_output_that_cannot_be_written(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # tests may run as root, who may write anywhere
+    # tests may run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert "cannot be written" in refused(config(output_dir=str(tmp_path / "locked" / "run"))).problem
 
 
@@ -124,6 +126,14 @@ def test_adapters_to_continue_from(config: Config, run: Run, tmp_path: Path) -> 
     preflight(config(output_dir=out, init_adapter=adapter, block_size="auto"))
     first.adapter.write_bytes(first.adapter.read_bytes()[:-50])
     assert isinstance(refused(config(output_dir=out, init_adapter=adapter)), AdapterFileError)
+
+
+def test_another_tools_adapter_is_no_start(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "foreign.safetensors"
+    save_file({"unet.mid_block.to_q.oft_R.weight": torch.zeros(2, 120)}, file)
+    error = refused(config(init_adapter=str(file)))
+    assert "was written by another tool" in error.problem
+    assert error.fix == "load it with the tool that wrote it"
 
 
 def test_single_file_checkpoint_trains(config: Config, run: Run, tiny_sd: Path, tmp_path: Path) -> None:
