@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from oft_diffusion.errors import OFTError
+from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.loop import train
+from oft_diffusion.training.loop import TrainingRun, train
 
 
 def main(
@@ -32,6 +33,7 @@ def main(
     parser = argparse.ArgumentParser(prog=program, description="DreamBooth: pictures of a subject to an OFT adapter.")
     TrainConfig.add_arguments(parser)
     options = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    run: TrainingRun | None = None
     try:
         config = TrainConfig.from_namespace(options)
         if config.model in (shipped or {}):
@@ -44,7 +46,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before the first step; class images made so far will be used again", file=sys.stderr)
+        print(_cut_off(run), file=sys.stderr)
         return 130
     result = run.result
     if run.accelerator.is_main_process:
@@ -53,6 +55,17 @@ def main(
         for path in result.pictures[-1:]:
             print(f"pictures    {path}")
     return 130 if result.interrupted else 0
+
+
+def _cut_off(run: TrainingRun | None) -> str:
+    """What a Ctrl-C leaves that did not wait for the step in progress."""
+    if run is None or run.step == 0:
+        return "interrupted before the first step; class images made so far will be used again"
+    if list_checkpoints(run.output_dir):
+        return (
+            f"interrupted after step {run.step}, unsaved; to go on from the last checkpoint:\n  {run.resume_command()}"
+        )
+    return f"interrupted after step {run.step}, unsaved; there is no checkpoint to go on from"
 
 
 def dashed(argv: Sequence[str]) -> list[str]:

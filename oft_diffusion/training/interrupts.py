@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# Launchers pass on a Ctrl-C that the terminal sends to their workers anyway: signals this close together are one.
+SECONDS_TOGETHER = 1.0
 
 
 @contextmanager
@@ -24,9 +28,15 @@ def on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
+    first: list[float] = []
+
     def handle(number: int, frame: FrameType | None) -> None:
-        restore()
-        callback()
+        if not first:
+            first.append(time.monotonic())
+            callback()
+        elif time.monotonic() - first[0] >= SECONDS_TOGETHER:
+            restore()
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, handle)

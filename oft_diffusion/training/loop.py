@@ -254,7 +254,7 @@ class TrainingRun:
     def _finish(self) -> None:
         """Write adapter, checkpoint and losses; say how to go on where the run was cut short."""
         parts = self._require_parts()
-        checkpoint = self.save() if self.step else None
+        checkpoint = self.save()  # even at step 0: Ctrl-C while the first grid is drawn is to be resumable too
         if self.accelerator.is_main_process:
             metadata = adapter_metadata(parts, self.config, self.step)
             save_adapter_file(self.output_dir / FILE_NAME, adapter_tensors(parts), metadata)

@@ -130,6 +130,8 @@ def _check_output(config: TrainConfig) -> None:
             expected="a folder, or a path where one can be made",
             fix="choose another output_dir",
         )
+    if config.resume is not None:
+        _check_no_later_checkpoint(find_checkpoint(config.resume, folder), folder)
     earlier = list_checkpoints(folder) or [p for p in (folder / FILE_NAME,) if p.exists()]
     if earlier and config.resume is None and not config.overwrite:
         raise TrainingError(
@@ -139,8 +141,19 @@ def _check_output(config: TrainConfig) -> None:
         )
 
 
+def _check_no_later_checkpoint(resume_from: Path, folder: Path) -> None:
+    """Going on from an older one, new checkpoints would count as older than those, and be deleted first."""
+    step = read_state(resume_from)["step"]
+    if later := [p for p in list_checkpoints(folder) if int(p.name.rpartition("-")[2]) > step]:
+        raise TrainingError(
+            f"{folder} holds checkpoints later than {resume_from.name}: {', '.join(p.name for p in later)}",
+            expected="the newest checkpoint there, or an output_dir of this run's own",
+            fix="go on with --resume latest, choose another output_dir, or delete the later checkpoints",
+        )
+
+
 def _check_init_adapter(config: TrainConfig) -> None:
-    """The adapter to continue from is readable, of this package, and was made with the settings that are asked for now."""
+    """The adapter to continue from is readable, and was made here with the settings that are asked for now."""
     if config.init_adapter is None or config.resume is not None:  # a resumed run has long left it behind
         return
     found = load_adapter_file(config.init_adapter)

@@ -59,7 +59,7 @@ class TrainResult:
         steps: optimizer steps in it.
         losses: loss of every step, those before a resume included.
         pictures: validation grids, oldest first.
-        checkpoint: the newest checkpoint; None if no step was done.
+        checkpoint: the newest checkpoint.
         interrupted: whether Ctrl-C or a signal ended it.
         silent_layers: `component.layer` of layers that had no gradient over the first steps.
         seconds: of training, without loading and caching.
@@ -69,7 +69,7 @@ class TrainResult:
     steps: int
     losses: tuple[float, ...]
     pictures: tuple[Path, ...]
-    checkpoint: Path | None
+    checkpoint: Path
     interrupted: bool
     silent_layers: tuple[str, ...]
     seconds: float

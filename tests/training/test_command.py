@@ -20,6 +20,24 @@ from tests.training.conftest import Run
 Config = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[2]
 
+# `oft-diffusion train`, and each process notes what it has learned.
+WORKER = """
+import os, sys, torch
+from pathlib import Path
+from oft_diffusion.training import TrainingRun
+from oft_diffusion.training.command import main
+
+finish = TrainingRun._finish
+def note(run):
+    finish(run)
+    learned = {name: bank.state_dict() for name, bank in run.parts.banks.items()}
+    Path(run.output_dir, f"learned-{os.environ['RANK']}.txt").write_text(
+        repr([(name, key, tensor.tolist()) for name, state in learned.items() for key, tensor in state.items()])
+    )
+TrainingRun._finish = note
+sys.exit(main())
+"""
+
 
 def test_trains_and_says_where(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config(model="shipped", validation_prompts=["a dog"])
@@ -62,7 +80,7 @@ def test_two_processes_learn_what_one_does(config: Config, run: Run, tmp_path: P
         command = [
             sys.executable,
             "-c",
-            "import sys; from oft_diffusion.training.command import main; sys.exit(main())",
+            WORKER,
         ]
         processes = [
             subprocess.Popen([*command, "--config", str(tmp_path / "c.toml"), *options], cwd=ROOT,
@@ -81,6 +99,9 @@ def test_two_processes_learn_what_one_does(config: Config, run: Run, tmp_path: P
             num_class_images=3, class_dir=str(settings.class_folder),
         )
     )  # fmt: skip
+    learned = [(tmp_path / "run" / f"learned-{rank}.txt").read_text() for rank in range(2)]
+    assert learned[0] == learned[1]
+    assert len(learned[0]) > 1000
     losses = [row["loss"] for row in json.loads((tmp_path / "run" / "losses.json").read_text())]
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     ours, theirs = (load_adapter_file(p).components for p in (tmp_path / "run", alone.adapter))

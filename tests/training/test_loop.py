@@ -10,15 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
 
-from oft_diffusion.errors import TargetError, TrainingError
+from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainingRun, train
-from oft_diffusion.training.batches import Batch, Batches
+from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.model import ADAPTER
-from oft_diffusion.training.watch import SilentLayers
-from tests.helpers.tiny_sd import draw_pictures, write_tiny_sd
+from tests.helpers.tiny_sd import draw_pictures
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]
@@ -47,6 +45,13 @@ def test_it_learns_and_leaves_the_base_alone(config: Config) -> None:
         assert after.keys() == base.keys()
         assert all(after[name].equal(base[name]) for name in base)
     assert run.result.silent_layers == ()
+
+
+def test_one_sample_is_learned_by_heart(config: Config, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda self, number, *args: original(self, 0, *args))
+    _, result = run(config(steps=50, learning_rate=0.1, targets="attention+mlp"))
+    assert result.losses[-1] < 0.4 * result.losses[0]
 
 
 def test_records_and_result(config: Config, run: Run) -> None:
@@ -120,6 +125,42 @@ def test_flip_changes_what_is_seen(config: Config, run: Run, tmp_path: Path) -> 
     assert a.losses != b.losses
 
 
+def test_captions_are_trained_on(config: Config, run: Run, tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "p", count=2)
+    _, plain = run(config(instance_dir=str(folder), output_dir=str(tmp_path / "a"), steps=2))
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("a photo of sks mug")  # what the pictures have by default
+    _, same = run(config(instance_dir=str(folder), output_dir=str(tmp_path / "b"), steps=2))
+    (folder / "picture_0.txt").write_text("a sks mug on a red table in a room")
+    _, other = run(config(instance_dir=str(folder), output_dir=str(tmp_path / "c"), steps=2))
+    assert same.losses == plain.losses
+    assert other.losses != plain.losses
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(4))]),
+    ],
+)
+def test_schedules(schedule: str, rates: list[float], config: Config, run: Run) -> None:
+    steps, _ = run(config(steps=6, warmup_steps=2, lr_schedule=schedule))
+    assert [s.learning_rate for s in steps] == pytest.approx([rate * 1e-3 for rate in rates])
+
+
+def test_min_snr_weighs_the_loss(config: Config, run: Run, tmp_path: Path) -> None:
+    with train(config(min_snr_gamma=0.004, steps=1), progress=False) as running:
+        assert running.parts is not None
+        timesteps = running.parts.batches.at(0).timesteps
+        [weight] = running.parts.family.loss_weight(timesteps, 0.004).tolist()
+        [step] = list(running)
+    [plain], _ = run(config(steps=1, output_dir=str(tmp_path / "plain")))
+    assert weight < 0.99  # at every timestep: the tiny base's SNR ends above gamma
+    assert step.loss == pytest.approx(weight * plain.loss, rel=1e-5)
+
+
 def test_text_encoder_adapter(config: Config, run: Run) -> None:
     _, result = run(config(text_encoder=True, text_encoder_learning_rate=1e-4))
     found = tensors(result.adapter)
@@ -136,6 +177,10 @@ def test_prior_preservation_weighs_the_class_images(config: Config, run: Run, tm
     for step in steps:
         assert step.prior_loss is not None
         assert step.loss == pytest.approx(step.instance_loss + 0.25 * step.prior_loss)
+    heavy, _ = run(config(prior_preservation=True, class_dir=str(class_dir), prior_weight=9.0, overwrite=True))
+    assert heavy[0].prior_loss == steps[0].prior_loss
+    assert heavy[0].grad_norm > 2 * steps[0].grad_norm  # before clipping
+    assert heavy[-1].instance_loss != steps[-1].instance_loss
 
 
 def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_path: Path) -> None:
@@ -185,95 +230,6 @@ def test_overwriting_must_be_asked_for(config: Config, run: Run) -> None:
     assert not first.pictures[0].exists()
     assert not Path(str(first.checkpoint)).exists()
     assert second.adapter.is_file()
-
-
-# -- what goes wrong on the way ---------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
-    original = Batches.at
-
-    def at(self: Batches, number: int, *args: int) -> Batch:
-        batch = original(self, number, *args)
-        if number in numbers:
-            batch.latents.fill_(float("nan"))
-        return batch
-
-    monkeypatch.setattr(Batches, "at", at)
-
-
-def test_a_bad_loss_is_skipped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, {2})
-    notes: list[str] = []
-    generators = []
-    with train(config(steps=5), progress=False, on_note=notes.append) as run:
-        for step in run:
-            assert run.parts is not None
-            assert step.applied == (step.step != 3)
-            generators.append(run.parts.banks["unet"].generators[ADAPTER].detach().clone())
-    assert generators[1].equal(generators[2])
-    assert not generators[2].equal(generators[3])
-    assert generators[-1].isfinite().all()
-    assert any("step 3: the loss is nan, so the step is skipped" in note for note in notes)
-    assert '"nan"' in (run.output_dir / "losses.json").read_text()
-
-
-def test_bad_losses_in_a_row_end_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, set(range(3, 100)))
-
-    def go() -> None:
-        with train(config(steps=50, checkpoint_every=3), progress=False) as run:
-            list(run)
-
-    with pytest.raises(TrainingError, match=r"the loss was nan on 5 steps in a row, up to step 8.*checkpoint-000006"):
-        go()
-
-
-def zero_layers(model: Path, pattern: str) -> None:
-    file = model / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    for name in weights:
-        if pattern in name:
-            weights[name].zero_()
-    save_file(weights, file)
-
-
-def test_layers_without_gradient_are_named(config: Config, run: Run, tmp_path: Path) -> None:
-    model = write_tiny_sd(tmp_path)
-    zero_layers(model, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.weight")
-    _, result = run(config(model=str(model), steps=SilentLayers.STEPS + 1))
-    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2."
-    assert set(result.silent_layers) == {block + n for n in ("to_q", "to_k", "to_v", "to_out.0")}
-
-
-def test_a_run_that_trains_nothing_stops(config: Config, run: Run, tmp_path: Path) -> None:
-    model = write_tiny_sd(tmp_path)
-    zero_layers(model, ".to_out.0.weight")
-    with pytest.raises(TrainingError, match="no layer had a gradient over the first 3 steps"):
-        run(config(model=str(model)))
-
-
-def test_unfitting_block_size_is_told_before_class_images_are_made(config: Config) -> None:
-    settings = config(block_size=24, prior_preservation=True, num_class_images=50)
-    with pytest.raises(TargetError, match="block_size=24 does not divide"), train(settings, progress=False):
-        pass
-    assert not settings.class_folder.exists()
-
-
-def test_a_full_disk_at_the_end_is_one_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    def go() -> None:
-        with train(config(), progress=False) as run:
-            for _ in run:
-                monkeypatch.setattr("os.fsync", full)
-
-    with pytest.raises(TrainingError, match="the disk is full"):
-        go()
-    folder = Path(config().output_dir)
-    assert not list(folder.glob("*.partial"))
-    assert not list(folder.glob("checkpoint-*"))
 
 
 # -- the run as an object ---------------------------------------------------------------------------------------------

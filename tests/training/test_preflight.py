@@ -19,6 +19,7 @@ from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_fil
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]
+CONFIGS = Path(__file__).parents[2] / "train_scripts" / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +42,12 @@ def refused(config: TrainConfig) -> OFTError:
 def test_what_the_issue_names(config: Config, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     draw_pictures(tmp_path / "one", count=1)
+    torn = draw_pictures(tmp_path / "torn")
+    (torn / "picture_1.png").write_bytes(b"no picture")
     mistakes: list[tuple[dict[str, object], type[OFTError], str]] = [
         ({"instance_dir": str(tmp_path / "empty")}, DataError, "holds no images"),
         ({"instance_dir": str(tmp_path / "one")}, DataError, "holds one image only"),
+        ({"instance_dir": str(torn)}, DataError, "1 of 3 images in"),
         ({"resolution": 400}, DataError, "3 of 3 images"),
         ({"model": str(tmp_path / "empty")}, ConfigError, "has no model_index.json; it is empty"),
         ({"model": str(tmp_path / "gone")}, ConfigError, "there is no model"),
@@ -109,6 +113,14 @@ def test_hub_id_without_a_network(config: Config) -> None:
 def test_notes_are_no_errors(config: Config, tmp_path: Path) -> None:
     plan = preflight(config(instance_dir=str(draw_pictures(tmp_path / "two", count=2)), resolution=32))
     assert len(plan.notes) == 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_configs_pass_with_folders_that_exist(path: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "photos", side=512)
+    own = {"model": str(tiny_sd), "instance_dir": str(pictures), "output_dir": str(tmp_path / "run")}
+    plan = preflight(TrainConfig.from_toml(path, own))
+    assert len(plan.pictures) == 3
 
 
 def test_adapters_to_continue_from(config: Config, run: Run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,33 @@ def test_with_a_schedule_that_depends_on_the_length(config: Config, run: Run, tm
     assert steps[-1].learning_rate < 1e-3
 
 
+def test_global_randomness_goes_on_too(config: Config, run: Run, tmp_path: Path) -> None:
+    # Only dropout in a base draws from the global generators: give it some.
+    model = write_tiny_sd(tmp_path)
+    file = model / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropout": 0.3}))
+    same = {"model": str(model), "validation_prompts": ["a {trigger} {class_word}"], "validation_every": 2}
+    _, whole = run(config(steps=4, output_dir=str(tmp_path / "straight"), **same))
+    run(config(steps=2, output_dir=str(tmp_path / "halves"), **same))
+    torch.manual_seed(99)
+    random.seed(99)
+    _, resumed = run(config(steps=4, output_dir=str(tmp_path / "halves"), resume="latest", **same))
+    assert resumed.losses == whole.losses
+    assert same_adapter(resumed.adapter, whole.adapter)
+    assert [p.read_bytes() for p in resumed.pictures] == [p.read_bytes() for p in whole.pictures]
+    _, without = run(config(steps=1, output_dir=str(tmp_path / "without")))
+    assert without.losses[0] != whole.losses[0]
+
+
+def test_going_back_does_not_delete_what_comes_later(config: Config, run: Run) -> None:
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 3}
+    _, result = run(config(**settings))
+    folder = result.adapter.parent
+    with pytest.raises(TrainingError, match="holds checkpoints later than checkpoint-000001: checkpoint-000002, "):
+        train(config(resume=str(folder / "checkpoint-000001"), **settings))
+    assert len(list_checkpoints(folder)) == 3
+
+
 def test_ctrl_c_saves_and_its_command_resumes(config: Config, run: Run, tmp_path: Path) -> None:
     settings = config(steps=5, output_dir=str(tmp_path / "cut short"))
     _, whole = run(config(steps=5, output_dir=str(tmp_path / "straight")))
@@ -93,7 +121,12 @@ def test_older_checkpoints_are_deleted(config: Config, run: Run) -> None:
 
 
 def test_checkpoints_hold_no_pickle(config: Config, run: Run) -> None:
-    _, result = run(config())
+    _, result = run(
+        config(text_encoder=True, validation_prompts=["a dog"], prior_preservation=True, num_class_images=1)
+    )
+    files = [p for p in result.adapter.parent.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".toml", ".png"}
+    assert not [p.name for p in files if p.read_bytes()[:1] == b"\x80" or zipfile.is_zipfile(p)]
     assert sorted(p.name for p in Path(str(result.checkpoint)).iterdir()) == [
         "oft_adapter.safetensors", "state.json", "training.safetensors",
     ]  # fmt: skip
