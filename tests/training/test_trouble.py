@@ -111,7 +111,7 @@ def test_a_full_disk_at_the_end_is_one_sentence(config: Config, monkeypatch: pyt
 def test_a_full_disk_on_the_way_leaves_nothing_half_written(
     what: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suffix = {"class images": ".png.", "grid": ".png.", "losses": ".json."}[what]
+    suffix = {"class images": ".png.", "grid": ".png.", "losses": "losses.json."}[what]
     settings = config(prior_preservation=what == "class images", num_class_images=1, validation_prompts=["a dog"])
     original = tempfile.mkstemp
 
