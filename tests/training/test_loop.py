@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainingRun, train
 from oft_diffusion.training.batches import Batches
+from oft_diffusion.training.family import StableDiffusion
 from oft_diffusion.training.model import ADAPTER
 from tests.helpers.tiny_sd import draw_pictures
 from tests.training.conftest import Run
@@ -102,9 +104,10 @@ def test_the_seed_decides_everything(config: Config, run: Run, tmp_path: Path) -
 def test_equal_learning(
     one: dict[str, object], other: dict[str, object], config: Config, run: Run, tmp_path: Path
 ) -> None:
-    _, a = run(config(steps=4, output_dir=str(tmp_path / "a"), **one))
-    _, b = run(config(steps=4, output_dir=str(tmp_path / "b"), **other))
+    a_steps, a = run(config(steps=4, output_dir=str(tmp_path / "a"), **one))
+    b_steps, b = run(config(steps=4, output_dir=str(tmp_path / "b"), **other))
     assert a.losses == pytest.approx(b.losses, rel=1e-5)
+    assert [s.grad_norm for s in a_steps] == pytest.approx([s.grad_norm for s in b_steps], rel=1e-3)
     ours, theirs = tensors(a.adapter), tensors(b.adapter)
     assert max(float(t.abs().max()) for t in ours.values()) > 1e-3
     for name in ours:
@@ -119,6 +122,32 @@ def test_cached_latents_are_the_fresh_ones_to_the_bit(flip: bool, config: Config
     assert a.losses == b.losses
 
 
+def test_caches_spare_the_encoders(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*args: object) -> None:
+        raise AssertionError("not from the cache")
+
+    with train(config(cache_latents=True, cache_text_embeddings=True), progress=False) as run:
+        monkeypatch.setattr(StableDiffusion, "encode_image", called)
+        monkeypatch.setattr(StableDiffusion, "encode_text", called)
+        assert len(list(run)) == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_recomputes(checkpointing: bool, config: Config) -> None:
+    calls: Counter[str] = Counter()
+    settings = config(steps=2, text_encoder=True, gradient_checkpointing=checkpointing)
+    with train(settings, progress=False) as run:
+        assert run.parts is not None
+        family = run.parts.family
+        family.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.register_forward_hook(
+            lambda *args: calls.update(["unet"])
+        )
+        [layer] = [m for name, m in family.text_encoder.named_modules() if name.endswith("layers.0.mlp")]
+        layer.register_forward_hook(lambda *args: calls.update(["text_encoder"]))
+        list(run)
+    assert calls == dict.fromkeys(("unet", "text_encoder"), 4 if checkpointing else 2)
+
+
 def test_flip_changes_what_is_seen(config: Config, run: Run, tmp_path: Path) -> None:
     _, a = run(config(output_dir=str(tmp_path / "a"), flip=True, steps=6))
     _, b = run(config(output_dir=str(tmp_path / "b"), steps=6))
@@ -131,10 +160,15 @@ def test_captions_are_trained_on(config: Config, run: Run, tmp_path: Path) -> No
     for path in folder.glob("*.png"):
         path.with_suffix(".txt").write_text("a photo of sks mug")  # what the pictures have by default
     _, same = run(config(instance_dir=str(folder), output_dir=str(tmp_path / "b"), steps=2))
-    (folder / "picture_0.txt").write_text("a sks mug on a red table in a room")
-    _, other = run(config(instance_dir=str(folder), output_dir=str(tmp_path / "c"), steps=2))
     assert same.losses == plain.losses
-    assert other.losses != plain.losses
+    first = []
+    for path in sorted(folder.glob("*.txt")):
+        path.write_text("a sks mug on a red table in a room")
+        _, other = run(config(instance_dir=str(folder), output_dir=str(tmp_path / path.stem), steps=2))
+        assert other.losses != plain.losses
+        first.append(other.losses[0] != plain.losses[0])
+        path.unlink()
+    assert sorted(first) == [False, True]  # one of them is the first step's picture
 
 
 @pytest.mark.parametrize(
