@@ -139,11 +139,11 @@ def test_checkpointing_recomputes(checkpointing: bool, config: Config) -> None:
     with train(settings, progress=False) as run:
         assert run.parts is not None
         family = run.parts.family
-        family.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.register_forward_hook(
+        family.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.register_forward_pre_hook(
             lambda *args: calls.update(["unet"])
         )
         [layer] = [m for name, m in family.text_encoder.named_modules() if name.endswith("layers.0.mlp")]
-        layer.register_forward_hook(lambda *args: calls.update(["text_encoder"]))
+        layer.register_forward_pre_hook(lambda *args: calls.update(["text_encoder"]))
         list(run)
     assert calls == dict.fromkeys(("unet", "text_encoder"), 4 if checkpointing else 2)
 
