@@ -36,7 +36,7 @@ from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, build_tokenizer
 from oft_diffusion.pocket.world import Scene, caption, render, sample_scene
 
-KL_WEIGHT = 3e-5
+KL_WEIGHT = 5e-4  # large enough that the decoder forgives the small errors of a denoiser
 EMA_DECAY = 0.999
 NO_CAPTION = 0.1  # of the captions are emptied, for classifier-free guidance
 NONSENSE = 0.13  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
@@ -256,8 +256,30 @@ def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.devi
 
 
 @torch.no_grad()
+def standardise(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> None:
+    """Give every latent channel mean 0 and deviation 1, by an affine map inside the 1x1 convolutions at the bottleneck.
+
+    What decodes from what stays the same. Pipelines know one scaling factor for all channels: channels of unlike
+    deviation would be noised away at unlike times, and the weak ones be mostly noise to the denoiser.
+    """
+    into, out = vae.quant_conv, vae.post_quant_conv
+    assert into is not None
+    assert out is not None
+    assert into.bias is not None
+    assert out.bias is not None
+    means = torch.cat([vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean for i in range(0, 2048, 64)])
+    mean, deviation = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    channels = len(mean)
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= deviation.view(1, -1, 1, 1)
+    into.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+    into.bias[:channels] = (into.bias[:channels] - mean) / deviation
+    into.bias[channels:] -= 2 * deviation.log()  # the second half is the logarithm of the variance
+
+
+@torch.no_grad()
 def encoded(args: argparse.Namespace, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """The pictures' latents (posterior means, times the scaling factor), float32 (n, 8, 16, 16); sets that factor."""
+    """The pictures' latents (posterior means, times the scaling factor), float32 (n, 4, 16, 16); sets that factor."""
     path = args.out / f"latents-{len(pictures)}-{args.seed}-{args.vae_steps}.safetensors"
     if path.exists():
         latents = load_file(path)["latents"]
@@ -356,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="snapshots, pictures and previews")
     parser.add_argument("--export", type=Path, help="write the float16 diffusers folder here, at every snapshot")
     parser.add_argument("--export-only", action="store_true", help="export the last snapshot and stop")
-    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32, help="of the denoiser")
     parser.add_argument("--pictures", type=int, default=32768, help="how many are rendered")
@@ -368,6 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     pictures = rendered(args.out, args.pictures, args.seed)
     vae = train_vae(args, pictures, device).modules["vae"].eval().requires_grad_(False)
+    standardise(vae, pictures, device)
     latents = encoded(args, vae, pictures, device)
     denoiser = Denoiser(args, vae, device)
     if args.export_only:

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from oft_diffusion.pocket.vocabulary import MAX_LENGTH
 
 SIZE = 64
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 4
 DOWNSCALE = 4
 
 
@@ -29,7 +29,7 @@ def pocket_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion
 
 
 def build_vae() -> AutoencoderKL:
-    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, 8, 16, 16)."""
+    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, 4, 16, 16)."""
     channels = (32, 64, 96)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -61,7 +61,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """An untrained denoiser of latents (n, 8, 16, 16), with attention at 8 x 8 and 4 x 4."""
+    """An untrained denoiser of latents (n, 4, 16, 16), with attention at 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=SIZE // DOWNSCALE,
         in_channels=LATENT_CHANNELS,

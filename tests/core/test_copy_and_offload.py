@@ -37,7 +37,7 @@ def out_of(unet: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+    return pickle.loads(pickle.dumps(model))
 
 
 def saved(model: Any) -> Any:
