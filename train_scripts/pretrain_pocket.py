@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder, build_unet, build_vae
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, build_tokenizer
 from oft_diffusion.pocket.world import Scene, caption, render, sample_scene
@@ -202,15 +203,6 @@ def generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
 
 
-def contact_sheet(pictures: list[Image.Image], columns: int, path: Path) -> None:
-    """Pictures of one size side by side, written as PNG."""
-    side = pictures[0].size[0]
-    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * side, i // columns * side))
-    sheet.save(path)
-
-
 def to_pictures(x: Tensor) -> list[Image.Image]:
     """Float (n, 3, h, w) in [-1, 1] to pictures."""
     pixels = x.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -246,8 +238,7 @@ def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.devi
         x = to_model(pictures[:16], device)
         with stage.averaged():
             y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        both = [p for pair in zip(to_pictures(x), to_pictures(y), strict=True) for p in pair]
-        contact_sheet(both, 8, args.out / "preview-vae.png")
+        save_png(labelled_grid([to_pictures(x), to_pictures(y)]), args.out / "preview-vae.png")
         print(f"vae {stage.step}: L1 {(x - y).abs().mean():.4f}", flush=True)
 
     stage.run("vae", loss_at, args.snapshot_every, snapshot)
@@ -352,7 +343,8 @@ class Denoiser:
         with self.stage.averaged():
             draws = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW_PROMPTS))]
             images = self.pipeline()(list(PREVIEW_PROMPTS), num_inference_steps=20, generator=draws).images
-        contact_sheet(images, 4, self.args.out / f"preview-unet-{self.stage.step:06d}.png")
+        rows = [images[i : i + 4] for i in range(0, len(images), 4)]
+        save_png(labelled_grid(rows), self.args.out / f"preview-unet-{self.stage.step:06d}.png")
         if self.args.export:
             self.export(self.args.export)
 

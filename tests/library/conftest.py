@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from tests.helpers.tiny_sd import write_tiny_sd
-from tests.library.support import Maker, copy_pipe
+from tests.library.support import Maker, copy_pipe, draw
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,24 @@ def pipe(base_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def make(base_pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """Adapter files for the tiny base, far from the identity; the same arguments give the same file."""
     return Maker(base_pipe, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def mug(make: Maker) -> Path:
+    return make("mug", seed=1, trigger="sks", class_word="mug")
+
+
+@pytest.fixture(scope="session")
+def style(make: Maker) -> Path:
+    return make("style", seed=2, parts=("unet",))
+
+
+@pytest.fixture(scope="session")
+def words(make: Maker) -> Path:
+    return make("words", seed=3, parts=("text_encoder",))
+
+
+@pytest.fixture(scope="session")
+def untouched(base_pipe: StableDiffusionPipeline) -> Tensor:
+    """What the base draws."""
+    return draw(base_pipe)

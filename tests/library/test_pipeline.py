@@ -33,26 +33,6 @@ MOVED = 0.01  # of a picture's range, far above what rounding does
 ROUNDING = 1e-4
 
 
-@pytest.fixture(scope="module")
-def mug(make):
-    return make("mug", seed=1, trigger="sks", class_word="mug")
-
-
-@pytest.fixture(scope="module")
-def style(make):
-    return make("style", seed=2, parts=("unet",))
-
-
-@pytest.fixture(scope="module")
-def words(make):
-    return make("words", seed=3, parts=("text_encoder",))
-
-
-@pytest.fixture(scope="module")
-def untouched(base_pipe):
-    return draw(base_pipe)
-
-
 def names(pipe):
     return [a.name for a in list_oft_adapters(pipe)]
 
@@ -225,106 +205,6 @@ def test_adapters_are_listed_in_the_order_of_loading(pipe, style, words, mug):
     for part in BOTH:
         mine = [name for name in names(pipe) if name in require_bank(getattr(pipe, part)).adapters]
         assert mine == list(require_bank(getattr(pipe, part)).adapters)
-
-
-# Fusing
-
-
-@pytest.mark.parametrize("keep_base", ["cpu", "disk"])
-def test_unfusing_brings_every_bit_back(pipe, base_pipe, mug, keep_base):
-    load_oft_weights(pipe, mug, adapter_name="mug", strength=0.8)
-    live, before = draw(pipe), fingerprint(pipe)
-    fuse_oft(pipe, keep_base=keep_base)
-    assert not torch.equal(
-        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight,
-        base_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight,
-    )
-    assert [(a.strength, a.fused) for a in list_oft_adapters(pipe)] == [(0.8, True)]
-    unfuse_oft(pipe)
-    assert_unchanged(pipe, before)
-    assert [(a.strength, a.fused) for a in list_oft_adapters(pipe)] == [(0.8, False)]
-    assert torch.equal(draw(pipe), live)
-
-
-def test_baking_an_adapter_in(pipe, mug, untouched, tmp_path):
-    load_oft_weights(pipe, mug, adapter_name="mug")
-    live = draw(pipe)
-    fuse_oft(pipe, keep_base=False)
-    with pytest.raises(AdapterError) as error:
-        unfuse_oft(pipe)
-    assert_one_sentence(error, "mug", "keep_base")
-    unload_oft_weights(pipe)
-    assert list_oft_adapters(pipe) == []
-    pipe.save_pretrained(tmp_path / "baked")
-    baked = type(pipe).from_pretrained(tmp_path / "baked")
-    assert distance(draw(baked), live) < ROUNDING
-    assert distance(live, untouched) > MOVED
-
-
-def test_only_the_last_can_be_fused_while_others_stay(pipe, mug, style):
-    load_oft_weights(pipe, mug, adapter_name="mug")
-    load_oft_weights(pipe, style, adapter_name="style")
-    live = draw(pipe)
-    before = fingerprint(pipe)
-    with pytest.raises(AdapterError) as error:
-        fuse_oft(pipe, ["mug"])
-    assert_one_sentence(error, "mug", "style")
-    assert_unchanged(pipe, before)  # the text encoder, which could have been fused, too
-    assert not any(a.fused for a in list_oft_adapters(pipe))
-    fuse_oft(pipe, ["style"])
-    assert [(a.name, a.fused) for a in list_oft_adapters(pipe)] == [("mug", False), ("style", True)]
-    assert distance(draw(pipe), live) < ROUNDING
-    set_oft_adapters(pipe, "mug", 0.0)
-    assert distance(draw(pipe), live) > MOVED
-    unfuse_oft(pipe)
-    set_oft_adapters(pipe, ["mug", "style"])
-    assert torch.equal(draw(pipe), live)
-
-
-def test_fusing_nothing_is_an_error(pipe, mug, style):
-    load_oft_weights(pipe, mug, adapter_name="mug")
-    with pytest.raises(AdapterError) as error:
-        unfuse_oft(pipe)
-    assert_one_sentence(error, "nothing is fused")
-    set_oft_adapters(pipe, [])
-    for wanted in (None, ["mug"], []):
-        with pytest.raises(AdapterError) as error:
-            fuse_oft(pipe, wanted)
-        assert_one_sentence(error, "active")
-    set_oft_adapters(pipe, "mug")
-    fuse_oft(pipe)
-    with pytest.raises(AdapterError) as error:
-        fuse_oft(pipe)
-    assert_one_sentence(error, "mug")
-
-
-def test_fused_adapters_are_neither_set_nor_joined_nor_unloaded(pipe, mug, style, words):
-    load_oft_weights(pipe, style, adapter_name="style")
-    load_oft_weights(pipe, words, adapter_name="words")
-    set_oft_adapters(pipe, "style")
-    fuse_oft(pipe)
-    before = fingerprint(pipe)
-    refused = (
-        lambda: set_oft_adapters(pipe, ["words", "style"], 0.5),
-        lambda: load_oft_weights(pipe, mug, adapter_name="mug"),
-        lambda: unload_oft_weights(pipe),
-        lambda: unload_oft_weights(pipe, "style"),
-    )
-    for action in refused:
-        with pytest.raises(AdapterError) as error:
-            action()
-        assert_one_sentence(error, "style")
-        assert_unchanged(pipe, before)
-    assert sorted(names(pipe)) == ["style", "words"]
-    unload_oft_weights(pipe, "words")
-    assert names(pipe) == ["style"]
-
-
-def test_a_fused_adapter_can_be_saved(pipe, mug, tmp_path):
-    load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
-    fuse_oft(pipe)
-    saved = load_adapter_file(save_oft_weights(pipe, tmp_path, "mug"))
-    assert saved.metadata.sha256 == load_adapter_file(mug).metadata.sha256
 
 
 # Unloading
