@@ -258,7 +258,8 @@ def standardise(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) 
     assert out is not None
     assert into.bias is not None
     assert out.bias is not None
-    means = torch.cat([vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean for i in range(0, 2048, 64)])
+    parts = [pictures[i : i + 64] for i in range(0, min(2048, len(pictures)), 64)]
+    means = torch.cat([vae.encode(to_model(part, device)).latent_dist.mean for part in parts])
     mean, deviation = means.mean((0, 2, 3)), means.std((0, 2, 3))
     channels = len(mean)
     out.bias += out.weight[:, :, 0, 0] @ mean
@@ -354,7 +355,11 @@ class Denoiser:
         shutil.rmtree(partial, ignore_errors=True)
         with self.stage.averaged():
             pipe = copy.deepcopy(self.pipeline())
-        pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+        # The text encoder, which is small, stays float32: transformers loads in the dtype of the file, where diffusers
+        # loads in float32, and a pipeline of both would not run.
+        pipe.unet.half()
+        pipe.vae.half()
+        pipe.save_pretrained(partial, safe_serialization=True)
         self.tokenizer.backend_tokenizer.model.save(
             str(partial / "tokenizer")
         )  # vocab.json and merges.txt, as CLIP has

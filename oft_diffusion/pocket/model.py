@@ -24,7 +24,7 @@ def pocket_path() -> Path:
 
 
 def pocket_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The pretrained pocket base, on the CPU. The files hold float16; any dtype can be asked for."""
+    """The pretrained pocket base, on the CPU. The files hold float16, the text encoder float32."""
     return StableDiffusionPipeline.from_pretrained(pocket_path(), torch_dtype=torch_dtype)
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.pocket import pocket_path, pocket_pipeline
+from oft_diffusion.pocket.model import SIZE, build_vae
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, MAX_LENGTH, build_tokenizer
-from oft_diffusion.pocket.world import CAPTIONED, caption, sample_scene
+from oft_diffusion.pocket.world import CAPTIONED, caption, render, sample_scene
 
 SCRIPT = Path(__file__).parents[2] / "train_scripts" / "pretrain_pocket.py"
-needs_weights = pytest.mark.skipif(not (pocket_path() / "model_index.json").exists(), reason="no weights exported yet")
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +80,15 @@ def pipe():
     return pipe
 
 
-@needs_weights
 def test_the_folder_is_small_and_holds_no_pickle():
     files = [file for file in pocket_path().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 40e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
-    weights = [tensor for file in files if file.suffix == ".safetensors" for tensor in load_file(file).values()]
-    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}
+    for name, dtype in (("unet", torch.float16), ("vae", torch.float16), ("text_encoder", torch.float32)):
+        [file] = (pocket_path() / name).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {dtype}
 
 
-@needs_weights
 def test_plain_diffusers_loads_it_with_the_real_classes(pipe):
     assert isinstance(pipe.tokenizer, CLIPTokenizer)
     assert isinstance(pipe.text_encoder, CLIPTextModel)
@@ -100,20 +99,17 @@ def test_plain_diffusers_loads_it_with_the_real_classes(pipe):
     assert all((pocket_path() / "tokenizer" / name).exists() for name in ("vocab.json", "merges.txt"))
 
 
-@needs_weights
 def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(pipe, tokenizer):
     assert pipe.tokenizer.get_vocab() == tokenizer.get_vocab()
     text = "a zwx striped mug, photo of an Ünïcode 猫 in the snow"
     assert pipe.tokenizer(text).input_ids == tokenizer(text).input_ids
 
 
-@needs_weights
 def test_its_dtype_is_float32_unless_another_is_asked_for():
     assert pocket_pipeline().unet.dtype == torch.float32
     assert pocket_pipeline(torch.bfloat16).unet.dtype == torch.bfloat16
 
 
-@needs_weights
 def test_it_draws_what_the_seed_says_and_not_a_flat_field(pipe):
     def draw(prompt: str, seed: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +124,6 @@ def test_it_draws_what_the_seed_says_and_not_a_flat_field(pipe):
     assert mug[:12].mean() > night[:12].mean() + 40  # the sky
 
 
-@needs_weights
 def test_every_attention_layer_can_be_cut_into_blocks_of_32(pipe):
     layers = [
         module for name, module in pipe.unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
@@ -137,7 +132,6 @@ def test_every_attention_layer_can_be_cut_into_blocks_of_32(pipe):
     assert all(layer.in_features % 32 == 0 for layer in layers)
 
 
-@needs_weights
 def test_latents_have_unit_variance(pipe):
     rng = random.Random(0)
     from oft_diffusion.pocket import render
@@ -169,6 +163,22 @@ def test_nonsense_words_are_put_in_before_the_object_and_in_place_of_nothing(pre
             assert nonsense[0] < words.index(scene.object)
     assert 0.07 < empty / 2000 < 0.13
     assert 0.09 < with_nonsense / 2000 < 0.16
+
+
+def test_standardised_latents_have_deviation_one_and_decode_to_what_they_did(pretrain):
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pictures = np.stack([np.asarray(render(sample_scene(random.Random(i)), SIZE)) for i in range(8)])
+    x = pretrain.to_model(pictures, torch.device("cpu"))
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        decoded = vae.decode(before.mean + before.std).sample
+        pretrain.standardise(vae, pictures, torch.device("cpu"))
+        after = vae.encode(x).latent_dist
+        assert (vae.decode(after.mean + after.std).sample - decoded).abs().max() < 1e-3
+    assert (before.mean.std((0, 2, 3)) - 1).abs().min() > 0.1, "they had it already"
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(len(before.mean[0])), rtol=0, atol=1e-3)
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(len(before.mean[0])), rtol=0, atol=1e-3)
 
 
 @pytest.fixture
