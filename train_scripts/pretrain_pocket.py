@@ -2,8 +2,9 @@
 
 python train_scripts/pretrain_pocket.py --out runs/pocket --export oft_diffusion/pocket/weights
 
-Stages: render pictures (once), train the autoencoder, encode the pictures (once), train denoiser and text encoder
-together. Each stage leaves a snapshot in --out, as safetensors; running the same command again goes on from there.
+Stages: render pictures (once), train a wide autoencoder and condense its latents, encode the pictures (once), train
+the decoder on noisy latents, train denoiser and text encoder together. Each stage leaves a snapshot in --out, as
+safetensors; running the same command again goes on from there.
 All random draws of a step come from a generator seeded by (seed, stage, step), so on a CPU a resumed run is equal to
 an uninterrupted one, and no generator state needs saving.
 """
@@ -33,11 +34,15 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.pocket.latents import condense
 from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder, build_unet, build_vae
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, build_tokenizer
 from oft_diffusion.pocket.world import Scene, caption, render, sample_scene
 
-KL_WEIGHT = 5e-4  # large enough that the decoder forgives the small errors of a denoiser
+KL_WEIGHT = 3e-5
+WIDE_CHANNELS = 8  # of the autoencoder while it learns: with few channels, some die and take colours with them
+POSTERIOR_DEVIATION = 0.1
+LATENT_NOISE = 0.3  # at most, of the decoder's inputs in its second stage: it must forgive a denoiser's errors
 EMA_DECAY = 0.999
 NO_CAPTION = 0.1  # of the captions are emptied, for classifier-free guidance
 NONSENSE = 0.13  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
@@ -217,10 +222,16 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
+def picture_loss(x: Tensor, y: Tensor) -> Tensor:
+    """L1 of pixels, and half of that of their gradients."""
+    edges = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
+    return (x - y).abs().mean() + 0.5 * edges
+
+
 def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.device) -> Stage:
-    """The autoencoder: L1 on pixels and on their gradients, and a little of the KL divergence."""
+    """The wide autoencoder, with a little of the KL divergence."""
     torch.manual_seed(args.seed)
-    vae = build_vae().to(device)
+    vae = build_vae(WIDE_CHANNELS).to(device)
     stage = Stage(args.out / "vae.safetensors", nn.ModuleDict({"vae": vae}), 1e-3, args.vae_steps)
 
     def loss_at(step: int) -> Tensor:
@@ -230,9 +241,8 @@ def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.devi
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draw).to(device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
-        edges = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return (x - y).abs().mean() + 0.5 * edges + KL_WEIGHT * kl
+        return picture_loss(x, y) + KL_WEIGHT * kl
 
     def snapshot() -> None:
         x = to_model(pictures[:16], device)
@@ -247,44 +257,49 @@ def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.devi
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> None:
-    """Give every latent channel mean 0 and deviation 1, by an affine map inside the 1x1 convolutions at the bottleneck.
-
-    What decodes from what stays the same. Pipelines know one scaling factor for all channels: channels of unlike
-    deviation would be noised away at unlike times, and the weak ones be mostly noise to the denoiser.
-    """
-    into, out = vae.quant_conv, vae.post_quant_conv
-    assert into is not None
-    assert out is not None
-    assert into.bias is not None
-    assert out.bias is not None
-    parts = [pictures[i : i + 64] for i in range(0, min(2048, len(pictures)), 64)]
-    means = torch.cat([vae.encode(to_model(part, device)).latent_dist.mean for part in parts])
-    mean, deviation = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    channels = len(mean)
-    out.bias += out.weight[:, :, 0, 0] @ mean
-    out.weight *= deviation.view(1, -1, 1, 1)
-    into.weight[:channels] /= deviation.view(-1, 1, 1, 1)
-    into.bias[:channels] = (into.bias[:channels] - mean) / deviation
-    into.bias[channels:] -= 2 * deviation.log()  # the second half is the logarithm of the variance
+def encoded(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """The pictures' posterior means, float32 (n, channels, 16, 16)."""
+    parts = [
+        vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean.cpu() for i in range(0, len(pictures), 64)
+    ]
+    return torch.cat(parts).contiguous()  # whatever layout the convolutions left
 
 
-@torch.no_grad()
-def encoded(args: argparse.Namespace, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """The pictures' latents (posterior means, times the scaling factor), float32 (n, 4, 16, 16); sets that factor."""
+def cached_latents(args: argparse.Namespace, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """`encoded`, from a file after the first call; sets the autoencoder's scaling factor."""
     path = args.out / f"latents-{len(pictures)}-{args.seed}-{args.vae_steps}.safetensors"
-    if path.exists():
-        latents = load_file(path)["latents"]
-    else:
+    if not path.exists():
         print("encoding the pictures", flush=True)
-        parts = [
-            vae.encode(to_model(pictures[i : i + 64], device)).latent_dist.mean.cpu()
-            for i in range(0, len(pictures), 64)
-        ]
-        latents = torch.cat(parts).contiguous()  # whatever layout the convolutions left
-        save_file({"latents": latents}, path)
+        save_file({"latents": encoded(vae, pictures, device)}, path)
+    latents = load_file(path)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    return latents * vae.config.scaling_factor
+    return latents
+
+
+def train_decoder(
+    args: argparse.Namespace, vae: AutoencoderKL, latents: Tensor, pictures: np.ndarray, device: torch.device
+) -> None:
+    """The decoder alone, on latents with noise of varying strength; the encoder stays as it is."""
+    stage = Stage(args.out / "decoder.safetensors", nn.ModuleDict({"decoder": vae.decoder}), 5e-4, args.decoder_steps)
+
+    def loss_at(step: int) -> Tensor:
+        draw = generator(args.seed, "decoder", step)
+        chosen = torch.randint(len(latents), (8,), generator=draw)
+        strength = LATENT_NOISE * torch.rand((8, 1, 1, 1), generator=draw)
+        noisy = latents[chosen] + strength * torch.randn(latents[chosen].shape, generator=draw)
+        return picture_loss(to_model(pictures[chosen.numpy()], device), vae.decode(noisy.to(device)).sample)
+
+    def snapshot() -> None:
+        with stage.averaged():
+            shown = [
+                latents[:16],
+                latents[:16] + LATENT_NOISE * torch.randn(latents[:16].shape, generator=generator(0)),
+            ]
+            rows = [to_pictures(vae.decode(z.to(device)).sample) for z in shown]
+        save_png(labelled_grid(rows), args.out / "preview-decoder.png")
+
+    stage.run("decoder", loss_at, args.snapshot_every, snapshot)
+    stage._put(stage.ema)
 
 
 class Denoiser:
@@ -329,7 +344,7 @@ class Denoiser:
         def loss_at(step: int) -> Tensor:
             draw, words = generator(self.args.seed, "unet", step), random.Random(f"{self.args.seed}/words/{step}")
             chosen = torch.randint(len(latents), (self.args.batch_size,), generator=draw)
-            x = latents[chosen].to(self.device)
+            x = latents[chosen].to(self.device) * self.vae.config.scaling_factor
             t = torch.randint(len(alphas), (len(x),), generator=draw).to(self.device)
             noise = torch.randn(x.shape, generator=draw).to(self.device)
             signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
@@ -375,7 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="snapshots, pictures and previews")
     parser.add_argument("--export", type=Path, help="write the float16 diffusers folder here, at every snapshot")
     parser.add_argument("--export-only", action="store_true", help="export the last snapshot and stop")
-    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32, help="of the denoiser")
     parser.add_argument("--pictures", type=int, default=32768, help="how many are rendered")
@@ -386,9 +402,11 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     pictures = rendered(args.out, args.pictures, args.seed)
-    vae = train_vae(args, pictures, device).modules["vae"].eval().requires_grad_(False)
-    standardise(vae, pictures, device)
-    latents = encoded(args, vae, pictures, device)
+    wide = train_vae(args, pictures, device).modules["vae"].eval()
+    vae = condense(wide, encoded(wide, pictures[:2048], device), POSTERIOR_DEVIATION).eval()
+    latents = cached_latents(args, vae, pictures, device)
+    train_decoder(args, vae, latents, pictures, device)
+    vae.requires_grad_(False)
     denoiser = Denoiser(args, vae, device)
     if args.export_only:
         denoiser.export(args.export)

@@ -28,15 +28,15 @@ def pocket_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion
     return StableDiffusionPipeline.from_pretrained(pocket_path(), torch_dtype=torch_dtype)
 
 
-def build_vae() -> AutoencoderKL:
-    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, 4, 16, 16)."""
+def build_vae(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
+    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, latent_channels, 16, 16)."""
     channels = (32, 64, 96)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=16,
         sample_size=SIZE,
     )

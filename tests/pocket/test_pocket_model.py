@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.pocket import pocket_path, pocket_pipeline
+from oft_diffusion.pocket.latents import condense
 from oft_diffusion.pocket.model import SIZE, build_vae
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, MAX_LENGTH, build_tokenizer
 from oft_diffusion.pocket.world import CAPTIONED, caption, render, sample_scene
@@ -165,20 +166,28 @@ def test_nonsense_words_are_put_in_before_the_object_and_in_place_of_nothing(pre
     assert 0.09 < with_nonsense / 2000 < 0.16
 
 
-def test_standardised_latents_have_deviation_one_and_decode_to_what_they_did(pretrain):
+def test_condensed_latents_are_the_principal_components_scaled_to_one(pretrain):
     torch.manual_seed(0)
-    vae = build_vae().eval()
+    wide = build_vae(8).eval()
     pictures = np.stack([np.asarray(render(sample_scene(random.Random(i)), SIZE)) for i in range(8)])
     x = pretrain.to_model(pictures, torch.device("cpu"))
     with torch.no_grad():
-        before = vae.encode(x).latent_dist
-        decoded = vae.decode(before.mean + before.std).sample
-        pretrain.standardise(vae, pictures, torch.device("cpu"))
-        after = vae.encode(x).latent_dist
-        assert (vae.decode(after.mean + after.std).sample - decoded).abs().max() < 1e-3
-    assert (before.mean.std((0, 2, 3)) - 1).abs().min() > 0.1, "they had it already"
-    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(len(before.mean[0])), rtol=0, atol=1e-3)
-    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(len(before.mean[0])), rtol=0, atol=1e-3)
+        means = wide.encode(x).latent_dist.mean
+        narrow = condense(wide, means, deviation=0.1)
+        posterior = narrow.encode(x).latent_dist
+        flat = posterior.mean.permute(0, 2, 3, 1).flatten(0, 2)
+        torch.testing.assert_close(flat.T @ flat / len(flat), torch.eye(4), rtol=0, atol=1e-3)
+        assert torch.allclose(posterior.std, torch.tensor(0.1))
+
+        old = means.permute(0, 2, 3, 1).flatten(0, 2)
+        _, _, basis = torch.linalg.svd(old - old.mean(0), full_matrices=False)
+        kept = (old - old.mean(0)) @ basis[:4].T @ basis[:4] + old.mean(0)
+        kept = kept.view(8, 16, 16, 8).permute(0, 3, 1, 2)
+        expected = wide.decoder.conv_in(wide.post_quant_conv(kept))
+        entered = narrow.decoder.conv_in(narrow.post_quant_conv(posterior.mean))
+        inside = (..., slice(1, -1), slice(1, -1))
+        assert (entered[inside] - expected[inside]).abs().max() < 1e-3 * expected.abs().max()
+        assert (kept - means).abs().max() > 0.01, "nothing was left out"
 
 
 @pytest.fixture
@@ -194,18 +203,23 @@ def tiny(pretrain, monkeypatch):
     }
     small_vae = dict(vae) | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
     monkeypatch.setattr(pretrain, "build_unet", lambda: UNet2DConditionModel.from_config(small_unet))
-    monkeypatch.setattr(pretrain, "build_vae", lambda: AutoencoderKL.from_config(small_vae))
+
+    def small_build(latent_channels=model.LATENT_CHANNELS):
+        return AutoencoderKL.from_config(small_vae | {"latent_channels": latent_channels})
+
+    monkeypatch.setattr(pretrain, "build_vae", small_build)
+    monkeypatch.setattr("oft_diffusion.pocket.latents.build_vae", small_build)
     monkeypatch.setattr(pretrain.Denoiser, "snapshot", lambda self: None)
     return pretrain
 
 
 def snapshots(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: load_file(out / f"{name}.safetensors") for name in ("vae", "unet")}
+    return {name: load_file(out / f"{name}.safetensors") for name in ("vae", "decoder", "unet")}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     fixed = ["--pictures", "24", "--batch-size", "4", "--snapshot-every", "2"]
-    steps = ["--vae-steps", "4", "--unet-steps", "4"]
+    steps = ["--vae-steps", "4", "--decoder-steps", "4", "--unet-steps", "4"]
     rng_pictures = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
     monkeypatch.setattr(tiny, "rendered", lambda out, count, seed: rng_pictures)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -224,7 +238,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
 
         monkeypatch.setattr(tiny.Stage, "update", wrapped)
 
-    for name in ("vae.safetensors", "unet.safetensors"):
+    for name in ("vae.safetensors", "decoder.safetensors", "unet.safetensors"):
         interrupt_at(name, 3)  # one step after a snapshot, so the resumed run has to repeat it
         with pytest.raises(InterruptedRunError):
             tiny.main(["--out", str(parts), *steps, *fixed])
