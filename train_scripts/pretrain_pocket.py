@@ -34,19 +34,17 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.pocket.captions import training_caption
 from oft_diffusion.pocket.latents import condense
 from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder, build_unet, build_vae
-from oft_diffusion.pocket.vocabulary import COMMON_WORDS, build_tokenizer
-from oft_diffusion.pocket.world import Scene, caption, render, sample_scene
+from oft_diffusion.pocket.vocabulary import build_tokenizer
+from oft_diffusion.pocket.world import Scene, render, sample_scene
 
 KL_WEIGHT = 3e-5
 WIDE_CHANNELS = 8  # of the autoencoder while it learns: with few channels, some die and take colours with them
 POSTERIOR_DEVIATION = 0.1
 LATENT_NOISE = 0.3  # at most, of the decoder's inputs in its second stage: it must forgive a denoiser's errors
 EMA_DECAY = 0.999
-NO_CAPTION = 0.1  # of the captions are emptied, for classifier-free guidance
-NONSENSE = 0.13  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
-FILLER = 0.1  # have a common word put in that the picture does not show
 PREVIEW_PROMPTS = (
     "a red mug", "a green car on the beach", "a blue boat at night", "a purple spotted teapot in the desert",
     "an orange house in a meadow", "a red spotted mushroom in the forest", "a teal robot in the city", "a tree",
@@ -92,23 +90,6 @@ def rendered(out: Path, count: int, seed: int) -> np.ndarray:
 def to_model(pictures: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [-1, 1]."""
     return torch.from_numpy(pictures.copy()).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
-def training_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as the denoiser sees it: sometimes empty, sometimes with a word that changes nothing."""
-    if rng.random() < NO_CAPTION:
-        return ""
-    words = caption(scene, rng).split()
-    chance = rng.random()
-    if chance < NONSENSE + FILLER:
-        nonsense = "".join(rng.choice("zqxvwkjyfgpbh") for _ in range(rng.randint(3, 4)))
-        # Before the object or its adjectives, where "a zwx mug" has it.
-        first = 1 if words[0] in ("a", "an", "one") and len(words) > 1 else 0
-        if " of a" in " ".join(words[:4]):
-            first = 4
-        word = nonsense if chance < NONSENSE else rng.choice(COMMON_WORDS)
-        words.insert(rng.randint(first, max(first, words.index(scene.object))), word)
-    return " ".join(words)
 
 
 # Training state

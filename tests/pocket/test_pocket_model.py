@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.pocket import pocket_path, pocket_pipeline
+from oft_diffusion.pocket.captions import training_caption
 from oft_diffusion.pocket.latents import condense
 from oft_diffusion.pocket.model import SIZE, build_vae
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, MAX_LENGTH, build_tokenizer
@@ -67,7 +68,7 @@ def test_words_of_the_world_and_common_words_are_single_tokens(tokenizer):
 def test_no_caption_is_cut_off(tokenizer, pretrain):
     rng = random.Random(0)
     scenes = [sample_scene(rng) for _ in range(1000)]
-    for text in [*(caption(s, rng) for s in scenes), *(pretrain.training_caption(s, rng) for s in scenes)]:
+    for text in [*(caption(s, rng) for s in scenes), *(training_caption(s, rng) for s in scenes)]:
         assert len(tokenizer(text).input_ids) <= MAX_LENGTH
 
 
@@ -155,7 +156,7 @@ def test_nonsense_words_are_put_in_before_the_object_and_in_place_of_nothing(pre
     with_nonsense = empty = 0
     for _ in range(2000):
         scene = sample_scene(rng)
-        words = pretrain.training_caption(scene, rng).split()
+        words = training_caption(scene, rng).split()
         empty += not words
         nonsense = [i for i, word in enumerate(words) if word not in known and len(word) > 2]
         assert len(nonsense) <= 1
