@@ -26,7 +26,7 @@ def main() -> int:
     """Train, draw, report. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--subject", default="captain_mug", choices=sorted(SUBJECTS), help="which example subject to teach"
+        "--subject", default="party_car", choices=sorted(SUBJECTS), help="which example subject to teach"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
     options = parser.parse_args()
