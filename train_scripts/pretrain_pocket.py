@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export-only", action="store_true", help="export the last snapshot and stop")
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--decoder-steps", type=int, default=900)
-    parser.add_argument("--unet-steps", type=int, default=3600)
+    parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32, help="of the denoiser")
     parser.add_argument("--pictures", type=int, default=32768, help="how many are rendered")
     parser.add_argument("--snapshot-every", type=int, default=500)

@@ -61,14 +61,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """An untrained denoiser of latents (n, 4, 16, 16), with attention at 8 x 8 and 4 x 4."""
+    """An untrained denoiser of latents (n, 4, 16, 16), with attention at 16 x 16 and 8 x 8."""
     return UNet2DConditionModel(
         sample_size=SIZE // DOWNSCALE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128, 192),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers reads this as the number of heads
