@@ -121,11 +121,11 @@ class ConstantDeltas:
 
 
 class GraphMark:
-    """Knows whether the backward of the last forward with grad is still to come, and under which adapters it ran."""
+    """Knows whether a backward of earlier forwards with grad is still to come, and under which adapters they ran."""
 
     def __init__(self) -> None:
         self._active: tuple[Active, ...] = ()
-        self._token: weakref.ref[_Token] | None = None
+        self._nodes: list[weakref.ref[Any]] = []  # in the graphs of forwards under `_active`
 
     def tie(self, flats: list[Tensor], active: tuple[Active, ...], component: str) -> list[Tensor]:
         """Mark a new forward's graph.
@@ -134,39 +134,44 @@ class GraphMark:
             AdapterError: an earlier forward under other settings awaits its backward: checkpointed parts of it would
                 be recomputed with the new deltas, and its gradients silently wrong.
         """
-        token = self._token() if self._token is not None else None
-        if token is not None and not token.done and self._active != active:
+        self._nodes = [node for node in self._nodes if _awaits_backward(node)]
+        if self._nodes and self._active != active:
             raise AdapterError(
                 f"{component} is called with other adapters or strengths before the backward of an earlier call",
                 expected="one setting for all calls of a backward, as checkpointing recomputes with the last",
                 fix="call backward() first, drop the earlier result, or run one of the calls under torch.no_grad()",
             )
-        token = _Token()
-        self._token, self._active = weakref.ref(token), active
-        return [_Tie.apply(flat, token) if flat.requires_grad else flat for flat in flats]
+        self._active = active
+        tied = [_Tie.apply(flat) if flat.requires_grad else flat for flat in flats]
+        self._nodes += [weakref.ref(flat.grad_fn) for flat in tied if flat.requires_grad]
+        return tied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_active": (), "_token": None}
+        return {"_active": (), "_nodes": []}
 
 
-class _Token:
-    """Lives as long as the graph whose node holds it."""
-
-    done = False
+def _awaits_backward(node: weakref.ref[Any]) -> bool:
+    """Whether the graph of a `_Tie` is still held, and no backward has freed it (`retain_graph` does not)."""
+    ctx = node()
+    if ctx is None:
+        return False
+    try:
+        return len(ctx.saved_tensors) > 0
+    except RuntimeError:  # freed
+        return False
 
 
 class _Tie(torch.autograd.Function):
-    """Identity whose node holds a token, and marks it when the backward has passed."""
+    """Identity whose node lives as long as the graph, and saves something, so that it can tell when that is freed."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, token: _Token) -> Tensor:
-        ctx.token = token
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat.new_empty(0))
         return flat.view_as(flat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.token.done = True
-        return grads[0], None
+        return grads[0]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -38,6 +38,10 @@ def gradient_of(bank: OFTBank) -> torch.Tensor:
     return gradient.clone()
 
 
+def loss_of(unet: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    return unet(**inputs).sample.square().mean()
+
+
 def plain_gradient(forwards: int = 1) -> torch.Tensor:
     unet, bank, inputs = adapted(checkpointed=False)
     for _ in range(forwards):
@@ -45,10 +49,13 @@ def plain_gradient(forwards: int = 1) -> torch.Tensor:
     return gradient_of(bank)
 
 
-def test_gradients_are_those_of_a_plain_forward() -> None:
+def test_loss_and_gradients_are_those_of_a_plain_forward() -> None:
+    plain, _, inputs = adapted(checkpointed=False)
     unet, bank, inputs = adapted()
     calls = count_calls(unet)
-    unet(**inputs).sample.square().mean().backward()
+    loss = loss_of(unet, inputs)
+    assert relative(loss, loss_of(plain, inputs)) < 1e-6
+    loss.backward()
     assert relative(gradient_of(bank), plain_gradient()) < 1e-6
     assert max(calls.values()) == 2, "nothing was recomputed: the test would prove nothing"
 
@@ -124,6 +131,39 @@ def test_two_forwards_with_grad_and_different_settings_are_refused() -> None:
     assert relative(gradient_of(bank), plain_gradient()) < 1e-6
     bank.set_adapters("default", 0.5, "linear")
     unet(**inputs).sample.sum().backward()
+
+
+def test_two_losses_of_one_forward() -> None:
+    unet, bank, inputs = adapted()
+    out = unet(**inputs).sample
+    out.square().mean().backward(retain_graph=True)
+    assert relative(gradient_of(bank), plain_gradient()) < 1e-6
+    out.square().mean().backward()
+    assert relative(gradient_of(bank), plain_gradient(2)) < 1e-6
+
+
+def test_the_backward_of_a_later_forward_does_not_release_an_earlier_one() -> None:
+    unet, bank, inputs = adapted()
+    first, second = (loss_of(unet, inputs) for _ in range(2))
+    second.backward()
+    bank.set_adapters("default", 0.5, "linear")
+    with pytest.raises(AdapterError, match="before the backward of an earlier call"):
+        unet(**inputs)
+    first.backward()
+    assert relative(gradient_of(bank), plain_gradient(2)) < 1e-6
+    loss_of(unet, inputs).backward()
+
+
+def test_a_graph_that_is_retained_still_awaits_a_backward() -> None:
+    unet, bank, inputs = adapted()
+    loss = loss_of(unet, inputs)
+    loss.backward(retain_graph=True)
+    bank.set_adapters("default", 0.5, "linear")
+    with pytest.raises(AdapterError, match="before the backward of an earlier call"):
+        unet(**inputs)
+    loss.backward()
+    assert relative(gradient_of(bank), plain_gradient(2)) < 1e-6
+    loss_of(unet, inputs).backward()
 
 
 def test_a_dropped_result_does_not_block_the_next_setting() -> None:
