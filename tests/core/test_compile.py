@@ -94,12 +94,19 @@ def test_fullgraph_equals_eager_and_a_new_strength_recompiles_nothing(frozen: bo
     assert backend.frame_count == graphs
 
 
-def test_a_hot_swap_recompiles_nothing() -> None:
-    unet, bank, _ = adapted()
+def test_compiling_in_place_follows_strengths_and_hot_swaps_without_recompiling() -> None:
+    unet, bank, base = adapted()
     backend = counting()
     unet.compile(fullgraph=True, backend=backend)
     before = run(unet, unet)
     graphs = backend.frame_count
+    assert relative(before, eager(unet)) < 1e-5
+    assert relative(before, base) > 1e-2
+    bank.set_adapters("default", 0.5)
+    half = run(unet, unet)
+    assert relative(half, eager(unet)) < 1e-5
+    assert relative(half, before) > 1e-3
+    bank.set_adapters("default", 1.0)
     excite(bank, seed=7)
     after = run(unet, unet)
     assert backend.frame_count == graphs
