@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from oft_diffusion import OFTConfig, inject_oft, remove_oft
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.hooks import bank_of
 from tests.core.reference import relative, unet_inputs
-from tests.library.support import excite, tiny_unet
+from tests.helpers.tiny_sd import tiny_pipeline
+from tests.library.support import distance, draw, excite, tiny_unet
 
 
 def adapted(frozen: bool) -> tuple[Any, OFTBank, torch.Tensor]:
@@ -161,9 +163,44 @@ def test_offloading_before_and_after_injection(
     assert torch.equal(out_of(unet), base)
 
 
+def adapt_pipe(pipe: Any) -> None:
+    for component in (pipe.unet, pipe.text_encoder):
+        bank = inject_oft(component, OFTConfig(block_size=8))
+        excite(bank)
+        bank.freeze("default")
+
+
+def sequential_pipe(pipe: Any) -> None:
+    for component in (pipe.unet, pipe.text_encoder, pipe.vae):  # what enable_sequential_cpu_offload does
+        cpu_offload(component, torch.device("cpu"), offload_buffers=True)
+
+
+def whole_model_pipe(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+@pytest.mark.parametrize("inject_first", [False, True])
+@pytest.mark.parametrize("offload", [sequential_pipe, whole_model_pipe])
+def test_offloading_a_pipeline(offload: Callable[[Any], None], inject_first: bool, tmp_path: Path) -> None:
+    base, expected, pipe = (tiny_pipeline(tmp_path) for _ in range(3))
+    for each in (base, expected, pipe):
+        each.set_progress_bar_config(disable=True)
+    adapt_pipe(expected)
+    steps = (adapt_pipe, offload) if inject_first else (offload, adapt_pipe)
+    for step in steps:
+        step(pipe)
+    for _ in range(2):
+        assert torch.equal(draw(pipe), draw(expected))
+    assert distance(draw(expected), draw(base)) > 1e-2
+    for component in (pipe.unet, pipe.text_encoder):
+        remove_oft(component)
+    assert torch.equal(draw(pipe), draw(base))
+
+
 def test_deltas_follow_the_execution_device() -> None:
-    unet, _, _ = adapted(frozen=True)
+    unet, _, base = adapted(frozen=True)
     expected = out_of(unet)
+    assert relative(expected, base) > 1e-2
     unet.to("meta")
     hook = AlignDevicesHook(execution_device=torch.device("meta"))
     for module in unet.modules():
