@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -31,15 +32,26 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
     options = parser.parse_args()
     try:
-        run_demo(options.subject, options.out)
+        return run_demo(options.subject, options.out)
     except OFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
-def run_demo(name: str, out: Path) -> None:
-    """Teach the pocket base one subject, and show what changed."""
+def run_demo(name: str, out: Path, **settings: Any) -> int:
+    """Teach the pocket base one subject, and show what changed.
+
+    Args:
+        name: one of `SUBJECTS`.
+        out: folder for everything that is made.
+        **settings: of `TrainConfig`, in place of those in `configs/pocket.toml`.
+
+    Returns:
+        0, or 130 where Ctrl-C ended the training: then no grid and no report are made.
+    """
     started = time.perf_counter()
     subject = SUBJECTS[name]
     overrides = {
@@ -48,6 +60,7 @@ def run_demo(name: str, out: Path) -> None:
         "class_word": subject.object,
         "output_dir": str(out),
         "overwrite": True,
+        **settings,
     }
     config = TrainConfig.from_toml(CONFIG, overrides)
     word = f"{config.trigger} {subject.object}"
@@ -60,6 +73,8 @@ def run_demo(name: str, out: Path) -> None:
         for _ in run:
             pass
     result = run.result
+    if result.interrupted:
+        return 130
 
     print("2/3  drawing the same prompts before and after", flush=True)
     pipe = load_pipeline(pocket_path())
@@ -85,7 +100,7 @@ def run_demo(name: str, out: Path) -> None:
         out / "report.html",
         title=f"{title}, a {subject.object}",
         lead=(
-            f"The pocket base had never been told of {title}. {config.steps} steps of OFTv2 on five pictures taught it "
+            f"The pocket base had never been told of {title}. {result.steps} steps of OFTv2 on five pictures taught it "
             f'the word "{config.trigger}". Left of the middle is the base, right of it the base with the adapter: same '
             "prompts, same seeds. The last row does not name the subject, and should not change much."
         ),
@@ -98,7 +113,7 @@ def run_demo(name: str, out: Path) -> None:
             "adapter size": f"{Path(result.adapter).stat().st_size / 1e6:.2f} MB",
             "training": f"{result.seconds / 60:.1f} min",
             "in all": f"{minutes:.1f} min",
-            "steps": config.steps,
+            "steps": result.steps,
         },
         settings=config.to_dict(),
         usage=(
@@ -108,6 +123,9 @@ def run_demo(name: str, out: Path) -> None:
         ),
     )
     print(f"done in {minutes:.1f} minutes\n  adapter  {result.adapter}\n  grid     {grid_path}\n  report   {report}")
+    command = Path(sys.executable).with_name("oft-diffusion")
+    print(f'more     {command} generate "a {word} in the forest" --adapter {out} --guidance {config.guidance_scale}')
+    return 0
 
 
 if __name__ == "__main__":

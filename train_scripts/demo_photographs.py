@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,18 +41,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/photographs"), help="folder for everything made")
     options = parser.parse_args()
     try:
-        run(options.out)
+        return run(options.out)
     except OFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
-def run(out: Path) -> None:
-    """Crop, train, draw."""
+def run(out: Path, names: Sequence[str] = tuple(PHOTOGRAPHS), **settings: Any) -> int:
+    """Crop, train, draw. `settings` are of `TrainConfig`. Returns 0, or 130 where Ctrl-C ended a training."""
     pipe = load_pipeline(pocket_path())
     rows, labels = [], []
-    for name, (class_word, load, square) in PHOTOGRAPHS.items():
+    for name in names:
+        class_word, load, square = PHOTOGRAPHS[name]
         views = write_views(Image.fromarray(np.asarray(load())), square, out / name / "views")
         overrides = {
             "model": str(pocket_path()),
@@ -58,12 +63,15 @@ def run(out: Path) -> None:
             "class_word": class_word,
             "output_dir": str(out / name),
             "overwrite": True,
+            **settings,
         }
         config = TrainConfig.from_toml(CONFIG, overrides)
         print(f"{name}: {len(views)} views", flush=True)
         with train(config) as training:
             for _ in training:
                 pass
+        if training.result.interrupted:
+            return 130
         load_oft_weights(pipe, training.result.adapter, adapter_name=name)
         prompt = f"a photo of a {config.trigger} {class_word}"
         [row] = compare(pipe, name, [prompt], SEEDS, steps=config.sampling_steps, guidance=config.guidance_scale)
@@ -71,6 +79,7 @@ def run(out: Path) -> None:
         rows.append([*views[:2], *(picture.image for picture in row)])
         labels.append(f"{prompt}: two of the {VIEWS} views, {len(SEEDS)} x before, {len(SEEDS)} x after")
     print(save_png(labelled_grid(rows, row_labels=labels, cell=128), out / "photographs.png"))
+    return 0
 
 
 def write_views(photograph: Image.Image, square: tuple[float, float, float], folder: Path) -> list[Image.Image]:

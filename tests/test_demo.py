@@ -1,0 +1,68 @@
+"""The demo scripts, end to end, with next to no steps."""
+
+from __future__ import annotations
+
+import re
+import signal
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from oft_diffusion.files import load_adapter_file
+from oft_diffusion.pocket import SUBJECTS
+from oft_diffusion.training.loop import TrainingRun
+from train_scripts import demo, demo_photographs, render_subjects
+
+QUICK = {"steps": 2, "sampling_steps": 2, "validation_prompts": []}
+
+
+def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    for steps in (3, 2):
+        assert demo.run_demo("party_car", out, **{**QUICK, "steps": steps}) == 0
+    file = load_adapter_file(out)
+    assert file.metadata.training["steps"] == 2
+    assert file.metadata.class_word == SUBJECTS["party_car"].object
+    with Image.open(out / "before_after.png") as grid:
+        assert grid.width > 8 * demo.CELL
+        assert grid.height > 5 * demo.CELL
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "2 steps of OFTv2" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="http', page)
+    # the command that it leaves the reader with works as it stands
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("more ")][-1:]
+    command = [*shlex.split(line)[1:], "--steps", "1", "--out", str(tmp_path / "pictures")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_demo_that_is_interrupted_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = TrainingRun.__iter__
+
+    def with_ctrl_c(run: TrainingRun):
+        for step in steps(run):
+            signal.raise_signal(signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(TrainingRun, "__iter__", with_ctrl_c)
+    assert demo.run_demo("party_car", tmp_path / "demo", **{**QUICK, "steps": 9}) == 130
+    assert not (tmp_path / "demo" / "report.html").exists()
+
+
+def test_photographs_reach_a_grid_as_jpeg_views(tmp_path: Path) -> None:
+    assert demo_photographs.run(tmp_path, ["cat", "rocket"], **QUICK) == 0
+    views = sorted((tmp_path / "cat" / "views").glob("*.jpg"))
+    assert len(views) == demo_photographs.VIEWS
+    with Image.open(views[0]) as view:
+        assert view.format == "JPEG"
+    with Image.open(tmp_path / "photographs.png") as grid:
+        assert grid.width > 8 * 128
+
+
+def test_subjects_can_be_drawn_again(tmp_path: Path) -> None:
+    render_subjects.main(["--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("*/*.png"))) == render_subjects.PICTURES * len(SUBJECTS)
