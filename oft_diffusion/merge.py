@@ -33,9 +33,11 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
             to save that memory and give up unmerging.
 
     Raises:
-        AdapterError: nothing is active, something is merged already, or the order would change.
+        AdapterError: nothing is active, something is merged already, the order would change, or `keep_base` is
+            none of the three.
         TargetError: a target's weight is not a floating matrix (a quantized layer).
     """
+    check_keep_base(keep_base)
     bank = require_bank(model)
     staying, merging = _split_active(bank, adapter_names)
     stages = make_stages(merging, bank.adapters)
@@ -49,6 +51,20 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
             for delta in reversed(deltas[name]):
                 _rotate_columns_(weight, delta)
     bank.set_merged(staying, merging, copy)
+
+
+def check_keep_base(keep_base: KeepBase) -> None:
+    """Refuse what is no place, before anything is merged.
+
+    Raises:
+        AdapterError: it is none of "cpu", "disk" and False.
+    """
+    if keep_base is not False and keep_base not in ("cpu", "disk"):
+        raise AdapterError(
+            f"keep_base is {keep_base!r}",
+            expected='"cpu" or "disk", where the base\'s weights wait for unmerging, or False to give that up',
+            fix='leave keep_base out for "cpu"',
+        )
 
 
 def check_merge(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:

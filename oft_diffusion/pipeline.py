@@ -23,7 +23,7 @@ from oft_diffusion.files import (
 )
 from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
-from oft_diffusion.merge import KeepBase, check_merge, merge_oft, unmerge_oft
+from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
 from oft_diffusion.plan import StrengthMode, check_adapter_name, make_active
 
 _HUB_OPTIONS = (
@@ -177,9 +177,11 @@ def fuse_oft(
         keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
 
     Raises:
-        AdapterError: nothing is active, or the order would change; nothing is fused then, in no component.
+        AdapterError: nothing is active, the order would change, or `keep_base` is none of the three; nothing is
+            fused then, in no component.
         TargetError: a layer has no floating weight, as in a quantized base; likewise.
     """
+    check_keep_base(keep_base)
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     wanted: dict[str, list[str]] = {}
     for part, bank in _require_banks(pipe, names or ()).items():

@@ -177,3 +177,13 @@ def test_a_layer_without_a_float_matrix_is_refused_before_anything_changes() -> 
     with pytest.raises(TargetError, match=r"layer 2 \(Linear\) has no floating weight matrix"):
         merge_oft(model)
     assert torch.equal(weight_of(model[0]), first)
+
+
+@pytest.mark.parametrize("keep_base", [True, None, "gpu", "CPU"])
+def test_a_keep_base_that_is_no_place_is_refused_before_anything_is_merged(keep_base: Any) -> None:
+    model = two_layers()
+    excite(inject_oft(model, LINEAR))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(AdapterError, match=r"keep_base is .*\"cpu\""):
+        merge_oft(model, keep_base=keep_base)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
