@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training.base import find_base, is_hub_id
@@ -31,14 +32,28 @@ def test_what_is_found(model: Path) -> None:
         base.check_resolution(17)
 
 
-def test_fingerprint_knows_copies_and_changes(model: Path, tmp_path: Path) -> None:
+def test_fingerprint_knows_copies(model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     assert find_base(str(model)).fingerprint() == find_base(str(copy)).fingerprint()
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 1
-    weights.write_bytes(bytes(data))
-    assert find_base(str(model)).fingerprint() != find_base(str(copy)).fingerprint()
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_fingerprint_knows_a_change_of_any_tensor(model: Path, component: str) -> None:
+    before = find_base(str(model)).fingerprint()
+    [weights] = (model / component).glob("*.safetensors")
+    tensors = load_file(weights)
+    seen = {before}
+    for name in tensors:
+        save_file({**tensors, name: tensors[name] + 0.1}, weights, {"format": "pt"})
+        seen.add(find_base(str(model)).fingerprint())
+    assert len(seen) == 1 + len(tensors)
+
+
+def test_fingerprint_knows_the_prediction_type(model: Path) -> None:
+    before = find_base(str(model)).fingerprint()
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    assert find_base(str(model)).fingerprint() != before
 
 
 def test_fp16_only_folder(model: Path) -> None:
