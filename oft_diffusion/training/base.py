@@ -30,7 +30,9 @@ _CONFIGS = {
 }
 _WEIGHTS = ("unet", "vae", "text_encoder")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_PROBE_BYTES = 256
+_PROBES, _PROBE_BYTES = 4, 256  # places in each tensor, and how much is read there
+# Entries of configs that say who wrote them, not what the model is.
+_BOOKKEEPING = ("_diffusers_version", "_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,17 @@ class Base:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, type, shape and first and middle bytes, and over the configs.
+        """SHA-256 over the configs, the tokenizer, and every tensor's name, type, shape and bytes from all over it.
 
         Equal for copies, and told in milliseconds. Two bases that differ in single entries may share it; any
         training changes the probed entries of what it trained.
         """
-        configs = [self.unet, self.vae, self.scheduler]
-        digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+        configs = [_read_json(self.configs / component / name) for component, name in _CONFIGS.items()]
+        told = [{k: v for k, v in config.items() if k not in _BOOKKEEPING} for config in configs]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for path in sorted((self.configs / "tokenizer").iterdir()):
+            if path.suffix in (".json", ".txt"):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
         for path in sorted(self._weight_files()):
             with path.open("rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
@@ -101,7 +107,8 @@ class Base:
                 for name, entry in sorted(json.loads(header).items()):
                     if name != "__metadata__":
                         start, end = entry["data_offsets"]
-                        for place in (start, (start + end) // 2):
+                        for i in range(_PROBES):
+                            place = start + (end - start) * i // _PROBES
                             file.seek(8 + header_bytes + place)
                             digest.update(file.read(min(_PROBE_BYTES, end - place)))
         return digest.hexdigest()

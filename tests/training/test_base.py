@@ -34,6 +34,7 @@ def test_what_is_found(model: Path) -> None:
 
 def test_fingerprint_knows_copies(model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    edit(copy / "unet" / "config.json", _diffusers_version="9.9", _name_or_path="elsewhere")
     assert find_base(str(model)).fingerprint() == find_base(str(copy)).fingerprint()
 
 
@@ -49,10 +50,19 @@ def test_fingerprint_knows_a_change_of_any_tensor(model: Path, component: str) -
     assert len(seen) == 1 + len(tensors)
 
 
-def test_fingerprint_knows_the_prediction_type(model: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="v_prediction"),
+        lambda m: edit(m / "text_encoder" / "config.json", hidden_act="gelu"),
+        lambda m: edit(m / "vae" / "config.json", scaling_factor=0.5),
+        lambda m: [p.write_bytes(p.read_bytes() + b" ") for p in (m / "tokenizer").glob("*.json")],
+    ],
+    ids=["scheduler", "text encoder", "vae", "tokenizer"],
+)
+def test_fingerprint_knows_the_configs(change: Callable[[Path], object], model: Path) -> None:
     before = find_base(str(model)).fingerprint()
-    config = model / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    change(model)
     assert find_base(str(model)).fingerprint() != before
 
 
