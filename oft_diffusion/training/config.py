@@ -145,7 +145,9 @@ class TrainConfig:
     min_snr_gamma: float | None = field(
         default=None, metadata=_about("optimisation", "min-SNR loss weighting (arXiv 2303.09556), usually 5", above=0.0)
     )
-    seed: int = field(default=0, metadata=_about("optimisation", "all randomness follows from it", minimum=0))
+    seed: int = field(  # torch takes 64 bits, and grids count up from it
+        default=0, metadata=_about("optimisation", "all randomness follows from it", minimum=0, maximum=2**62)
+    )
 
     mixed_precision: MixedPrecision = field(
         default="no",

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +90,7 @@ def test_missing_file_broken_toml_and_missing_knobs(tmp_path: Path) -> None:
     [
         ({"resolution": "big"}, "resolution = 'big' is not usable. Expected: an integer at least 16"),
         ({"resolution": 8}, "resolution = 8 is out of range"),
+        ({"seed": 2**64 - 1}, "seed = 18446744073709551615 is out of range"),
         ({"steps": True}, "steps = True is not usable"),
         ({"learning_rate": 0}, "learning_rate = 0.0 is out of range"),
         ({"learning_rate": float("nan")}, "learning_rate = nan is not usable"),
@@ -133,6 +135,13 @@ def test_equal_settings_compare_equal_however_they_are_spelled() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_configs_have_no_problem(path: Path) -> None:
     assert not settings_problems(TrainConfig.from_toml(path))
+
+
+def test_every_seed_that_is_accepted_works() -> None:
+    [seed] = [f.metadata["maximum"] for f in fields(TrainConfig) if f.name == "seed"]
+    assert errors(seed=seed) == ""
+    torch.manual_seed(seed)
+    torch.Generator().manual_seed(seed + 63)  # the last column of the widest grid
 
 
 def test_fill(config: Callable[..., TrainConfig]) -> None:
