@@ -287,6 +287,14 @@ def _check_header(path: Path) -> None:
 
 
 def _check_kind(base: Base) -> None:
+    for component, config in {"unet": base.unet, "vae": base.vae}.items():
+        widths = config.get("block_out_channels")
+        if not isinstance(widths, list) or not widths:
+            raise ConfigError(
+                f"{base.configs / component / 'config.json'} has no list block_out_channels",
+                expected="the config that came with the model",
+                fix="download or copy the model again",
+            )
     channels, latents = base.unet.get("in_channels", 4), base.vae.get("latent_channels", 4)
     if channels != latents:
         raise ConfigError(

@@ -35,6 +35,11 @@ from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.model import ADAPTER
 
 STATE_VERSION = 1
+# state.json: what a resume reads, and of which type
+_STATE: Mapping[str, type | tuple[type, ...]] = {
+    "version": int, "step": int, "config": dict, "identity": dict, "adam_steps": dict, "schedule": dict,
+    "scaler": (dict, type(None)), "history": list,
+}  # fmt: skip
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PYTHON_RNG = struct.Struct("<625I?d")  # Mersenne twister state and index, whether a gauss is stored, that gauss
 
@@ -135,10 +140,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state = dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        version, _ = int(state["version"]), (state["config"], state["identity"], state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if int(state["version"]) <= STATE_VERSION:
+            for key, kind in _STATE.items():
+                if not isinstance(state[key], kind):
+                    raise TypeError(f"{key} is {state[key]!r}")
+    except KeyError as error:
+        raise _damaged(folder / "state.json", f"{error} is missing") from error
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder / "state.json", error) from error
-    if version > STATE_VERSION:
+    if (version := int(state["version"])) > STATE_VERSION:
         raise TrainingError(
             f"{folder} is a checkpoint of version {version}",
             expected=f"at most {STATE_VERSION}",
@@ -161,9 +171,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(int(state["step"]), state, tensors)
 
 
-def _damaged(path: Path, error: BaseException) -> TrainingError:
+def _damaged(path: Path, cause: object) -> TrainingError:
     return TrainingError(
-        f"the checkpoint file {path} is damaged ({str(error)[:120]})",
+        f"the checkpoint file {path} is damaged ({str(cause)[:120]})",
         expected="a checkpoint as it was written",
         fix="resume from an earlier one",
     )

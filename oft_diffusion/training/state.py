@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from oft_diffusion.errors import OFTError, TrainingError
 from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.inject import oft_state_dict
 from oft_diffusion.training.checkpoint import (
@@ -48,17 +50,27 @@ def restore(parts: Parts, accelerator: Accelerator, checkpoint: Checkpoint) -> N
     """Put a snapshot back into freshly prepared parts.
 
     Raises:
-        TrainingError: the checkpoint's layers do not fit.
+        TrainingError: the checkpoint's layers do not fit, or something is missing inside it.
     """
     state = checkpoint.state
-    restore_training(parts.banks, parts.adamw, checkpoint.tensors, state["adam_steps"])
-    parts.schedule.load_state_dict(state["schedule"])
-    for group, rate in zip(parts.adamw.param_groups, parts.schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
-    if accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
     prefix = f"rng/{accelerator.process_index}/"
-    restore_rng({k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)})
+    try:
+        restore_training(parts.banks, parts.adamw, checkpoint.tensors, state["adam_steps"])
+        parts.schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(parts.adamw.param_groups, parts.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        restore_rng({k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)})
+        _ = History(state["history"]).losses
+    except OFTError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, struct.error) as error:
+        raise TrainingError(
+            f"the checkpoint at step {checkpoint.step} is damaged ({type(error).__name__}: {str(error)[:120]})",
+            expected="a checkpoint as it was written",
+            fix="resume from an earlier one",
+        ) from error
 
 
 def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:

@@ -10,9 +10,11 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import load_adapter_file
@@ -201,6 +203,38 @@ def test_unusable_checkpoints(config: Config, run: Run, tmp_path: Path) -> None:
     (checkpoint / "state.json").write_text("{")
     with pytest.raises(TrainingError, match=r"state.json is damaged"):
         train(config(steps=5, resume="latest"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("schedule", None, r"state.json is damaged \('schedule' is missing\)"),
+        ("adam_steps", None, r"state.json is damaged \('adam_steps' is missing\)"),
+        ("history", None, r"state.json is damaged \('history' is missing\)"),
+        ("step", "x", r"state.json is damaged \(step is 'x'\)"),
+        ("config", [], r"state.json is damaged \(config is \[\]\)"),
+        ("identity", [], r"state.json is damaged \(identity is \[\]\)"),
+        ("schedule", {}, "step 3 is damaged"),
+        ("adam_steps", {"unet": "x"}, "step 3 is damaged"),
+        ("history", [{}], "step 3 is damaged"),
+    ],
+)
+def test_what_is_missing_in_a_state_is_told(key: str, value: Any, sentence: str, config: Config, run: Run) -> None:
+    _, result = run(config())
+    file = result.checkpoint / "state.json"
+    state = json.loads(file.read_text())
+    del state[key]
+    file.write_text(json.dumps(state if value is None else state | {key: value}))
+    with pytest.raises(TrainingError, match=sentence):
+        run(config(steps=5, resume="latest"))
+
+
+def test_missing_rng_states_are_told(config: Config, run: Run) -> None:
+    _, result = run(config())
+    file = result.checkpoint / "training.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.startswith("rng/")}, file)
+    with pytest.raises(TrainingError, match="step 3 is damaged"):
+        run(config(steps=5, resume="latest"))
 
 
 def test_a_run_killed_while_writing_leaves_no_checkpoint(config: Config, run: Run, tmp_path: Path) -> None:
