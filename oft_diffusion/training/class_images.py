@@ -18,7 +18,7 @@ from oft_diffusion.errors import DataError
 from oft_diffusion.files import write_atomically
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import Picture, image_files
+from oft_diffusion.training.data import Picture, image_files, read_picture
 from oft_diffusion.training.family import StableDiffusion
 
 RECORD = "class_images.json"
@@ -46,7 +46,8 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
     """What lies in the class folder, and what is missing; nothing is written.
 
     Raises:
-        DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken.
+        DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken; it
+            is the instance images' folder, or some of the user's own images cannot be decoded.
     """
     folder = config.class_folder
     record = {
@@ -60,13 +61,36 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
     if folder.is_file():
         raise DataError(f"class_dir = {str(folder)!r} is a file", expected="a folder", fix="choose another class_dir")
     present = image_files(folder, "class_dir") if folder.is_dir() else []
+    if folder.resolve() == Path(config.instance_dir).resolve():
+        raise DataError(
+            f"class_dir and instance_dir are the same folder, {folder}",
+            expected="class images that show other things of the class than the subject",
+            fix="choose another class_dir, or leave it out to have them made",
+        )
     if present and not (folder / RECORD).is_file():
+        _decode_all(present)
         return ClassImages(tuple(present), (), own=True, record=record)
     if present:
         _compare(folder, record)
     paths = tuple(folder / f"class_{i:05d}.png" for i in range(config.num_class_images))
     missing = tuple(i for i, path in enumerate(paths) if not path.is_file())
     return ClassImages(paths, missing, own=False, record=record)
+
+
+def _decode_all(paths: list[Path]) -> None:
+    """Find unusable images of the user's own now; ours were written whole."""
+    problems = []
+    for path in paths:
+        try:
+            read_picture(path)
+        except DataError as error:
+            problems.append(error.problem)
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(paths)} class images in {paths[0].parent} cannot be used: {'; '.join(problems)}",
+            expected="whole images",
+            fix="replace or delete them",
+        )
 
 
 def _compare(folder: Path, record: dict[str, Any]) -> None:

@@ -243,6 +243,11 @@ class TrainConfig:
         return OFTConfig.from_dict(own if isinstance(self.targets, str) else own | {"targets": "attention"})
 
     @property
+    def adapted(self) -> dict[str, OFTConfig]:
+        """The components that carry an adapter, each with the adapter's settings."""
+        return {"unet": self.oft} | ({"text_encoder": self.text_encoder_oft} if self.text_encoder else {})
+
+    @property
     def class_folder(self) -> Path:
         """Where class images lie."""
         return Path(self.class_dir) if self.class_dir is not None else Path(self.output_dir) / "class_images"

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.errors import ConfigError, TrainingError
 from oft_diffusion.pipeline import describe_base
@@ -87,6 +87,27 @@ class StableDiffusion:
             ) from error
         return cls(pipeline, base)
 
+    @staticmethod
+    def skeleton(base: Base, component: str) -> nn.Module:
+        """A component as its config describes it, on the meta device: every layer, no weights, no memory.
+
+        Raises:
+            ConfigError: diffusers or transformers cannot build it.
+        """
+        unet: Any = UNet2DConditionModel
+        try:
+            with torch.device("meta"):
+                if component == "unet":
+                    return cast(nn.Module, unet.from_config(dict(base.unet)))
+                folder = str(base.configs / component)
+                return CLIPTextModel(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"no model can be built from {base.configs / component / 'config.json'} ({_first_line(error)})",
+                expected="the config that came with the model",
+                fix="download or copy the model again",
+            ) from error
+
     def enable_gradient_checkpointing(self, component: str) -> None:
         """Recompute activations in backward instead of keeping them. Non-reentrant, as adapters' hooks need it."""
         if component == "unet":
@@ -103,10 +124,6 @@ class StableDiffusion:
             return_tensors="pt",
         ).input_ids  # fmt: skip
         return {"input_ids": ids}
-
-    def too_long(self, prompt: str) -> bool:
-        """Whether the tokenizer would cut the prompt."""
-        return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
 
     def encode_text(self, tokens: Text) -> Text:
         """The conditioning that `predict` takes. Differentiable where the text encoder carries an adapter."""
@@ -244,6 +261,11 @@ def check_trigger(tokenizer: CLIPTokenizer, trigger: str) -> None:
             expected="a rare word, which has no meaning yet that training would have to fight",
             fix="use a word such as sks or ohwx, or invent one, such as zwx",
         )
+
+
+def too_long(tokenizer: CLIPTokenizer, prompt: str) -> bool:
+    """Whether the tokenizer would cut the prompt."""
+    return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
 from oft_diffusion.training.checkpoint import (
     check_resumable,
@@ -25,9 +26,9 @@ from oft_diffusion.training.checks import raise_problems, settings_problems
 from oft_diffusion.training.class_images import ClassImages, look_at_class_images
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, instance_pictures
-from oft_diffusion.training.family import check_trigger, load_tokenizer
+from oft_diffusion.training.family import FAMILIES, check_trigger, load_tokenizer, too_long
 
-_SPARE_BYTES = 64_000_000  # before the adapter's exact size is known
+_SPARE_BYTES = 64_000_000  # for grids, losses and whatever else writes there
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,26 @@ def preflight(config: TrainConfig) -> Plan:
     if not errors and is_hub_id(model):  # the one check that may take long, hence the last
         model = attempt(lambda: download_base(config.model), "model")
     base: Base | None = attempt(lambda: find_base(model, config.config_dir, config.model), "model", "config_dir")
-    class_images = None
+    class_images, tokenizer, adapter_bytes = None, None, 0
     if base is not None:
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
-        attempt(lambda: check_trigger(load_tokenizer(base), config.trigger), "trigger")
+        tokenizer = attempt(lambda: load_tokenizer(base))
+        if tokenizer is not None:
+            attempt(lambda: check_trigger(tokenizer, config.trigger), "trigger")
+        adapter_bytes = attempt(lambda: _adapter_bytes(config, base), "text_encoder", *_ADAPTER_KNOBS) or 0
         if config.prior_preservation is True:
-            class_images = attempt(lambda: look_at_class_images(config, base), "class_dir", "output_dir", *_CLASS_KNOBS)
-    attempt(lambda: _check_space(config, class_images), "output_dir", "resolution")
+            knobs = ("class_dir", "output_dir", "instance_dir", *_CLASS_KNOBS)
+            class_images = attempt(lambda: look_at_class_images(config, base), *knobs)
+    attempt(lambda: _check_space(config, class_images, adapter_bytes), "output_dir", "resolution", "keep_checkpoints")
     raise_problems(errors)
     assert base is not None
+    assert tokenizer is not None
     pictures, notes = data
+    prompts = {p.prompt for p in pictures} | {config.fill(prompt) for prompt in config.validation_prompts}
+    if class_images is not None:
+        prompts.add(class_images.record["prompt"])
+    cut = [prompt for prompt in sorted(prompts) if too_long(tokenizer, prompt)]
+    notes += [f"longer than the text encoder reads, and cut: {prompt!r}" for prompt in cut]
     return Plan(base, pictures, class_images, resume_from, notes + _class_notes(config, class_images))
 
 
@@ -157,7 +168,7 @@ def _check_init_adapter(config: TrainConfig) -> None:
     if config.init_adapter is None or config.resume is not None:  # a resumed run has long left it behind
         return
     found = load_adapter_file(config.init_adapter)
-    wanted = {"unet": config.oft} | ({"text_encoder": config.text_encoder_oft} if config.text_encoder else {})
+    wanted = config.adapted
     if set(found.components) != set(wanted):
         raise ConfigError(
             f"{config.init_adapter} adapts {', '.join(sorted(found.components))}",
@@ -187,8 +198,24 @@ def _check_precision(config: TrainConfig) -> None:
         )
 
 
-def _check_space(config: TrainConfig, class_images: ClassImages | None) -> None:
-    require_space(Path(config.output_dir), _SPARE_BYTES, "checkpoints and pictures")
+def _adapter_bytes(config: TrainConfig, base: Base) -> int:
+    """The adapter file's size. Unusable targets and block sizes are found on the way.
+
+    Raises:
+        OFTError: a pattern matches nothing, a block size does not fit, or a component's config is unusable.
+    """
+    size = 0
+    for name, settings in config.adapted.items():
+        targets = find_targets(FAMILIES[base.pipeline].skeleton(base, name), settings.targets)
+        block_size = choose_block_size(targets, settings.block_size)
+        size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
+    return size
+
+
+def _check_space(config: TrainConfig, class_images: ClassImages | None, adapter_bytes: int) -> None:
+    # A checkpoint holds the adapter, the generators and Adam's two moments; one more than kept exists while writing.
+    size = adapter_bytes + 4 * adapter_bytes * (config.keep_checkpoints + 1)
+    require_space(Path(config.output_dir), _SPARE_BYTES + size, "adapter, checkpoints and pictures")
     if class_images is not None and class_images.missing:
         size = len(class_images.missing) * config.resolution**2 * 3  # a PNG is hardly larger than its pixels
         require_space(config.class_folder, size, f"{len(class_images.missing)} class images")

@@ -13,12 +13,10 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from oft_diffusion.bank import OFTBank
-from oft_diffusion.config import OFTConfig
 from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
-from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.training.batches import Batches
-from oft_diffusion.training.checkpoint import list_checkpoints, require_space
+from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.class_images import class_pictures, make_class_images
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
@@ -65,12 +63,9 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     accelerator.wait_for_everyone()
     console.say(f"loading {config.model}")
     family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision])
-    _check_targets(config, family)
     for module in (family.unet, family.text_encoder, family.vae):
         module.to(accelerator.device)
     pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
-    for prompt in sorted({p.prompt for found in pictures.values() for p in found if family.too_long(p.prompt)}):
-        console.say(f"longer than the text encoder reads, and cut: {prompt!r}")
     batches = Batches(config, family, pictures, accelerator.device)
     batches.fill_caches(console.track)
     _park(config, family)
@@ -92,13 +87,6 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     return Parts(family, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
-def adapted(config: TrainConfig) -> Iterator[tuple[str, OFTConfig]]:
-    """Each component that carries an adapter, with the adapter's settings."""
-    yield "unet", config.oft
-    if config.text_encoder:
-        yield "text_encoder", config.text_encoder_oft
-
-
 def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:
     yield "unet", config.learning_rate
     if config.text_encoder:
@@ -115,17 +103,6 @@ def _prepare_output(config: TrainConfig) -> None:
             (folder / name).unlink(missing_ok=True)
     settings = replace(config, resume=None, overwrite=False).to_toml()
     write_atomically(folder / SETTINGS, settings.encode())
-
-
-def _check_targets(config: TrainConfig, family: StableDiffusion) -> None:
-    """Find unusable targets and block sizes now, before class images are made; and whether checkpoints will fit."""
-    size = 0
-    for name, settings in adapted(config):
-        targets = find_targets(getattr(family, name), settings.targets)
-        block_size = choose_block_size(targets, settings.block_size)
-        size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
-    # A checkpoint holds the adapter, the generators and Adam's two moments; one more than kept exists while writing.
-    require_space(Path(config.output_dir), 4 * size * (config.keep_checkpoints + 1) + size, "adapter and checkpoints")
 
 
 def _class_images(
@@ -153,7 +130,7 @@ def _inject(config: TrainConfig, plan: Plan, family: StableDiffusion) -> dict[st
     start = None
     if config.init_adapter is not None and plan.resume_from is None:
         start = load_adapter_file(config.init_adapter).components
-    for name, settings in adapted(config):
+    for name, settings in config.adapted.items():
         component = getattr(family, name)
         banks[name] = inject_oft(component, settings, ADAPTER)
         if start is not None:

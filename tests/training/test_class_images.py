@@ -74,6 +74,20 @@ def test_own_images_are_used_as_they_are(prior: Config, run: Run, tmp_path: Path
     assert contents(tmp_path / "class") == {}
 
 
+def test_own_images_are_looked_at_first(prior: Config, tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "class", count=3)
+    (folder / "picture_1.png").write_bytes((folder / "picture_1.png").read_bytes()[:40])
+    with pytest.raises(DataError, match=r"1 of 3 class images in .*: picture_1.png cannot be decoded"):
+        preflight(prior())
+
+
+def test_the_subject_is_no_class_image(prior: Config, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(pictures)
+    for folder in (pictures, tmp_path / "link", pictures / ".." / pictures.name):
+        with pytest.raises(DataError, match="class_dir and instance_dir are the same folder"):
+            preflight(prior(class_dir=str(folder)))
+
+
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -108,6 +109,36 @@ def test_output_that_is_a_file(config: Config, tmp_path: Path) -> None:
 def test_hub_id_without_a_network(config: Config) -> None:
     error = refused(config(model="owner/no-such-model"))
     assert "the model owner/no-such-model cannot be fetched from the hub" in error.problem
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"block_size": 24}, "block_size=24 does not divide the in_features of 32 of 32 targets"),
+        ({"targets": ["nothing"]}, "match no layer of UNet2DConditionModel"),
+        ({"targets": ["("]}, "is no regular expression"),
+        ({"targets": [".*attn2.*to_k"], "block_size": 32, "text_encoder": True}, ""),
+        ({"text_encoder": True, "block_size": 64}, "block_size=64 does not divide"),
+    ],
+)
+def test_targets_and_block_sizes(knobs: dict[str, object], sentence: str, config: Config) -> None:
+    if sentence:
+        assert sentence in refused(config(**knobs)).problem
+    else:
+        preflight(config(**knobs))
+
+
+def test_configs_of_which_no_model_can_be_built(config: Config, tiny_sd: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+    file = model / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"down_block_types": ["NoBlock2D"]}))
+    assert "no model can be built from" in refused(config(model=str(model))).problem
+
+
+def test_prompts_that_are_cut_are_noted(config: Config, tmp_path: Path) -> None:
+    long = " ".join(["red"] * 30)
+    notes = preflight(config(validation_prompts=["a dog", long], instance_prompt=f"a sks mug {long}")).notes
+    assert notes == [f"longer than the text encoder reads, and cut: {p!r}" for p in (f"a sks mug {long}", long)]
 
 
 def test_notes_are_no_errors(config: Config, tmp_path: Path) -> None:

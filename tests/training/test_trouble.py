@@ -86,8 +86,8 @@ def test_a_run_that_trains_nothing_stops(config: Config, run: Run, tmp_path: Pat
 
 def test_unfitting_block_size_is_told_before_class_images_are_made(config: Config) -> None:
     settings = config(block_size=24, prior_preservation=True, num_class_images=50)
-    with pytest.raises(TargetError, match="block_size=24 does not divide"), train(settings, progress=False):
-        pass
+    with pytest.raises(TargetError, match="block_size=24 does not divide"):
+        train(settings, progress=False)
     assert not settings.class_folder.exists()
 
 
