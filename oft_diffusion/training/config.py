@@ -36,7 +36,8 @@ class TrainConfig:
     model: str = field(
         metadata=_about(
             "base model",
-            "folder in diffusers' format, one .safetensors checkpoint (with config_dir), or a hub id",
+            "folder in diffusers' format, one .safetensors checkpoint (with config_dir), a hub id, or, on the "
+            "command line, pocket for the base that ships with this package",
             free=True,
         )
     )

@@ -79,6 +79,7 @@ def preflight(config: TrainConfig) -> Plan:
     model = config.model
     if not errors and is_hub_id(model):  # the one check that may take long, hence the last
         model = attempt(lambda: download_base(config.model), "model")
+    attempt(lambda: _check_name(config), "model")
     base: Base | None = attempt(lambda: find_base(model, config.config_dir, config.model), "model", "config_dir")
     class_images, tokenizer, adapter_bytes = None, None, 0
     if base is not None:
@@ -113,7 +114,18 @@ _CLASS_KNOBS = (
     "sampling_steps",
     "guidance_scale",
 )
+# What commands hand to `command.main` as shipped, and how Python finds it; this package may not import that.
+_COMMAND_LINE_NAMES = {"pocket": "oft_diffusion.pocket.pocket_path()"}
 _ADAPTER_KNOBS = tuple(f.name for f in fields(OFTConfig))
+
+
+def _check_name(config: TrainConfig) -> None:
+    if config.model in _COMMAND_LINE_NAMES and not Path(config.model).exists():
+        raise ConfigError(
+            f"model = {config.model!r} is a name that the command line alone knows",
+            expected="in Python, the model's folder",
+            fix=f"use model = str({_COMMAND_LINE_NAMES[config.model]})",
+        )
 
 
 def _check_resume(config: TrainConfig) -> Path | None:

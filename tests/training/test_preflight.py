@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError, TrainingError
+from oft_diffusion.pocket import pocket_path
 from oft_diffusion.training import TrainConfig, preflight, train
 from oft_diffusion.training.family import StableDiffusion
 from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_file
@@ -152,6 +153,16 @@ def test_shipped_configs_pass_with_folders_that_exist(path: Path, tiny_sd: Path,
     own = {"model": str(tiny_sd), "instance_dir": str(pictures), "output_dir": str(tmp_path / "run")}
     plan = preflight(TrainConfig.from_toml(path, own))
     assert len(plan.pictures) == 3
+
+
+def test_the_shipped_bases_name_is_explained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = refused(TrainConfig.from_toml(CONFIGS / "pocket.toml", {"output_dir": str(tmp_path / "run")}))
+    assert error.problem == "model = 'pocket' is a name that the command line alone knows"
+    assert error.fix == "use model = str(oft_diffusion.pocket.pocket_path())"
+    assert preflight(config(model=str(pocket_path()), resolution=16)).base.pipeline == "StableDiffusionPipeline"
+    (tmp_path / "pocket").symlink_to(config().model)  # a folder of that name is a folder like any other
+    monkeypatch.chdir(tmp_path)
+    preflight(config(model="pocket"))
 
 
 def test_adapters_to_continue_from(config: Config, run: Run, tmp_path: Path) -> None:
