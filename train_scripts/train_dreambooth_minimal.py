@@ -22,11 +22,15 @@ from PIL import Image, ImageOps
 from oft_diffusion import OFTConfig, inject_oft, save_oft_weights
 
 
+def images_in(folder: Path) -> list[Path]:
+    """PNG, JPEG and WebP files, by name."""
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+
+
 def read_square(path: Path, side: int) -> torch.Tensor:
     """The central square of an image, in [-1, 1]: `(3, side, side)`."""
-    image = ImageOps.fit(
-        ImageOps.exif_transpose(Image.open(path)).convert("RGB"), (side, side), Image.Resampling.LANCZOS
-    )
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
@@ -37,9 +41,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("pictures", type=Path)
     parser.add_argument("trigger", help="a rare word that will name the subject")
     parser.add_argument("class_word", help="what the subject is")
-    parser.add_argument(
-        "--class-images", type=Path, help="folder of class images for prior preservation; made if empty"
-    )
+    parser.add_argument("--class-images", type=Path, help="folder for prior preservation; filled if empty")
     parser.add_argument("--class-count", type=int, default=100)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/minimal"))
     parser.add_argument("--resolution", type=int, default=512)
@@ -48,20 +50,22 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    pictures = images_in(args.pictures) or parser.error(f"{args.pictures} holds no PNG, JPEG or WebP images")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe: Any = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(device)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None, use_safetensors=True)
+    pipe.to(device)
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
 
     # The subject gets a word that means nothing yet. Class images, drawn by the base, keep the class word's meaning.
-    streams = {"instance": (sorted(args.pictures.glob("*.png")), f"a photo of {args.trigger} {args.class_word}")}
+    streams = {"instance": (pictures, f"a photo of {args.trigger} {args.class_word}")}
     if args.class_images is not None:
         prompt = f"a photo of {args.class_word}"
         args.class_images.mkdir(parents=True, exist_ok=True)
-        for i in range(0 if list(args.class_images.glob("*.png")) else args.class_count):
+        for i in range(0 if images_in(args.class_images) else args.class_count):
             generator = torch.Generator().manual_seed(i)
             image = pipe(prompt, height=args.resolution, width=args.resolution, generator=generator).images[0]
             image.save(args.class_images / f"class_{i:05d}.png")
-        streams["class"] = (sorted(args.class_images.glob("*.png")), prompt)
+        streams["class"] = (images_in(args.class_images), prompt)
 
     # Every picture becomes the VAE's posterior, every prompt token ids.
     posteriors, tokens = {}, {}
@@ -69,16 +73,12 @@ def main(argv: list[str] | None = None) -> list[float]:
         with torch.no_grad():
             pixels = [read_square(path, args.resolution)[None].to(device) for path in paths]
             posteriors[stream] = [pipe.vae.encode(p).latent_dist for p in pixels]
-        length = pipe.tokenizer.model_max_length
-        tokens[stream] = pipe.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids.to(device)
+        tokens[stream] = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     # OFT: each attention projection's input is rotated, block by block. The base is frozen; the rotations' generators,
     # zero at first, are all that learns. A pre-hook builds the rotations from them in every forward.
     bank = inject_oft(pipe.unet, OFTConfig(block_size=args.block_size), "default")
     optimizer = torch.optim.AdamW(bank.parameters(), lr=args.learning_rate, weight_decay=0.0)
-
     losses = []
     for step in range(args.steps):
         # One sample per stream. All that is random about it comes from a generator of its own.
@@ -96,11 +96,11 @@ def main(argv: list[str] | None = None) -> list[float]:
             samples.append((latents, noise, timestep, tokens[stream]))
         latents, noise, timesteps, ids = (torch.cat(parts) for parts in zip(*samples, strict=True))
 
-        # The diffusion objective: say what noise (or velocity) is in the noisy latents.
+        # The diffusion objective: say what noise (or velocity, or clean latents) is in the noisy latents.
         noisy = schedule.add_noise(latents, noise, timesteps)
-        prediction = pipe.unet(noisy, timesteps, pipe.text_encoder(ids)[0]).sample
-        is_velocity = schedule.config.prediction_type == "v_prediction"
-        target = schedule.get_velocity(latents, noise, timesteps) if is_velocity else noise
+        prediction = pipe.unet(noisy, timesteps, pipe.text_encoder(ids.to(device))[0]).sample
+        velocity = schedule.get_velocity(latents, noise, timesteps)
+        target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[schedule.config.prediction_type]
         per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         loss = per_sample.sum()  # the subject's, and the class's with weight 1
 

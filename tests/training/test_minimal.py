@@ -34,7 +34,7 @@ def test_minimal_gives_the_losses_of_train(config: Callable[..., TrainConfig], r
     assert any(tensor.abs().max() > 1e-3 for tensor in ours.values())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_with_prior_preservation(
     prediction_type: str, config: Callable[..., TrainConfig], run: Run, tmp_path: Path
 ) -> None:
@@ -43,6 +43,35 @@ def test_with_prior_preservation(
     settings = config(steps=4, model=str(base), prior_preservation=True, class_dir=str(class_dir))
     _, result = run(settings)
     assert losses_of_minimal(settings, tmp_path / "minimal", "--class-images", str(class_dir)) == list(result.losses)
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".webp"])
+def test_pictures_as_cameras_write_them(
+    suffix: str, config: Callable[..., TrainConfig], run: Run, tmp_path: Path
+) -> None:
+    photos, class_dir = (draw_pictures(tmp_path / name, suffix=suffix) for name in ("photos", "class"))
+    settings = config(instance_dir=str(photos), prior_preservation=True, class_dir=str(class_dir))
+    _, result = run(settings)
+    assert losses_of_minimal(settings, tmp_path / "minimal", "--class-images", str(class_dir)) == list(result.losses)
+    assert len(list(class_dir.iterdir())) == 3  # none was made
+
+
+def test_a_folder_without_pictures_is_one_sentence(
+    config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(instance_dir=str(tmp_path / "nothing"))
+    with pytest.raises(SystemExit):
+        losses_of_minimal(settings, tmp_path / "minimal")
+    assert "nothing holds no PNG, JPEG or WebP images" in capsys.readouterr().err
+
+
+def test_pickled_weights_are_not_loaded(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    model = write_tiny_sd(tmp_path)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.with_suffix(".bin").write_bytes(b"a pickle")
+    with pytest.raises(OSError, match="safetensors"):
+        losses_of_minimal(config(model=str(model)), tmp_path / "minimal")
 
 
 def test_minimal_makes_class_images(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
