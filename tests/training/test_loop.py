@@ -225,19 +225,62 @@ def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_pat
     assert all(t.dtype == torch.float32 for t in tensors(half.adapter).values())
 
 
-@pytest.mark.parametrize("settings", [{"scaled": True}, {"coft_eps": 1e-3}, {"min_snr_gamma": 5.0},
-                                      {"parametrisation": "cayley_neumann"}, {"targets": "attention+mlp"},
-                                      {"targets": [r".*attn2\.to_q"]}, {"block_size": "auto"}])  # fmt: skip
-def test_adapter_settings_reach_the_file(settings: dict[str, object], config: Config, run: Run) -> None:
-    steps, result = run(config(learning_rate=1e-2, **settings))
-    assert all(math.isfinite(s.loss) for s in steps)
-    found = tensors(result.adapter)
-    largest = max(float((2 * t.square().sum(dim=1)).sqrt().max()) for t in found.values())
-    assert largest > 0
-    if "coft_eps" in settings:
-        assert largest <= 1e-3 * (1 + 1e-5)
-    if isinstance(settings.get("targets"), list):
-        assert len(found) == 4
+@pytest.mark.parametrize(
+    ("settings", "written", "layers"),
+    [
+        ({}, {"block_size": 16, "targets": "attention", "parametrisation": "cayley", "scaled": False}, 32),
+        ({"scaled": True}, {"scaled": True}, 32),
+        ({"coft_eps": 1e-3}, {"coft_eps": 1e-3}, 32),
+        ({"parametrisation": "cayley_neumann", "neumann_order": 4},
+         {"parametrisation": "cayley_neumann", "neumann_order": 4}, 32),
+        ({"targets": "attention+mlp"}, {"targets": "attention+mlp"}, 40),
+        ({"targets": [r".*attn2\.to_q"]}, {"targets": [r".*attn2\.to_q"]}, 4),
+        ({"block_size": 8}, {"block_size": 8}, 32),
+        ({"block_size": "auto"}, {"block_size": 32}, 32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adapter_settings_reach_the_file(
+    settings: dict[str, object], written: dict[str, object], layers: int, config: Config, run: Run
+) -> None:
+    _, result = run(config(learning_rate=1e-2, **settings))
+    file = load_adapter_file(result.adapter)
+    assert file.metadata is not None
+    assert {key: file.metadata.components["unet"].to_dict()[key] for key in written} == written
+    assert {key: file.metadata.training[key] for key in settings} == settings
+    found = file.components["unet"]
+    assert len(found) == layers
+    block_size = file.metadata.components["unet"].block_size
+    assert isinstance(block_size, int)
+    assert {tensor.shape[1] for tensor in found.values()} == {block_size * (block_size - 1) // 2}
+    assert max(float(tensor.abs().max()) for tensor in found.values()) > 0
+
+
+def test_coft_bounds_what_the_file_holds(config: Config, run: Run, tmp_path: Path) -> None:
+    _, bound = run(config(learning_rate=1e-2, coft_eps=1e-3, output_dir=str(tmp_path / "bound")))
+    _, free = run(config(learning_rate=1e-2, output_dir=str(tmp_path / "free")))
+    largest, unbound = (
+        max(float((2 * t.square().sum(dim=1)).sqrt().max()) for t in tensors(result.adapter).values())
+        for result in (bound, free)
+    )
+    assert 0 < largest <= 1e-3 * (1 + 1e-5) < unbound
+
+
+def test_a_scaled_run_steps_shorter(config: Config, run: Run, tmp_path: Path) -> None:
+    # Adam's first step has the learning rate's length, and the file holds what the rotations are made of.
+    largest = {}
+    for scaled in (False, True):
+        _, result = run(config(steps=1, scaled=scaled, output_dir=str(tmp_path / str(scaled))))
+        largest[scaled] = max(float(t.abs().max()) for t in tensors(result.adapter).values())
+    assert largest[True] == pytest.approx(largest[False] / (2 * math.sqrt(15)), rel=1e-3)
+
+
+def test_other_settings_reach_the_file(config: Config, run: Run) -> None:
+    settings = {"min_snr_gamma": 5.0, "weight_decay": 0.1, "lr_schedule": "cosine", "seed": 4, "flip": True}
+    _, result = run(config(**settings))
+    metadata = load_adapter_file(result.adapter).metadata
+    assert metadata is not None
+    assert {key: metadata.training[key] for key in settings} == settings
 
 
 # -- starting from, and over, what is there ---------------------------------------------------------------------------
