@@ -220,6 +220,31 @@ def test_the_layers_and_sizes_of_stable_diffusion_15(
     assert sum(p.numel() for p in bank.parameters()) == parameters
 
 
+# What differs in Stable Diffusion 2.x: linear proj_in and proj_out, heads of 64 channels, 1024-wide OpenCLIP ViT-H text
+# encoder of which 23 layers are kept.
+@pytest.mark.parametrize(
+    ("target_set", "unet_layers", "text_layers"),
+    [("attention", 128, 92), ("attention+mlp", 160, 138), ("all-linear", 192, 138)],
+)
+def test_the_layers_of_stable_diffusion_2(target_set: str, unet_layers: int, text_layers: int) -> None:
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+        encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+                hidden_act="gelu",
+            )
+        )  # fmt: skip
+    config = OFTConfig(targets=target_set, block_size=32)
+    assert len(inject_oft(unet, config).hooks) == unet_layers
+    bank = inject_oft(encoder, config)
+    assert len(bank.hooks) == text_layers
+    per_layer = {"attention": 4 * 32, "attention+mlp": 4 * 32 + 32 + 128, "all-linear": 4 * 32 + 32 + 128}[target_set]
+    assert bank.adapters["default"].total_blocks == 23 * per_layer
+
+
 def test_the_layers_and_sizes_of_clip_l() -> None:
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
