@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,18 @@ from oft_diffusion.errors import AdapterError, AdapterFileError
 from oft_diffusion.hooks import LayerHook, attach, bank_of, detach, reset_compiler, unwrap
 from oft_diffusion.plan import Adapter, check_adapter_name
 from oft_diffusion.rotation import block_size_of
-from oft_diffusion.targets import choose_block_size, find_targets
+from oft_diffusion.targets import canonical_name, choose_block_size, find_layers, find_targets
 
 KEY_SUFFIX = ".oft_R.weight"  # PEFT's name for the tensor
 
 
-def inject_oft(model: nn.Module, config: OFTConfig | None = None, adapter_name: str = "default") -> OFTBank:
+def inject_oft(
+    model: nn.Module,
+    config: OFTConfig | None = None,
+    adapter_name: str = "default",
+    *,
+    layers: Iterable[str] | None = None,
+) -> OFTBank:
     """Adapt a model's linear layers with OFTv2: a pre-hook rotates each target's input.
 
     The base is frozen (`requires_grad_(False)`) and otherwise untouched: modules, names and state dict stay as they
@@ -29,19 +35,21 @@ def inject_oft(model: nn.Module, config: OFTConfig | None = None, adapter_name: 
         model: a diffusers or transformers component, or any module.
         config: settings; the defaults if None.
         adapter_name: letters, digits, '-' and '_'.
+        layers: names of the layers to adapt, as a file lists them; `config.targets` is only noted down then.
 
     Returns:
         The component's bank, the same one for every adapter injected. Train `bank.parameters()`; the bank is not
         registered on the model.
 
     Raises:
-        TargetError: no target matches, projections are fused, or the block size does not divide a target.
+        TargetError: no target matches, a layer is not there, projections are fused, or the block size does not divide
+            a target.
         AdapterError: the name is taken or not usable.
     """
     config = config or OFTConfig()
     model = unwrap(model)
     check_adapter_name(adapter_name)
-    targets = find_targets(model, config.targets)
+    targets = find_targets(model, config.targets) if layers is None else find_layers(model, layers)
     block_size = choose_block_size(targets, config.block_size)
     bank = bank_of(model) or _new_bank(model)
     adapter = Adapter(
@@ -120,8 +128,8 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
     bank = require_bank(model)
     blocks = bank.require(adapter_name).blocks
     width = bank.generators[adapter_name].shape[-1]
-    wanted = {_canonical(name): (name, (count, width)) for name, count in blocks.items()}
-    given = {_canonical(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}
+    wanted = {canonical_name(name): (name, (count, width)) for name, count in blocks.items()}
+    given = {canonical_name(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}
     problems = [f"{wanted[k][0]} is missing" for k in wanted if k not in given]
     problems += [f"{given[k][0]} matches no layer" for k in given if k not in wanted]
     kept = {key for key, _ in given.values()}
@@ -140,11 +148,6 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
             fix="load the adapter onto the architecture and target set it was trained with",
         )
     bank.write_generators(adapter_name, {wanted[k][0]: given[k][1] for k in wanted})
-
-
-def _canonical(name: str) -> str:
-    # transformers 5 dropped CLIPTextModel's text_model level; CLIPTextModelWithProjection and older files keep it.
-    return name.removeprefix("text_model.")
 
 
 def _new_bank(model: nn.Module) -> OFTBank:

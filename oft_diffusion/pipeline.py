@@ -22,7 +22,7 @@ from oft_diffusion.files import (
     save_adapter_file,
 )
 from oft_diffusion.hooks import bank_of, unwrap
-from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
+from oft_diffusion.inject import KEY_SUFFIX, inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
 from oft_diffusion.plan import StrengthMode, check_adapter_name, make_active
 
@@ -92,9 +92,13 @@ def load_oft_weights(
     loaded: list[nn.Module] = []
     try:
         for part, module in modules.items():
-            bank = inject_oft(module, file.metadata.components[part], name)
+            state = file.components[part]
+            # By the tensors' names, never by the file's target patterns: a stranger's regular expression may take for
+            # ever, and what a target set's name means may have grown since.
+            layers = [key.removesuffix(KEY_SUFFIX) for key in state]
+            bank = inject_oft(module, file.metadata.components[part], name, layers=layers)
             loaded.append(module)
-            load_oft_state_dict(module, file.components[part], name)
+            load_oft_state_dict(module, state, name)
             bank.metadata[name] = file.metadata
             bank.freeze(name)
             bank.activate(name, strength)

@@ -100,6 +100,31 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[Targe
     return found
 
 
+def find_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """The linear layers of `model` of these very names, in the model's own order, with or without `text_model.`.
+
+    Raises:
+        TargetError: there is no such linear layer; projections are fused.
+    """
+    wanted = {canonical_name(name): name for name in names}
+    _refuse_fused(model)
+    found: list[Target] = []
+    for raw_name, module in model.named_modules():
+        name = normalise_name(raw_name)
+        is_layer = _is_linear(module) and not hasattr(module, "base_layer") and not _FOREIGN.search(raw_name)
+        if is_layer and wanted.pop(canonical_name(name), None) is not None:
+            found.append(Target(name, module, int(module.in_features)))
+    if wanted or not found:
+        shown = "; ".join(sorted(wanted.values())[:3]) + ("; ..." if len(wanted) > 3 else "")
+        raise TargetError(
+            f"{len(wanted)} of {len(wanted) + len(found)} layers match no linear layer of {type(model).__name__}: "
+            f"{shown or '(none is named)'}",
+            expected=f"names of its linear layers; it has {_examples(model)}",
+            fix="use the architecture that these layers belong to",
+        )
+    return found
+
+
 def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto"]) -> int:
     """The block size to use; "auto" is the largest of 64, 32 and 16 that divides every target.
 
@@ -128,6 +153,11 @@ def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto"]
 def normalise_name(name: str) -> str:
     """A layer's name as files spell it: without PEFT's `.base_layer` and torch.compile's `_orig_mod.`."""
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.").replace(".base_layer", "")
+
+
+def canonical_name(name: str) -> str:
+    """A layer's name without the level that transformers 5 dropped from CLIPTextModel; older files keep it."""
+    return name.removeprefix("text_model.")
 
 
 def _resolve(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -192,36 +192,54 @@ def test_a_block_size_that_does_not_divide_names_the_file(pipe, make):
     refused(pipe, wide, "wide.safetensors", "unet", "block_size=16")
 
 
-def test_other_layers_than_the_models(pipe, make, plain, tmp_path):
-    file = load_adapter_file(plain)
-    states = {part: dict(state) for part, state in file.components.items()}
-    first = next(iter(states["unet"]))
-    states["unet"]["down_blocks.9.to_q.oft_R.weight"] = states["unet"].pop(first)
-    path = save_adapter_file(tmp_path / "odd.safetensors", states, file.metadata)
-    refused(pipe, path, "odd.safetensors", "down_blocks.9.to_q", first.removesuffix(".oft_R.weight"), "2 mismatch(es)")
+def without_layer(file, path, part, becomes=None):
+    """The file less one layer of a component, or with that layer under another name."""
+    states = {name: dict(state) for name, state in file.components.items()}
+    first = next(iter(states[part]))
+    tensor = states[part].pop(first)
+    if becomes is not None:
+        states[part][f"{becomes}.oft_R.weight"] = tensor
+    return save_adapter_file(path, states, file.metadata)
 
 
-def test_targets_that_this_model_has_not(pipe, plain, tmp_path):
+@pytest.mark.parametrize("name", ["down_blocks.9.to_q", "conv_in", "conv_in.lora_A", "time_embedding", ""])
+def test_other_layers_than_the_models(pipe, plain, tmp_path, name):
+    path = without_layer(load_adapter_file(plain), tmp_path / "odd.safetensors", "unet", becomes=name)
+    refused(pipe, path, "odd.safetensors", name, "1 of 32 layers", "UNet2DConditionModel")
+
+
+def test_a_file_of_a_time_when_its_target_set_had_fewer_layers(pipe, plain, tmp_path, base_pipe):
+    path = without_layer(load_adapter_file(plain), tmp_path / "old.safetensors", "unet")
+    assert load_adapter_file(path).metadata.components["unet"].targets == "attention"
+    adapter = load_oft_weights(pipe, path)
+    stored = load_adapter_file(path).components["unet"]
+    found = oft_state_dict(pipe.unet, adapter.name)
+    assert found.keys() == stored.keys()
+    assert len(found) == 31
+    assert distance(draw(pipe), draw(base_pipe)) > 0.01
+
+
+@pytest.mark.parametrize("targets", [[r"(([a-z_]|\d|\.)+)+!"], ["("], [r"blocks\.\d+\.qkv"], "a-set-of-tomorrow"])
+def test_a_files_patterns_are_information_and_never_run(pipe, plain, tmp_path, base_pipe, targets):
+    # The first, if it were ever matched against a layer's name, would hold this test up for ever.
     path = tmp_path / "plain.safetensors"
     shutil.copy(plain, path)
-    config = {**OFTConfig(block_size=8).to_dict(), "targets": [r"blocks\.\d+\.qkv"]}
+    config = {**OFTConfig(block_size=8).to_dict(), "targets": targets}
     with_metadata(path, {"components": dict.fromkeys(BOTH, config)})
-    refused(pipe, path, "plain.safetensors", "qkv")
-    config["targets"] = ["("]
-    with_metadata(path, {"components": dict.fromkeys(BOTH, config)})
-    refused(pipe, path, "plain.safetensors", "regular expression")
+    load_oft_weights(pipe, path)
+    reference = copy_pipe(base_pipe)
+    load_oft_weights(reference, plain)
+    assert torch.equal(draw(pipe), draw(reference))
 
 
 def test_a_failure_in_the_last_component_takes_the_first_one_back(pipe, plain, mug, tmp_path):
     file = load_adapter_file(plain)
     for broken in BOTH:
-        states = {part: dict(state) for part, state in file.components.items()}
-        states[broken].popitem()
-        path = save_adapter_file(tmp_path / f"{broken}.safetensors", states, file.metadata)
-        refused(pipe, path, path.name, "is missing")
+        without_layer(file, tmp_path / f"{broken}.safetensors", broken, becomes="nowhere")
+        refused(pipe, tmp_path / f"{broken}.safetensors", f"{broken}.safetensors", "nowhere")
     load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
     for broken in BOTH:
-        refused(pipe, tmp_path / f"{broken}.safetensors", "is missing")
+        refused(pipe, tmp_path / f"{broken}.safetensors", "nowhere")
     assert [a.name for a in list_oft_adapters(pipe)] == ["mug"]
 
 
