@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from oft_diffusion.config import OFTConfig
@@ -23,6 +24,15 @@ class Problem(NamedTuple):
 # knob: what must be on for it to mean anything
 _NEEDS = {"text_encoder_learning_rate": "text_encoder", "class_dir": "prior_preservation"}
 
+# (knobs, what must be so for them to mean anything, whether it is so). These have defaults, and a file of settings may
+# keep them while a switch is turned off: hence a note, no error. Prompts are templates, and harmless.
+_IDLE: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
+    (("neumann_order",), "parametrisation = 'cayley_neumann'", lambda c: c.parametrisation == "cayley_neumann"),
+    (("prior_weight", "num_class_images"), "prior_preservation = true", lambda c: c.prior_preservation),
+    (("validation_every",), "validation_prompts", lambda c: bool(c.validation_prompts)),
+    (("config_dir",), "a single-file model", lambda c: Path(c.model).suffix == ".safetensors"),
+)
+
 _EXCLUSIVE = (
     ("text_encoder", "cache_text_embeddings", "cached embeddings would not follow the text encoder as it learns"),
     ("resume", "overwrite", "one goes on with the earlier run, the other deletes it"),
@@ -37,6 +47,17 @@ def settings_problems(config: TrainConfig) -> list[Problem]:
         if not broken & set(knobs):
             found += check(config)
     return found
+
+
+def idle_notes(config: TrainConfig) -> list[str]:
+    """A sentence about each group of knobs that are not at their defaults and do nothing all the same."""
+    defaults = {f.name: f.default for f in fields(config)}
+    notes = []
+    for knobs, condition, met in _IDLE:
+        idle = [f"{knob} = {getattr(config, knob)!r}" for knob in knobs if getattr(config, knob) != defaults[knob]]
+        if idle and not met(config):
+            notes.append(f"without {condition} this does nothing: {', '.join(idle)}")
+    return notes
 
 
 def raise_problems(problems: Sequence[OFTError]) -> None:

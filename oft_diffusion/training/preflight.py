@@ -22,7 +22,7 @@ from oft_diffusion.training.checkpoint import (
     read_state,
     require_space,
 )
-from oft_diffusion.training.checks import raise_problems, settings_problems
+from oft_diffusion.training.checks import idle_notes, raise_problems, settings_problems
 from oft_diffusion.training.class_images import ClassImages, look_at_class_images
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, instance_pictures
@@ -101,7 +101,8 @@ def preflight(config: TrainConfig) -> Plan:
         prompts.add(class_images.record["prompt"])
     cut = [prompt for prompt in sorted(prompts) if too_long(tokenizer, prompt)]
     notes += [f"longer than the text encoder reads, and cut: {prompt!r}" for prompt in cut]
-    return Plan(base, pictures, class_images, resume_from, notes + _class_notes(config, class_images))
+    notes += _class_notes(config, class_images) + idle_notes(config)
+    return Plan(base, pictures, class_images, resume_from, notes)
 
 
 _PROMPT_KNOBS = ("trigger", "class_word", "instance_prompt")

@@ -142,6 +142,29 @@ def test_prompts_that_are_cut_are_noted(config: Config, tmp_path: Path) -> None:
     assert notes == [f"longer than the text encoder reads, and cut: {p!r}" for p in (f"a sks mug {long}", long)]
 
 
+@pytest.mark.parametrize(
+    ("knobs", "note"),
+    [
+        ({"neumann_order": 4}, "without parametrisation = 'cayley_neumann' this does nothing: neumann_order = 4"),
+        ({"prior_weight": 0.5, "num_class_images": 7},
+         "without prior_preservation = true this does nothing: prior_weight = 0.5, num_class_images = 7"),
+        ({"validation_every": 7},
+         "without validation_prompts this does nothing: validation_every = 7"),
+        ({"config_dir": "configs"},
+         "without a single-file model this does nothing: config_dir = 'configs'"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_nothing_are_noted(knobs: dict[str, object], note: str, config: Config) -> None:
+    assert note in preflight(config(**knobs)).notes
+
+
+def test_settings_that_do_something_are_not_noted(config: Config) -> None:
+    knobs = {"parametrisation": "cayley_neumann", "neumann_order": 4, "prior_preservation": True, "prior_weight": 0.5,
+             "num_class_images": 7, "validation_prompts": ["a dog"], "validation_every": 7}  # fmt: skip
+    assert not [note for note in preflight(config(**knobs)).notes if "does nothing" in note]
+    assert not preflight(config()).notes
+
+
 def test_notes_are_no_errors(config: Config, tmp_path: Path) -> None:
     plan = preflight(config(instance_dir=str(draw_pictures(tmp_path / "two", count=2)), resolution=32))
     assert len(plan.notes) == 2
