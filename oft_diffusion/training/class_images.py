@@ -19,10 +19,9 @@ from oft_diffusion.files import write_atomically
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, image_files, read_picture
-from oft_diffusion.training.family import StableDiffusion
+from oft_diffusion.training.family import AT_ONCE, StableDiffusion
 
 RECORD = "class_images.json"
-_AT_ONCE = 4  # images per pipeline call
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def make_class_images(
     if process == 0:
         write_atomically(images.paths[0].parent / RECORD, json.dumps(record, indent=1).encode())
     mine = list(images.missing[process::processes])
-    chunks = [mine[i : i + _AT_ONCE] for i in range(0, len(mine), _AT_ONCE)]
+    chunks = [mine[i : i + AT_ONCE] for i in range(0, len(mine), AT_ONCE)]
     for chunk in progress(chunks, f"class images ({record['prompt']!r})"):
         seeds = [random.Random(f"{record['seed']} class image {i}").getrandbits(32) for i in chunk]
         made = family.sample(

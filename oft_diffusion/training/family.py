@@ -26,6 +26,8 @@ from oft_diffusion.training.base import Base
 # CLIP's tokenizer numbers its words by frequency: ids past this one are words that hardly occur in captions.
 COMMON_BELOW = 40_000
 
+AT_ONCE = 4  # pictures per pipeline call; guidance makes that eight rows for the UNet
+
 Text = Mapping[str, Tensor]
 
 
@@ -199,7 +201,8 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """One picture per prompt and seed, with the base's own sampler, on the device where the UNet is.
 
-        Components that are parked on the CPU are there again afterwards.
+        A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
+        are there again afterwards.
         """
         pipeline_class: Any = StableDiffusionPipeline
         pipeline = pipeline_class(
@@ -210,12 +213,15 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         device = next(self.unet.parameters()).device
         with _evaluating(self.unet, self.text_encoder), _visiting(device, self.vae, self.text_encoder):
-            latents = pipeline(
-                list(prompts), height=resolution, width=resolution, num_inference_steps=steps, guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent",
-            ).images  # fmt: skip
-            scale = self.vae.config.scaling_factor
-            decoded = [self.vae.decode(one[None].to(self.vae.dtype) / scale).sample for one in latents]
+            scale, decoded = self.vae.config.scaling_factor, []
+            for first in range(0, len(prompts), AT_ONCE):
+                few = slice(first, first + AT_ONCE)
+                latents = pipeline(
+                    list(prompts[few]), height=resolution, width=resolution, num_inference_steps=steps,
+                    guidance_scale=guidance, output_type="latent",
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[few]],
+                ).images  # fmt: skip
+                decoded += [self.vae.decode(one[None].to(self.vae.dtype) / scale).sample.cpu() for one in latents]
         images: list[Image.Image] = pipeline.image_processor.postprocess(torch.cat(decoded), output_type="pil")
         return images
 

@@ -28,7 +28,7 @@ from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import FILE_NAME, save_adapter_file
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.training.batches import Batch
-from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
+from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, restore_rng, rng_states, save_checkpoint
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.interrupts import on_interrupt
 from oft_diffusion.training.preflight import Plan, preflight
@@ -94,6 +94,7 @@ class TrainingRun:
         self.interrupted = False
         self.parts: Parts | None = None
         self._result: TrainResult | None = None
+        self._rng: dict[str, Tensor] | None = None  # the caller's, given back at the end
         self._stop = threading.Event()
         self.guard = LossGuard(self.output_dir)
         self._durations: deque[float] = deque(maxlen=_RATE_WINDOW)
@@ -113,6 +114,7 @@ class TrainingRun:
         try:
             for note in self.plan.notes:
                 self.console.say(note)
+            self._rng = rng_states()
             torch.manual_seed(self.config.seed)  # for dropout in a base that has any; all else is in data.py
             self.parts = prepare(self.config, self.plan, self.accelerator, self.console)
             self.watch = SilentLayers(self.parts.banks)
@@ -354,6 +356,9 @@ class TrainingRun:
 
     def _release(self) -> None:
         self.parts = None
+        if self._rng is not None:
+            restore_rng(self._rng)
+            self._rng = None
         self.console.stop()
         self.accelerator.free_memory()
         if self._owns_accelerate:

@@ -89,6 +89,18 @@ def test_pictures_follow_from_their_seeds(family: StableDiffusion) -> None:
     family.unet.eval()
 
 
+def test_many_pictures_are_drawn_a_few_at_a_time(family: StableDiffusion) -> None:
+    rows: list[int] = []
+    hook = family.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        many = family.sample(["a dog"] * 10, range(10), RESOLUTION, 1, 5.0)
+    finally:
+        hook.remove()
+    assert rows == [8, 8, 4]  # guidance doubles them
+    assert len({image.tobytes() for image in many}) == 10
+    assert family.sample(["a dog"], [9], RESOLUTION, 1, 5.0)[0].tobytes() == many[9].tobytes()
+
+
 def test_half_precision_base_keeps_the_vae_in_float32(tiny_sd: Path) -> None:
     half = StableDiffusion.load(find_base(str(tiny_sd)), torch.bfloat16)
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -349,6 +351,23 @@ def test_an_error_in_the_loop_body_is_not_swallowed(config: Config) -> None:
     with pytest.raises(ZeroDivisionError):
         go()
     assert not (Path(config().output_dir) / "oft_adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("ending", ["finished", "broken off", "failed"])
+def test_the_callers_randomness_goes_on_as_if_nothing_had_been(ending: str, config: Config) -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = (torch.rand(3), random.random())
+    torch.manual_seed(5)
+    random.seed(5)
+    with suppress(ZeroDivisionError), train(config(steps=2), progress=False) as run:
+        for _ in run:
+            if ending == "broken off":
+                break
+            if ending == "failed":
+                raise ZeroDivisionError
+    assert torch.rand(3).equal(expected[0])
+    assert random.random() == expected[1]
 
 
 def test_runs_of_different_precision_in_one_process(config: Config, run: Run) -> None:
