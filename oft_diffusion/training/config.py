@@ -333,13 +333,6 @@ class TrainConfig:
         toml = getattr(namespace, "config", None)
         return cls.from_toml(toml, given) if toml else cls.from_dict(given, source="the command line")
 
-    @classmethod
-    def from_args(cls, argv: Sequence[str] | None = None) -> TrainConfig:
-        """The config of a command line (default: this process's)."""
-        parser = argparse.ArgumentParser(description="DreamBooth with orthogonal finetuning.")
-        cls.add_arguments(parser)
-        return cls.from_namespace(parser.parse_args(argv))
-
 
 REQUIRED = ("model", "instance_dir", "trigger", "class_word", "output_dir")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,6 +27,12 @@ def errors(**knobs: object) -> str:
     return "\n".join(str(p.error) for p in settings_problems(TrainConfig.from_dict(REST | knobs)))
 
 
+def from_options(options: list[str]) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    TrainConfig.add_arguments(parser)
+    return TrainConfig.from_namespace(parser.parse_args(options))
+
+
 @given(
     model=TEXT, prompts=st.lists(TEXT, max_size=3), rate=st.floats(1e-9, 10), seed=st.integers(0, 2**40),
     flag=st.booleans(), block=st.one_of(st.just("auto"), st.integers(2, 128)), gamma=st.none() | st.floats(0.1, 20),
@@ -43,7 +50,7 @@ def test_toml_round_trip(tmp_path_factory, model, prompts, rate, seed, flag, blo
 
 def test_every_knob_is_documented_and_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        TrainConfig.from_args(["--help"])
+        from_options(["--help"])
     shown = capsys.readouterr().out
     for f in fields(TrainConfig):
         assert f"--{f.name.replace('_', '-')}" in shown
@@ -54,14 +61,14 @@ def test_every_knob_is_documented_and_is_an_option(capsys: pytest.CaptureFixture
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(TrainConfig.from_dict(REST | {"steps": 7, "min_snr_gamma": 5.0}).to_toml())
-    config = TrainConfig.from_args(
+    config = from_options(
         ["--config", str(path), "--learning-rate", "3e-4", "--no-cache-latents", "--targets", "a", "b",
          "--min-snr-gamma", "none", "--block-size", "auto", "--validation-prompts", "x", "y"]
     )  # fmt: skip
     assert (config.steps, config.learning_rate, config.cache_latents) == (7, 3e-4, False)
     assert (config.targets, config.min_snr_gamma, config.block_size) == (("a", "b"), None, "auto")
     assert config.validation_prompts == ("x", "y")
-    assert TrainConfig.from_args(["--config", str(path), "--targets", "mlp"]).targets == "mlp"
+    assert from_options(["--config", str(path), "--targets", "mlp"]).targets == "mlp"
 
 
 def test_underscored_options_mean_the_same() -> None:
@@ -82,7 +89,7 @@ def test_missing_file_broken_toml_and_missing_knobs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
         TrainConfig.from_toml(tmp_path / "broken.toml")
     with pytest.raises(ConfigError, match=r"lacks instance_dir, trigger, class_word, output_dir.*--instance-dir"):
-        TrainConfig.from_args(["--model", "x"])
+        from_options(["--model", "x"])
 
 
 @pytest.mark.parametrize(

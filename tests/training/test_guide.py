@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from oft_diffusion.training import TrainConfig
+from oft_diffusion.training.command import main
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -34,7 +35,7 @@ def test_every_setting_is_in_the_table_as_it_is() -> None:
 
 def test_options_exist_and_files_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        TrainConfig.from_args(["--help"])
+        main(["--help"])
     options = capsys.readouterr().out
     known = ("--adapter", "--guidance", "--multi_gpu", "--num_processes", "--no-")  # of `generate` and of accelerate
     for option in set(re.findall(r"--[a-z][a-z_-]+", GUIDE)) - set(known):
