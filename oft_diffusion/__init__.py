@@ -5,6 +5,7 @@ In a diffusers pipeline: `load_oft_weights`, `set_oft_adapters`, `list_oft_adapt
 `unload_oft_weights`, `save_oft_weights`. Training: `oft_diffusion.training`.
 """
 
+from oft_diffusion import quiet as quiet  # before anything that imports diffusers
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import OFTError

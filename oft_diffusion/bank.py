@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from oft_diffusion import rotation
+from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
-from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, is_compiled, reset_compiler
+from oft_diffusion.errors import AdapterError
+from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, reset_compiler
 from oft_diffusion.plan import (
     Active,
     Adapter,
     Stage,
     StrengthMode,
+    as_names,
     check_adapter_name,
     make_active,
     make_stages,
@@ -61,7 +63,8 @@ class OFTBank(nn.Module):
         self._mark = GraphMark()
         self._in_grad_forward = False
         self.between_forwards = False
-        self._audited = False
+        self._audit = BypassAudit()
+        self.register_load_state_dict_pre_hook(_refuse_load)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     # -- adapters -------------------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ class OFTBank(nn.Module):
         Raises:
             AdapterError: a name is unknown, merged or repeated, counts differ, or a strength is not finite.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        names = as_names(names)
         for name in names:
             self.require(name)
         self.refuse_merged(names)
@@ -250,8 +253,9 @@ class OFTBank(nn.Module):
             device: of the component's first tensor input: with offloading the component itself may be elsewhere.
             dtype: of that input, None where it is not floating (token ids).
         """
-        if not torch.compiler.is_compiling() and not self._audited:
-            self._audited = is_compiled(module)  # compiled layers do not report that they fired
+        if self._stages and not torch.compiler.is_compiling():
+            refuse_fused_lora(module)
+            self._audit.begin(self.hooks.values())
         placement = (device or self._placement[0], dtype or self._placement[1])
         if not self._trainable():
             if not self._ready or placement != self._placement:
@@ -271,8 +275,8 @@ class OFTBank(nn.Module):
             else:
                 hook.eval_deltas = by_layer.get(name, ())
 
-    def end_forward(self) -> None:
-        """Drop what must not outlive the forward, and check once that every target fired."""
+    def end_forward(self, module: nn.Module, *, failed: bool) -> None:
+        """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
         if self._trainable():
             for hook in self.hooks.values():
                 hook.eval_deltas = None
@@ -280,8 +284,8 @@ class OFTBank(nn.Module):
                     hook.grad_deltas = for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
-        if not torch.compiler.is_compiling() and not self._audited:
-            self._audit()
+        if self._stages and not failed and not torch.compiler.is_compiling():
+            self._audit.end(module, self.hooks, self._stages)
 
     def fresh_deltas(self, name: str) -> Deltas:
         """Deltas for a layer whose slot is empty.
@@ -343,10 +347,10 @@ class OFTBank(nn.Module):
                 self._place(self._placement)
             return
         self._constants.clear()
-        self._ready = self._audited = self.between_forwards = False
+        self._audit.restart()
+        self._ready = self.between_forwards = False
         for hook in self.hooks.values():
             hook.grad_deltas = hook.eval_deltas = None
-            hook.fired = False
         if not self._trainable():
             self._place(self._placement)
         reset_compiler()
@@ -360,18 +364,6 @@ class OFTBank(nn.Module):
             hook.grad_deltas = hook.eval_deltas = by_layer.get(name, ())
         self._ready = True
         self.between_forwards = False
-
-    def _audit(self) -> None:
-        self._audited = True
-        wanted = {name for stage in self._stages for name in stage.blocks}
-        if silent := [name for name in wanted if not self.hooks[name].fired]:
-            silent.sort()
-            raise TargetError(
-                f"{len(silent)} of {len(wanted)} adapted layers of {self.component} were bypassed: "
-                f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}",
-                expected="every target to be called as a module in a forward",
-                fix="undo what bypasses them (fused projections, replaced modules), or narrow the targets",
-            )
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
 
@@ -394,6 +386,11 @@ class OFTBank(nn.Module):
         state = dict(self.__dict__)
         state.update(_ready=False, _in_grad_forward=False, between_forwards=False)
         return state
+
+
+def _refuse_load(bank: nn.Module, _state: Any, _prefix: str, *_rest: Any) -> None:
+    assert isinstance(bank, OFTBank)
+    bank.refuse_merged(bank.merged)
 
 
 def _refresh_after_load(bank: nn.Module, _keys: Any) -> None:

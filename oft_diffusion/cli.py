@@ -63,11 +63,16 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = verbs.add_parser("generate", help="pictures from a prompt, with adapters")
     generate.add_argument("prompt", help="what to draw")
-    generate.add_argument("--model", default="pocket", help="pipeline folder or hub id; pocket: the one shipped here")
+    generate.add_argument(
+        "--model", default="pocket", help="pipeline folder, .safetensors checkpoint or hub id; pocket: the shipped one"
+    )
+    generate.add_argument("--config-dir", metavar="FOLDER", help="of a checkpoint's architecture, in diffusers' format")
     generate.add_argument(
         "--adapter", action="append", default=[], metavar="PATH[:STRENGTH]", help="may be repeated; strength 1 if none"
     )
-    generate.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
+    generate.add_argument(
+        "--out", type=Path, default=Path("pictures"), help="folder (default: pictures); nothing there is replaced"
+    )
     generate.add_argument("--negative", metavar="PROMPT", help="what not to draw")
     generate.add_argument("--count", type=int, default=1, help="how many pictures, of seeds one after another")
     generate.add_argument("--seed", type=int, default=0, help="the first picture's seed (default: 0)")
@@ -94,21 +99,36 @@ def _train(arguments: Sequence[str]) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from oft_diffusion.generate import generate, load_pipeline
-    from oft_diffusion.images import labelled_grid, save_png
+    from oft_diffusion.files import is_writable
+    from oft_diffusion.generate import Picture, generate
+    from oft_diffusion.images import free_path, labelled_grid, save_png
+    from oft_diffusion.load import load_pipeline
     from oft_diffusion.pipeline import load_oft_weights
     from oft_diffusion.pocket import pocket_path
 
     for name in ("count", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} is too small", expected="1 or more", fix="raise it")
+    if not is_writable(options.out):
+        raise ConfigError(
+            f"--out {options.out} cannot be written",
+            expected="a folder, or a path where one can be made",
+            fix="choose another",
+        )
     adapters = [parse_adapter(text) for text in options.adapter]
     model = pocket_path() if options.model == "pocket" else options.model
-    pipe = load_pipeline(model, getattr(torch, options.dtype), options.device)
+    pipe = load_pipeline(model, getattr(torch, options.dtype), options.device, config_dir=options.config_dir)
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {strength:g}")
         _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
+    paths: list[Path] = []
+
+    def keep(picture: Picture, total: int) -> None:
+        name = f"{picture.settings['seed']:05d}"
+        paths.append(save_png(picture.image, free_path(options.out, name), picture.settings))
+        print(f"{len(paths)} of {total}  {paths[-1]}", flush=True)
+
     pictures = generate(
         pipe,
         options.prompt,
@@ -118,15 +138,13 @@ def _generate(options: argparse.Namespace) -> int:
         guidance=options.guidance,
         width=options.width,
         height=options.height,
-        on_picture=lambda done, total: print(f"{done} of {total}", flush=True),
+        on_picture=keep,
     )
-    paths = [save_png(p.image, options.out / f"{p.settings['seed']:05d}.png", p.settings) for p in pictures]
     if options.grid:
         columns = min(len(pictures), 4)
         rows = [[p.image for p in pictures[i : i + columns]] for i in range(0, len(pictures), columns)]
         grid = labelled_grid(rows, row_labels=[options.prompt] + [""] * (len(rows) - 1))
-        paths.append(save_png(grid, options.out / "grid.png", pictures[0].settings))
-    print("\n".join(str(path) for path in paths))
+        print(f"grid  {save_png(grid, free_path(options.out, 'grid'), pictures[0].settings)}")
     return 0
 
 

@@ -88,7 +88,7 @@ class OFTConfig:
 
 
 def _pattern_tuple(targets: Sequence[str]) -> tuple[str, ...]:
-    if not targets or not all(isinstance(t, str) and t for t in targets):
+    if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) and t for t in targets):
         raise ConfigError(
             f"targets={targets!r} names nothing",
             expected="a target set's name, or a non-empty list of regular expressions",

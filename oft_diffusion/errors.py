@@ -47,6 +47,11 @@ class TrainingError(OFTError):
     """A run cannot start, go on, or be resumed."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _sentence(text: str) -> str:
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -31,6 +31,7 @@ from oft_diffusion.rotation import block_size_of
 FORMAT_VERSION = 1
 FILE_NAME = "oft_adapter.safetensors"
 HEADER_KEY = "oft_diffusion"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "base": (dict,),
@@ -121,9 +122,7 @@ def save_adapter_file(
         AdapterFileError: a tensor is not finite or misshapen, the metadata's components are not the tensors', or the
             file cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path / FILE_NAME
+    path = _file_to_write(Path(path))
     tensors = {f"{part}.{name}": t.contiguous() for part, state in components.items() for name, t in state.items()}
     _check_tensors(path, tensors)
     _check_settings(path, {part: state for part, state in components.items() if state}, metadata)
@@ -136,6 +135,16 @@ def save_adapter_file(
     })  # fmt: skip
     write_atomically(path, save(tensors, metadata={"format": "pt", HEADER_KEY: filled.to_json()}))
     return path
+
+
+def _file_to_write(path: Path) -> Path:
+    if path.suffix.lower() in PICKLES:
+        raise AdapterFileError(
+            f"{path.name} would be a pickle by its name",
+            expected="a name that ends in .safetensors, or a folder",
+            fix=f"use {path.with_suffix('.safetensors').name}",
+        )
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
@@ -207,6 +216,12 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written into a folder, or it can be made. Nothing is made here."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

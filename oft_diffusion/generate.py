@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.pipeline import list_oft_adapters, set_oft_adapters
+from oft_diffusion.errors import ConfigError, OFTError, first_line
+from oft_diffusion.pipeline import LoadedAdapter, list_oft_adapters, set_oft_adapters
 
 
 @dataclass(frozen=True)
@@ -22,39 +19,6 @@ class Picture:
 
     image: Image.Image
     settings: dict[str, Any]
-
-
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
-    """Any text-to-image pipeline in diffusers' format, from a folder or the hub; safetensors only.
-
-    Raises:
-        ConfigError: there is no such folder, it is no pipeline, it holds pickled weights only, or there is no such
-            device.
-    """
-    local = Path(model)
-    if local.exists() and not (local / "model_index.json").is_file():
-        raise ConfigError(
-            f"{model} is no diffusers pipeline: it has no model_index.json",
-            expected="a folder in diffusers' format, or a hub id",
-            fix="convert a single checkpoint with diffusers' from_single_file and save_pretrained",
-        )
-    try:
-        pipe = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    except Exception as error:  # diffusers, transformers and safetensors each have their own
-        raise ConfigError(
-            f"{model} cannot be loaded as a pipeline ({_first_line(error)})",
-            expected="a text-to-image pipeline in diffusers' format with safetensors weights",
-            fix="check the path or the hub id",
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"the pipeline cannot be moved to {device!r} ({_first_line(error)})",
-            expected="a device of this machine with enough memory",
-            fix='use "cpu", or torch\'s build for your device',
-        ) from error
 
 
 def generate(
@@ -68,7 +32,7 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 4,
-    on_picture: Callable[[int, int], None] | None = None,
+    on_picture: Callable[[Picture, int], None] | None = None,
 ) -> list[Picture]:
     """One picture per seed. A seed gives the same noise whatever the batch or device (it is drawn on the CPU).
 
@@ -82,7 +46,7 @@ def generate(
         width: in pixels, together with height; the pipeline's own size if both are None.
         height: likewise.
         batch_size: pictures per call of the pipeline.
-        on_picture: called with (pictures done, of how many) after each batch.
+        on_picture: called with (picture, of how many) as soon as its batch is drawn.
 
     Returns:
         Pictures in the order of seeds.
@@ -109,7 +73,7 @@ def generate(
         "guidance": guidance,
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(getattr(pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
-        "adapters": [{"name": a.name, "strength": a.strength} for a in list_oft_adapters(pipe) if a.strength],
+        "adapters": [_described(a) for a in list_oft_adapters(pipe) if a.strength],
     }
     pictures: list[Picture] = []
     for start in range(0, len(seeds), batch_size):
@@ -126,14 +90,14 @@ def generate(
             raise
         except ValueError as error:  # what diffusers raises on settings that it checks
             raise ConfigError(
-                f"the pipeline refuses these settings ({_first_line(error)})",
+                f"the pipeline refuses these settings ({first_line(error)})",
                 expected="a seed, a size and a number of steps that it can take",
                 fix="change the setting that the message names",
             ) from error
         for seed, image in zip(batch, images, strict=True):
             pictures.append(Picture(image, {**shared, "seed": seed, "width": image.width, "height": image.height}))
-        if on_picture is not None:
-            on_picture(len(pictures), len(seeds))
+            if on_picture is not None:
+                on_picture(pictures[-1], len(seeds))
     return pictures
 
 
@@ -173,5 +137,7 @@ def compare(
     return rows
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _described(adapter: LoadedAdapter) -> dict[str, Any]:
+    """What a picture says of an adapter; the digest finds the file again whatever it is called by then."""
+    known = {"name": adapter.name, "strength": adapter.strength, "mode": adapter.mode}
+    return known | ({"sha256": adapter.metadata.sha256} if adapter.metadata else {})

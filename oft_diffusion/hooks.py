@@ -78,13 +78,13 @@ class ComponentHook:
 
 
 class ComponentEndHook:
-    """After the component's forward: drops deltas that must not outlive it, and checks that every target fired."""
+    """After the component's forward, also one that raised: drops deltas that must not outlive it, audits."""
 
     def __init__(self, bank: OFTBank) -> None:
         self.bank = bank
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.bank.end_forward()
+        self.bank.end_forward(module, failed=output is None)  # None is what torch passes after an error
 
 
 def bank_of(model: nn.Module) -> OFTBank | None:
@@ -98,7 +98,7 @@ def bank_of(model: nn.Module) -> OFTBank | None:
 def attach(model: nn.Module, bank: OFTBank) -> None:
     """Register the component's hooks."""
     model.register_forward_pre_hook(ComponentHook(bank), with_kwargs=True)
-    model.register_forward_hook(ComponentEndHook(bank))
+    model.register_forward_hook(ComponentEndHook(bank), always_call=True)
 
 
 def detach(model: nn.Module) -> None:
@@ -108,6 +108,7 @@ def detach(model: nn.Module) -> None:
             for key in [k for k, h in hooks.items() if isinstance(h, (LayerHook, ComponentHook, ComponentEndHook))]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def hooked_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,9 +122,18 @@ def hooked_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper."""
+    """The module inside torch.compile's wrapper.
+
+    Raises:
+        TargetError: it is no module.
+    """
     inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    if not isinstance(inner, nn.Module):
+        raise TargetError(
+            f"a {type(model).__name__} is no torch module",
+            expected="one component of a pipeline, such as pipe.unet, or any other nn.Module",
+            fix="pass that; whole pipelines are for load_oft_weights and its like",
+        )
     return inner
 
 

@@ -61,6 +61,12 @@ def labelled_grid(
     return sheet
 
 
+def free_path(folder: Path, stem: str) -> Path:
+    """`folder/stem.png`, or `stem_2.png`, `stem_3.png`, ... where those are taken: no picture replaces another."""
+    numbered = (folder / f"{stem}{end}.png" for end in ("", *(f"_{i}" for i in range(2, 100_000))))
+    return next(path for path in numbered if not path.exists())
+
+
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any] | None = None) -> Path:
     """Write a PNG, whole or not at all, with its generation settings inside.
 

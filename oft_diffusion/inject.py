@@ -122,11 +122,12 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
     Names match with or without transformers' optional `text_model.` prefix.
 
     Raises:
-        AdapterError: there is no such adapter.
+        AdapterError: there is no such adapter, or it is merged.
         AdapterFileError: layers or shapes differ, or a tensor is not finite; nothing is changed then.
     """
     bank = require_bank(model)
     blocks = bank.require(adapter_name).blocks
+    bank.refuse_merged([adapter_name])
     width = bank.generators[adapter_name].shape[-1]
     wanted = {canonical_name(name): (name, (count, width)) for name, count in blocks.items()}
     given = {canonical_name(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from oft_diffusion.audit import refuse_fused_lora
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.hooks import hooked_layers
+from oft_diffusion.hooks import hooked_layers, unwrap
 from oft_diffusion.inject import require_bank
-from oft_diffusion.plan import Active, Stage, make_stages, split_by_layer
+from oft_diffusion.plan import Active, Stage, as_names, make_stages, split_by_layer
 
 KeepBase = Literal["cpu", "disk", False]
 
@@ -33,24 +35,31 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
             to save that memory and give up unmerging.
 
     Raises:
-        AdapterError: nothing is active, something is merged already, the order would change, or `keep_base` is
-            none of the three.
+        AdapterError: nothing is active, something is merged already, a LoRA is fused there, the order would change,
+            `keep_base` is none of the three, or the disk cannot take the copy.
         TargetError: a target's weight is not a floating matrix (a quantized layer).
+
+    After any error, Ctrl-C included, the weights are as before; but not where it struck amid the rotations with
+    `keep_base=False`: load the base again then.
     """
     check_keep_base(keep_base)
-    bank = require_bank(model)
-    staying, merging = _split_active(bank, adapter_names)
+    bank, staying, merging = _check(model, adapter_names)
     stages = make_stages(merging, bank.adapters)
     weights = _merge_targets(model, stages)
-    copy = BaseCopy(weights, keep_base) if keep_base else None
     with torch.no_grad():
         device = next(iter(weights.values())).device
         deltas = split_by_layer(stages, bank.build_deltas(stages, device))
-        for name, weight in weights.items():
-            # x meets the stages in order, so W takes the last one's rotation first.
-            for delta in reversed(deltas[name]):
-                _rotate_columns_(weight, delta)
-    bank.set_merged(staying, merging, copy)
+        copy = BaseCopy(weights, keep_base) if keep_base else None
+        try:
+            for name, weight in weights.items():
+                # x meets the stages in order, so W takes the last one's rotation first.
+                for delta in reversed(deltas[name]):
+                    _rotate_columns_(weight, delta)
+            bank.set_merged(staying, merging, copy)
+        except BaseException:
+            if copy is not None:
+                copy.put_back(weights)
+            raise
 
 
 def check_keep_base(keep_base: KeepBase) -> None:
@@ -69,8 +78,7 @@ def check_keep_base(keep_base: KeepBase) -> None:
 
 def check_merge(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Raise what `merge_oft` would raise, and change nothing: for callers that merge several models or none."""
-    bank = require_bank(model)
-    _, merging = _split_active(bank, adapter_names)
+    bank, _, merging = _check(model, adapter_names)
     _merge_targets(model, make_stages(merging, bank.adapters))
 
 
@@ -78,7 +86,7 @@ def unmerge_oft(model: nn.Module) -> None:
     """Put the base's weights back, bit by bit, and let the merged adapters act live again.
 
     Raises:
-        AdapterError: nothing is merged, or it was merged with `keep_base=False`.
+        AdapterError: nothing is merged, it was merged with `keep_base=False`, or a LoRA has been fused on top of it.
     """
     bank = require_bank(model)
     if not bank.merged:
@@ -91,10 +99,9 @@ def unmerge_oft(model: nn.Module) -> None:
             expected='a merge with keep_base="cpu" or "disk"',
             fix="load the base model again",
         )
+    refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
     layers = hooked_layers(model)
-    with torch.no_grad():
-        for name, weight in bank.base_copy.weights().items():
-            _weight(layers[name]).copy_(weight)
+    bank.base_copy.put_back({name: _weight(layer) for name, layer in layers.items()})
     bank.clear_merged()
 
 
@@ -107,11 +114,24 @@ class BaseCopy:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if where == "disk":
             self._folder = tempfile.TemporaryDirectory(prefix="oft-base-")
-            save_file({n: w.contiguous() for n, w in copies.items()}, self._path())
+            try:
+                save_file({n: w.contiguous() for n, w in copies.items()}, self._path())
+            except (OSError, SafetensorError) as error:
+                raise AdapterError(
+                    f"the base's weights cannot be kept in {self._folder.name} ({error})",
+                    expected="a temporary folder with room for a copy of the adapted layers",
+                    fix='free some space, point TMPDIR elsewhere, or use keep_base="cpu"',
+                ) from error
 
     def weights(self) -> dict[str, Tensor]:
         """The copied weights, by layer name, on the CPU."""
         return self._memory if self._memory is not None else load_file(self._path())
+
+    @torch.no_grad()
+    def put_back(self, targets: Mapping[str, Tensor]) -> None:
+        """Overwrite those weights of a model that were copied."""
+        for name, weight in self.weights().items():
+            targets[name].copy_(weight)
 
     def _path(self) -> Path:
         assert self._folder is not None
@@ -122,11 +142,16 @@ class BaseCopy:
         return {"_memory": dict(self.weights()), "_folder": None}
 
 
+def _check(model: nn.Module, names: Sequence[str] | None) -> tuple[OFTBank, tuple[Active, ...], tuple[Active, ...]]:
+    bank = require_bank(model)
+    refuse_fused_lora(unwrap(model))
+    return bank, *_split_active(bank, names)
+
+
 def _split_active(bank: OFTBank, names: Sequence[str] | None) -> tuple[tuple[Active, ...], tuple[Active, ...]]:
     bank.refuse_merged(bank.merged)
     active = bank.active
-    if names is None:
-        names = [a.name for a in active]
+    names = [a.name for a in active] if names is None else as_names(names)
     for name in names:
         bank.require(name)
     staying = tuple(a for a in active if a.name not in names)

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from oft_diffusion.bank import OFTBank
-from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError, first_line
 from oft_diffusion.files import (
     FILE_NAME,
     AdapterFile,
@@ -24,7 +24,7 @@ from oft_diffusion.files import (
 from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.inject import KEY_SUFFIX, inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
-from oft_diffusion.plan import StrengthMode, check_adapter_name, make_active
+from oft_diffusion.plan import StrengthMode, as_names, check_adapter_name, make_active
 
 _HUB_OPTIONS = (
     "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version",
@@ -40,6 +40,7 @@ class LoadedAdapter:
         name: its name here.
         components: the components it adapts.
         strength: s where it is active or fused, None where it is inactive.
+        mode: how that strength is taken, "rotation" or "linear"; None where it is inactive.
         fused: whether it is merged into the weights.
         metadata: its file's metadata.
     """
@@ -47,6 +48,7 @@ class LoadedAdapter:
     name: str
     components: tuple[str, ...]
     strength: float | None
+    mode: StrengthMode | None
     fused: bool
     metadata: AdapterMetadata | None
 
@@ -76,7 +78,7 @@ def load_oft_weights(
 
     Raises:
         AdapterFileError: the file is missing, broken, or does not fit this pipeline; the pipeline is unchanged then.
-        AdapterError: the name is taken or not usable, or an adapter is fused; the pipeline is unchanged then, too.
+        AdapterError: this is no pipeline, the name is taken or not usable, or an adapter is fused; likewise.
     """
     path, label = _locate(source, weight_name, hub_options)
     file = load_adapter_file(path)
@@ -89,6 +91,7 @@ def load_oft_weights(
             fix="pass another adapter_name, or unload that one first",
         )
     modules = {part: _component_for(pipe, file, part) for part in file.components}
+    _check_prediction(pipe, file)
     loaded: list[nn.Module] = []
     try:
         for part, module in modules.items():
@@ -120,7 +123,7 @@ def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
     found: dict[str, LoadedAdapter] = {}
     order: list[str] = []
     for part, bank in _banks(pipe).items():
-        strengths = {a.name: a.strength for a in (*bank.active, *bank.merged_active)}
+        used = {a.name: a for a in (*bank.active, *bank.merged_active)}
         place = 0
         for name in bank.adapters:
             if name not in order:
@@ -130,7 +133,8 @@ def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
             found[name] = LoadedAdapter(
                 name,
                 (*(before.components if before else ()), part),
-                strengths.get(name),
+                used[name].strength if name in used else None,
+                used[name].mode if name in used else None,
                 name in bank.merged,
                 bank.metadata.get(name),
             )
@@ -155,7 +159,7 @@ def set_oft_adapters(
         AdapterError: a name is unknown, fused or repeated, counts differ, or a strength is not finite, or a fraction
             that a series adapter's norm does not allow; nothing is changed then.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    names = as_names(adapter_names)
     banks = _require_banks(pipe, names)
     active = make_active(names, strengths, mode)
     for bank in banks.values():
@@ -181,12 +185,15 @@ def fuse_oft(
         keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
 
     Raises:
-        AdapterError: nothing is active, the order would change, or `keep_base` is none of the three; nothing is
-            fused then, in no component.
-        TargetError: a layer has no floating weight, as in a quantized base; likewise.
+        AdapterError: nothing is active, the order would change, a LoRA is fused there, or `keep_base` is none of the
+            three, or a disk that is full.
+        TargetError: a layer has no floating weight, as in a quantized base.
+
+    After any error nothing is fused, in no component; but for one amid the work (Ctrl-C, no memory) with
+    `keep_base=False`: load the pipeline again then.
     """
     check_keep_base(keep_base)
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    names = None if adapter_names is None else as_names(adapter_names)
     wanted: dict[str, list[str]] = {}
     for part, bank in _require_banks(pipe, names or ()).items():
         here = [a.name for a in bank.active] if names is None else [n for n in names if n in bank.adapters]
@@ -201,8 +208,15 @@ def fuse_oft(
         )
     for part, here in wanted.items():
         check_merge(getattr(pipe, part), here)
-    for part, here in wanted.items():
-        merge_oft(getattr(pipe, part), here, keep_base=keep_base)
+    done: list[str] = []
+    try:
+        for part, here in wanted.items():
+            merge_oft(getattr(pipe, part), here, keep_base=keep_base)
+            done.append(part)
+    except BaseException:  # Ctrl-C, too
+        for part in done if keep_base else ():
+            unmerge_oft(getattr(pipe, part))
+        raise
 
 
 def unfuse_oft(pipe: DiffusionPipeline) -> None:
@@ -277,8 +291,18 @@ def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, A
 
 
 def _banks(pipe: DiffusionPipeline) -> dict[str, OFTBank]:
-    modules = {part: m for part, m in pipe.components.items() if isinstance(m, nn.Module)}
-    return {part: bank for part, module in modules.items() if (bank := bank_of(module)) is not None}
+    return {part: bank for part, module in _modules(pipe).items() if (bank := bank_of(module)) is not None}
+
+
+def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise AdapterError(
+            f"a {type(pipe).__name__} is no pipeline",
+            expected="a diffusers pipeline with its components",
+            fix="pass the pipeline itself, not one of its components",
+        )
+    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
 
 
 def _require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, OFTBank]:
@@ -299,12 +323,12 @@ def _require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, O
 
 
 def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.Module:
-    module = pipe.components.get(part)
-    if not isinstance(module, nn.Module):
-        parts = [p for p, m in pipe.components.items() if isinstance(m, nn.Module)]
+    modules = _modules(pipe)
+    module = modules.get(part)
+    if module is None:
         raise AdapterFileError(
             f"{file.path.name} adapts the component {part!r}, which this {type(pipe).__name__} does not have",
-            expected=f"a pipeline with it; this one has {', '.join(parts)}",
+            expected=f"a pipeline with it; this one has {', '.join(modules)}",
             fix="load the adapter into the kind of pipeline it was trained for",
         )
     trained_on = file.metadata.base.get("components", {}).get(part)
@@ -316,6 +340,22 @@ def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.
             fix="load the adapter into the kind of pipeline it was trained for",
         )
     return module
+
+
+def _check_prediction(pipe: DiffusionPipeline, file: AdapterFile) -> None:
+    """SD 2.1 and its base differ in nothing else; an adapter of the one makes noise of the other's pictures."""
+    trained = file.metadata.base.get("prediction_type")
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    here = config.get("prediction_type")
+    if trained is not None and here is not None and trained != here:
+        raise AdapterFileError(
+            f"{file.path.name} was trained on a model that predicts {trained!r}, but this pipeline's scheduler says "
+            f"{here!r}",
+            expected=f"a base with prediction_type {trained!r}",
+            fix="load the base it was trained on"
+            + (f" ({name})" if (name := file.metadata.base.get("name")) else "")
+            + ", or correct the scheduler's config",
+        )
 
 
 def _default_name(pipe: DiffusionPipeline, text: str) -> str:
@@ -343,9 +383,9 @@ def _locate(source: str | Path, weight_name: str | None, hub_options: Mapping[st
     try:
         path = Path(hf_hub_download(str(source), file_name, **hub_options))
     except Exception as error:  # its client raises those of several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise AdapterFileError(
-            f"{source!r} is no local path, and {file_name} could not be had from that hub repository ({reason})",
+            f"{source!r} is no local path, and {file_name} could not be had from that hub repository "
+            f"({first_line(error)})",
             expected="a local file or folder, or a reachable repository that holds the file",
             fix="check the name, weight_name, revision and token, or download the file first",
         ) from error

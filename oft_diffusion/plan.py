@@ -7,7 +7,7 @@ multiplied once, so that n adapters cost a layer as much as one; stages follow o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +119,10 @@ def make_active(names: Sequence[str], strengths: float | Sequence[float], mode: 
     Raises:
         AdapterError: a name is repeated, counts differ, a strength is not finite, or the mode is unknown.
     """
-    values = [float(strengths)] * len(names) if isinstance(strengths, (int, float)) else [float(s) for s in strengths]
+    if isinstance(strengths, Iterable) and getattr(strengths, "ndim", None) != 0:
+        values = [_number(strength) for strength in strengths]
+    else:
+        values = [_number(strengths)] * len(names)
     if len(values) != len(names):
         raise AdapterError(
             f"{len(names)} adapter(s) but {len(values)} strength(s)",
@@ -142,13 +145,44 @@ def make_active(names: Sequence[str], strengths: float | Sequence[float], mode: 
     return tuple(Active(n, s, mode) for n, s in zip(names, values, strict=True))
 
 
+def _number(strength: object) -> float:
+    """A strength as a plain float: numpy's and torch's scalars are fine, text is a mistake."""
+    try:
+        if isinstance(strength, (str, bool)):
+            raise TypeError
+        return float(strength)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise AdapterError(
+            f"strength {strength!r} is no number",
+            expected="a number: 0 is the base, 1 as trained",
+            fix="pass one number for all adapters, or a list with one each",
+        ) from None
+
+
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """One adapter name or several, as a list.
+
+    Raises:
+        AdapterError: it is neither, such as a dictionary of strengths.
+    """
+    if isinstance(names, str):
+        return [names]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(
+            f"adapter names {names!r} are not usable",
+            expected="a name, or a list of names",
+            fix='pass names and strengths apart: ["mug", "cat"], [0.8, 0.5]',
+        )
+    return list(names)
+
+
 def check_adapter_name(name: str) -> None:
     """Refuse names that files, modules or command lines could not hold.
 
     Raises:
         AdapterError: the name is not made of letters, digits, '-' and '_'.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or hasattr(nn.ParameterDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or hasattr(nn.ParameterDict, name):
         raise AdapterError(
             f"adapter name {name!r} is not usable",
             expected="letters, digits, '-' and '_', and no dictionary method's name",

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from oft_diffusion.files import load_adapter_file
+from oft_diffusion.errors import TrainingError
+from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.pocket import SUBJECTS
 from oft_diffusion.training.loop import TrainingRun
 from train_scripts import demo, demo_photographs, render_subjects
@@ -22,7 +23,7 @@ QUICK = {"steps": 2, "sampling_steps": 2, "validation_prompts": []}
 def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     for steps in (3, 2):
-        assert demo.run_demo("party_car", out, **{**QUICK, "steps": steps}) == 0
+        assert demo.run_demo("party_car", out, **{**QUICK, "steps": steps, "overwrite": True}) == 0
     file = load_adapter_file(out)
     assert file.metadata.training["steps"] == 2
     assert file.metadata.class_word == SUBJECTS["party_car"].object
@@ -38,6 +39,24 @@ def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys
     command = [*shlex.split(line)[1:], "--steps", "1", "--out", str(tmp_path / "pictures")]
     subprocess.run(command, check=True, capture_output=True)
     assert list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_demo_deletes_nothing_but_what_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"somebody's")
+    given: list[bool] = []
+    with pytest.raises(TrainingError, match="holds an earlier run"):
+        demo.run_demo("party_car", tmp_path, **QUICK)
+    assert (tmp_path / FILE_NAME).read_bytes() == b"somebody's"
+
+    def note(name: str, out: Path, *, overwrite: bool) -> int:
+        given.append(overwrite)
+        return 0
+
+    monkeypatch.setattr(demo, "run_demo", note)
+    for arguments in ([], ["--out", "runs/dog"], ["--out", "runs/dog", "--overwrite"]):
+        monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
+        demo.main()
+    assert given == [True, False, True]
 
 
 def test_demo_that_is_interrupted_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

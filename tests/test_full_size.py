@@ -13,7 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from oft_diffusion import load_oft_weights, set_oft_adapters
 from oft_diffusion.files import load_adapter_file
-from oft_diffusion.generate import generate, load_pipeline
+from oft_diffusion.generate import generate
+from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket.vocabulary import build_tokenizer
 from oft_diffusion.training import TrainConfig, train
 

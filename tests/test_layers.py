@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} files formats images pipeline generate report"
+_LIBRARY = f"{_ADAPTER} files formats images pipeline load generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -41,6 +41,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/plan.py": Layer(_MATHS, "torch"),
     "oft_diffusion/deltas.py": Layer(f"{_MATHS} plan", "torch"),
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
+    "oft_diffusion/audit.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/bank.py": Layer(f"{_MATHS} plan deltas", "torch"),
     "oft_diffusion/inject.py": Layer(f"{_MATHS} plan deltas bank", "torch"),
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),
@@ -48,6 +49,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} files", "torch safetensors"),
     "oft_diffusion/images.py": Layer("errors files", "PIL"),
     "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} files formats", f"torch PIL {_HUGGING_FACE}"),
+    "oft_diffusion/load.py": Layer("errors", "torch diffusers"),
     "oft_diffusion/generate.py": Layer(f"{_ADAPTER} files formats images pipeline", "torch PIL diffusers"),
     "oft_diffusion/report.py": Layer("errors files images", "PIL"),
     "oft_diffusion/training/": Layer(_LIBRARY, f"{_CORE} tomli"),
@@ -55,7 +57,8 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/evaluation/": Layer(f"{_LIBRARY} training pocket", f"{_CORE} skimage matplotlib"),
     "oft_diffusion/cli.py": Layer(f"{_LIBRARY} training pocket evaluation", _CORE),
     # The facade, and the door: nothing in the package imports them.
-    "oft_diffusion/__init__.py": Layer(_LIBRARY, ""),
+    "oft_diffusion/quiet.py": Layer("", ""),
+    "oft_diffusion/__init__.py": Layer(f"quiet {_LIBRARY}", ""),
     "oft_diffusion/__main__.py": Layer("cli", ""),
     # Outside the package: anything public, and no import leads back.
     "train_scripts/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} skimage matplotlib"),

@@ -12,13 +12,15 @@ from PIL import Image
 
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
-from oft_diffusion.generate import compare, load_pipeline
+from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.report import Figure, write_report
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
+OUT = Path("runs/demo")
 SEEDS = (1, 2, 3, 4)
 CELL = 128
 
@@ -29,10 +31,11 @@ def main() -> int:
     parser.add_argument(
         "--subject", default="party_car", choices=sorted(SUBJECTS), help="which example subject to teach"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder for everything that is made (default: {OUT})")
+    parser.add_argument("--overwrite", action="store_true", help=f"delete an earlier run there; {OUT} always is")
     options = parser.parse_args()
     try:
-        return run_demo(options.subject, options.out)
+        return run_demo(options.subject, options.out, overwrite=options.overwrite or options.out == OUT)
     except OFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,7 +62,6 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         "instance_dir": str(subjects_path(name)),
         "class_word": subject.object,
         "output_dir": str(out),
-        "overwrite": True,
         **settings,
     }
     config = TrainConfig.from_toml(CONFIG, overrides)

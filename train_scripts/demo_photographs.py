@@ -18,8 +18,9 @@ from skimage import data
 
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.errors import OFTError
-from oft_diffusion.generate import compare, load_pipeline
+from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import pocket_path
 from oft_diffusion.training import TrainConfig, train
 

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import multiprocessing
 import random
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from oft_diffusion.errors import OFTError
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket.captions import training_caption
 from oft_diffusion.pocket.latents import condense
 from oft_diffusion.pocket.model import SIZE, build_scheduler, build_text_encoder, build_unet, build_vae
+from oft_diffusion.pocket.stage import Stage, generator
 from oft_diffusion.pocket.vocabulary import build_tokenizer
 from oft_diffusion.pocket.world import Scene, render, sample_scene
 
@@ -44,7 +42,6 @@ KL_WEIGHT = 3e-5
 WIDE_CHANNELS = 8  # of the autoencoder while it learns: with few channels, some die and take colours with them
 POSTERIOR_DEVIATION = 0.1
 LATENT_NOISE = 0.3  # at most, of the decoder's inputs in its second stage: it must forgive a denoiser's errors
-EMA_DECAY = 0.999
 PREVIEW_PROMPTS = (
     "a red mug", "a green car on the beach", "a blue boat at night", "a purple spotted teapot in the desert",
     "an orange house in a meadow", "a red spotted mushroom in the forest", "a teal robot in the city", "a tree",
@@ -92,101 +89,9 @@ def to_model(pictures: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(pictures.copy()).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-# Training state
-
-
-class Stage:
-    """What a stage trains: named modules, their moving average, Adam, and the step; saved as one safetensors file."""
-
-    def __init__(self, path: Path, modules: nn.ModuleDict, lr: float, steps: int) -> None:
-        self.path, self.modules, self.lr, self.steps, self.step = path, modules, lr, steps, 0
-        self.parameters = dict(modules.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
-        if path.exists():
-            self._load()
-
-    def _load(self) -> None:
-        tensors = load_file(self.path)
-        with safe_open(self.path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-        state: dict[int, dict[str, Tensor]] = {}
-        with torch.no_grad():
-            for i, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(tensors[f"model/{name}"])
-                self.ema[name].copy_(tensors[f"ema/{name}"])
-                state[i] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"exp_avg/{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
-                }
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-
-    def save(self) -> None:
-        """Writes the snapshot; a crash while writing leaves the previous one."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors[f"model/{name}"] = parameter.detach()
-            tensors[f"ema/{name}"] = self.ema[name]
-            tensors[f"exp_avg/{name}"] = state["exp_avg"]
-            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
-        partial = self.path.with_suffix(".partial")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"step": str(self.step)})
-        partial.replace(self.path)
-
-    def update(self, loss: Tensor) -> None:
-        """One Adam step (linear warm-up, then cosine) and one step of the moving average."""
-        warm = min(1.0, (self.step + 1) / 100)
-        rate = self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps))))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-        self.step += 1
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the modules hold the moving average."""
-        own = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self._put(self.ema)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._put(own)
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(values[name])
-
-    def run(self, name: str, loss_at: Callable[[int], Tensor], every: int, snapshot: Callable[[], None]) -> None:
-        """Trains up to `steps`, with a progress line, and a snapshot every so many steps and at the end."""
-        began, first, recent = time.monotonic(), self.step, 0.0
-        while self.step < self.steps:
-            loss = loss_at(self.step)
-            self.update(loss)
-            recent = loss.item() if self.step == first + 1 else 0.98 * recent + 0.02 * loss.item()
-            rate = (self.step - first) / (time.monotonic() - began)
-            if self.step % 50 == 0 or self.step == self.steps:
-                left = (self.steps - self.step) / rate / 60
-                print(
-                    f"{name} {self.step}/{self.steps}  loss {recent:.4f}  {rate:.2f} steps/s  {left:.0f} min left",
-                    flush=True,
-                )
-            if self.step % every == 0 or self.step == self.steps:
-                self.save()
-                snapshot()
-
-
-def generator(*parts: object) -> torch.Generator:
-    """A generator of its own for each step, so that nothing but the step number needs saving."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
+def run_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The options on which a stage's result depends beside its own learning rate and steps."""
+    return {"seed": args.seed, "pictures": args.pictures, **more}
 
 
 def to_pictures(x: Tensor) -> list[Image.Image]:
@@ -213,7 +118,7 @@ def train_vae(args: argparse.Namespace, pictures: np.ndarray, device: torch.devi
     """The wide autoencoder, with a little of the KL divergence."""
     torch.manual_seed(args.seed)
     vae = build_vae(WIDE_CHANNELS).to(device)
-    stage = Stage(args.out / "vae.safetensors", nn.ModuleDict({"vae": vae}), 1e-3, args.vae_steps)
+    stage = Stage(args.out / "vae.safetensors", nn.ModuleDict({"vae": vae}), 1e-3, args.vae_steps, run_of(args))
 
     def loss_at(step: int) -> Tensor:
         draw = generator(args.seed, "vae", step)
@@ -261,7 +166,8 @@ def train_decoder(
     args: argparse.Namespace, vae: AutoencoderKL, latents: Tensor, pictures: np.ndarray, device: torch.device
 ) -> None:
     """The decoder alone, on latents with noise of varying strength; the encoder stays as it is."""
-    stage = Stage(args.out / "decoder.safetensors", nn.ModuleDict({"decoder": vae.decoder}), 5e-4, args.decoder_steps)
+    modules = nn.ModuleDict({"decoder": vae.decoder})
+    stage = Stage(args.out / "decoder.safetensors", modules, 5e-4, args.decoder_steps, run_of(args))
 
     def loss_at(step: int) -> Tensor:
         draw = generator(args.seed, "decoder", step)
@@ -295,7 +201,9 @@ class Denoiser:
         self.text_encoder = encoder.to(device)
         self.scheduler = build_scheduler()
         modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
-        self.stage = Stage(args.out / "unet.safetensors", modules, 1e-3, args.unet_steps)
+        self.stage = Stage(
+            args.out / "unet.safetensors", modules, 1e-3, args.unet_steps, run_of(args, batch_size=args.batch_size)
+        )
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Prompts to (n, 32, 128)."""
@@ -380,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.export_only and args.export is None:
+        parser.error("--export-only needs --export FOLDER, where to")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     pictures = rendered(args.out, args.pictures, args.seed)
@@ -396,4 +306,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OFTError as error:
+        sys.exit(f"error: {error}")

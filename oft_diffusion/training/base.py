@@ -15,6 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.files import PICKLES
+from oft_diffusion.load import has_only_fp16
 
 # Pipelines that training/family.py can train, by the _class_name in model_index.json.
 PIPELINES = ("StableDiffusionPipeline",)
@@ -29,7 +31,6 @@ _CONFIGS = {
     "scheduler": "scheduler_config.json",
 }
 _WEIGHTS = ("unet", "vae", "text_encoder")
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _PROBES, _PROBE_BYTES = 4, 256  # places in each tensor, and how much is read there
 # Entries of configs that say who wrote them, not what the model is.
 _BOOKKEEPING = ("_diffusers_version", "_name_or_path", "transformers_version")
@@ -124,7 +125,7 @@ class Base:
 def is_hub_id(model: str) -> bool:
     """Whether this names a repository on the hub: `owner/name`, and nothing of that name on this disk."""
     return not Path(model).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and (
-        Path(model).suffix not in (".safetensors", *_PICKLES) and not Path(model).parent.is_dir()
+        Path(model).suffix not in (".safetensors", *PICKLES) and not Path(model).parent.is_dir()
     )  # fmt: skip
 
 
@@ -179,22 +180,18 @@ def _folder_variant(folder: Path) -> str | None:
             fix=f"pass {folder / single[0]}, with config_dir" if single else "pass the folder above unet/ and vae/",
         )
     _check_pipeline(folder)
-    names_of: dict[str, list[str]] = {}
     for component in _WEIGHTS:
-        names = [p.name for p in (folder / component).glob("*.safetensors")]
-        if not names:
-            pickled = [p.name for p in (folder / component).glob("*") if p.suffix in _PICKLES]
+        if not any((folder / component).glob("*.safetensors")):
+            pickled = [p.name for p in (folder / component).glob("*") if p.suffix in PICKLES]
             found = f"; {pickled[0]} is a pickle, which can run code and is never loaded" if pickled else ""
             raise ConfigError(
                 f"{folder / component} holds no .safetensors weights{found}",
                 expected="a whole model in diffusers' format with safetensors weights",
                 fix="download the model again with its .safetensors files",
             )
-        names_of[component] = names
-    if all(any(".fp16." not in name for name in names) for names in names_of.values()):
-        return None
-    if all(any(".fp16." in name for name in names) for names in names_of.values()):
-        return "fp16"
+    halves = [has_only_fp16(folder / component) for component in _WEIGHTS]
+    if all(halves) or not any(halves):
+        return "fp16" if all(halves) else None
     raise ConfigError(
         f"{folder} has only fp16 weights for some components and only full ones for others",
         expected="one kind for unet, vae and text_encoder",
@@ -203,7 +200,7 @@ def _folder_variant(folder: Path) -> str | None:
 
 
 def _single_file_configs(weights: Path, config_dir: str | None) -> Path:
-    if weights.suffix in _PICKLES:
+    if weights.suffix in PICKLES:
         raise ConfigError(
             f"{weights.name} is a pickled checkpoint, which can run code and is never loaded",
             expected="a .safetensors checkpoint, or a folder in diffusers' format",

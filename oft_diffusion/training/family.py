@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from oft_diffusion.errors import ConfigError, TrainingError
+from oft_diffusion.errors import ConfigError, TrainingError, first_line
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.training.base import Base
 
@@ -83,7 +83,7 @@ class StableDiffusion:
                 )  # fmt: skip
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise TrainingError(
-                f"diffusers cannot load {base.name} ({_first_line(error)})",
+                f"diffusers cannot load {base.name} ({first_line(error)})",
                 expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
                 fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
             ) from error
@@ -105,7 +105,7 @@ class StableDiffusion:
                 return CLIPTextModel(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
             raise ConfigError(
-                f"no model can be built from {base.configs / component / 'config.json'} ({_first_line(error)})",
+                f"no model can be built from {base.configs / component / 'config.json'} ({first_line(error)})",
                 expected="the config that came with the model",
                 fix="download or copy the model again",
             ) from error
@@ -248,7 +248,7 @@ def load_tokenizer(base: Base) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(str(base.configs / "tokenizer"), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"the tokenizer in {base.configs / 'tokenizer'} cannot be read ({_first_line(error)})",
+            f"the tokenizer in {base.configs / 'tokenizer'} cannot be read ({first_line(error)})",
             expected="a CLIP tokenizer (vocab.json and merges.txt)",
             fix="download or copy the model again",
         ) from error
@@ -298,7 +298,3 @@ def _visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     finally:
         for module, home in zip(modules, homes, strict=True):
             module.to(home)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
-from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.files import FILE_NAME, is_writable, load_adapter_file
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
 from oft_diffusion.training.checkpoint import (
@@ -147,8 +146,7 @@ def _check_resume(config: TrainConfig) -> Path | None:
 def _check_output(config: TrainConfig) -> None:
     """The folder can be written, and holds no other run."""
     folder = Path(config.output_dir)
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not is_writable(folder):
         raise TrainingError(
             f"output_dir = {config.output_dir!r} cannot be written",
             expected="a folder, or a path where one can be made",

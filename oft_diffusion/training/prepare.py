@@ -58,9 +58,6 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     Raises:
         OFTError: the model cannot be loaded or adapted, a disk is full, an image or adapter file is unusable.
     """
-    if accelerator.is_main_process:
-        _prepare_output(config)
-    accelerator.wait_for_everyone()
     console.say(f"loading {config.model}")
     family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision])
     for module in (family.unet, family.text_encoder, family.vae):
@@ -84,6 +81,9 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         "class images": pictures_digest(pictures["class"]),
         "number of processes": accelerator.num_processes,
     }
+    if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
+        _prepare_output(config)
+    accelerator.wait_for_everyone()
     return Parts(family, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 

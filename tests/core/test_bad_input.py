@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
+from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, remove_oft
 from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, OFTError, TargetError
 from oft_diffusion.targets import choose_block_size, find_targets
-from tests.core.reference import two_layers, unet_inputs
+from tests.core.reference import two_layers
 from tests.library.support import assert_one_sentence, excite, tiny_unet
 
 
@@ -58,8 +59,8 @@ def test_auto_takes_the_largest_of_64_32_and_16_that_fits(unet: Any) -> None:
     assert_one_sentence(error, "0 (24)", "8, 4, 2")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "a.b", "items", "mug\n"])
-def test_names_that_nothing_could_hold(unet: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "a.b", "items", "mug\n", None, 5])
+def test_names_that_nothing_could_hold(unet: Any, name: Any) -> None:
     with pytest.raises(AdapterError) as error:
         inject_oft(unet, OFTConfig(block_size=8), name)
     assert_one_sentence(error, "adapter name", repr(name))
@@ -79,36 +80,6 @@ def test_a_name_that_is_taken_or_unknown() -> None:
         with pytest.raises(AdapterError) as error:
             call()
         assert_one_sentence(error, "no adapter 'cat'", "mug")
-
-
-def test_fused_projections_are_refused_before_and_noticed_after() -> None:
-    unet = tiny_unet()
-    unet.fuse_qkv_projections()
-    with pytest.raises(TargetError) as error:
-        inject_oft(unet, OFTConfig(block_size=8))
-    assert_one_sentence(error, "fused QKV projections", "unfuse_qkv_projections()")
-    unet.unfuse_qkv_projections()
-    excite(inject_oft(unet, OFTConfig(block_size=8)))
-    unet.fuse_qkv_projections()
-    with torch.no_grad(), pytest.raises(TargetError) as error:
-        unet(**unet_inputs(unet))
-    assert_one_sentence(error, "were bypassed", "attn1.to_k")
-
-
-def test_a_layer_that_is_never_called_is_no_silent_no_op() -> None:
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.used(x)
-
-    model = Half()
-    excite(inject_oft(model, OFTConfig(block_size=8, targets=".*")))
-    with pytest.raises(TargetError) as error:
-        model(torch.randn(2, 16))
-    assert_one_sentence(error, "1 of 2 adapted layers of Half were bypassed: unused")
 
 
 def test_a_layer_called_with_keywords_only_is_refused() -> None:
@@ -179,6 +150,60 @@ def test_a_state_that_does_not_fit_changes_nothing(change: Any, names: list[str]
     assert all(torch.equal(v, before[k]) for k, v in oft_state_dict(unet).items())
 
 
+def test_a_state_is_not_written_into_a_merged_adapter() -> None:
+    unet = tiny_unet()
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    before = oft_state_dict(unet)
+    other = {name: -tensor for name, tensor in before.items()}
+    merge_oft(unet)
+    for load in (
+        lambda: load_oft_state_dict(unet, other),
+        lambda: bank.load_state_dict({key: -value for key, value in bank.state_dict().items()}),
+    ):
+        with pytest.raises(AdapterError, match="'default' is merged into the weights") as error:
+            load()
+        assert_one_sentence(error, "unmerge_oft")
+    assert all(torch.equal(v, before[k]) for k, v in oft_state_dict(unet).items())
+
+
+@pytest.mark.parametrize("what", ["unet", None, 3, {"unet": 1}])
+def test_what_is_no_module_is_told_to_be_a_component(what: Any) -> None:
+    with pytest.raises(TargetError) as error:
+        inject_oft(what)
+    assert_one_sentence(error, f"a {type(what).__name__} is no torch module", "pipe.unet")
+
+
+@pytest.mark.parametrize("strength", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5), [np.float16(0.5)]])
+def test_strengths_of_other_libraries_are_numbers(strength: Any) -> None:
+    bank = inject_oft(tiny_unet(), OFTConfig(block_size=8), "mug")
+    bank.set_adapters("mug", strength)
+    assert [(a.name, a.strength, type(a.strength)) for a in bank.active] == [("mug", 0.5, float)]
+
+
+@pytest.mark.parametrize(
+    ("names", "strengths", "words"),
+    [
+        ("mug", "1", ["strength '1' is no number"]),
+        ("mug", None, ["strength None is no number"]),
+        ("mug", True, ["strength True is no number"]),
+        ("mug", [None], ["strength None is no number"]),
+        ("mug", torch.zeros(2), ["1 adapter(s) but 2 strength(s)"]),
+        ({"mug": 0.5}, 1.0, ["adapter names {'mug': 0.5}", "names and strengths apart"]),
+        (5, 1.0, ["adapter names 5"]),
+        ([5], 1.0, ["adapter names [5]"]),
+        (None, 1.0, ["adapter names None"]),
+    ],
+)
+def test_names_and_strengths_of_the_wrong_type(names: Any, strengths: Any, words: list[str]) -> None:
+    bank = inject_oft(tiny_unet(), OFTConfig(block_size=8), "mug")
+    before = bank.active
+    with pytest.raises(AdapterError) as error:
+        bank.set_adapters(names, strengths)
+    assert_one_sentence(error, *words)
+    assert bank.active == before
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -187,6 +212,8 @@ def test_a_state_that_does_not_fit_changes_nothing(change: Any, names: list[str]
         ({"block_size": "big"}, "block_size='big'"),
         ({"block_size": 32.0}, "block_size=32.0"),
         ({"targets": []}, "targets=[]"),
+        ({"targets": 5}, "targets=5"),
+        ({"targets": None}, "targets=None"),
         ({"parametrisation": "exp"}, "parametrisation='exp'"),
         ({"neumann_order": 0}, "neumann_order=0"),
         ({"scaled": 1}, "scaled=1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from oft_diffusion import OFTConfig, inject_oft, merge_oft, remove_oft, unmerge_oft
+from oft_diffusion import OFTConfig, inject_oft, merge, merge_oft, remove_oft, unmerge_oft
 from oft_diffusion.errors import AdapterError, TargetError
 from tests.core.reference import SEEDS, dense_rotation, relative, two_layers, unet_inputs
-from tests.library.support import excite, tiny_unet
+from tests.library.support import assert_one_sentence, excite, tiny_unet
 
 KEEP = ["cpu", "disk"]
 LINEAR = OFTConfig(block_size=8, targets=".*")
@@ -187,3 +188,58 @@ def test_a_keep_base_that_is_no_place_is_refused_before_anything_is_merged(keep_
     with pytest.raises(AdapterError, match=r"keep_base is .*\"cpu\""):
         merge_oft(model, keep_base=keep_base)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+class Unlucky:
+    """Stands in for `_rotate_columns_`, and fails at the third call."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.calls, self.rotate = error, 0, merge._rotate_columns_
+
+    def __call__(self, weight: torch.Tensor, delta: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            weight[0] = 7.0  # half of a layer is written
+            raise self.error
+        self.rotate(weight, delta)
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_a_merge_that_breaks_off_leaves_the_base(monkeypatch: Any, keep: Any, error: BaseException) -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    state = {k: v.clone() for k, v in unet.state_dict().items()}
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    live = run(unet, inputs)
+    monkeypatch.setattr(merge, "_rotate_columns_", Unlucky(error))
+    with pytest.raises(type(error)):
+        merge_oft(unet, keep_base=keep)
+    assert not bank.merged
+    assert torch.equal(run(unet, inputs), live)
+    remove_oft(unet)
+    assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items())
+
+
+def test_a_full_disk_is_told_before_anything_is_merged(monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    unet = tiny_unet()
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    live = run(unet, unet_inputs(unet))
+    monkeypatch.setattr(merge, "save_file", full)
+    with pytest.raises(AdapterError) as error:
+        merge_oft(unet, keep_base="disk")
+    assert_one_sentence(error, "No space left on device", 'keep_base="cpu"')
+    assert not bank.merged
+    assert torch.equal(run(unet, unet_inputs(unet)), live)
+
+
+def test_one_name_may_be_passed_without_a_list() -> None:
+    unet = tiny_unet()
+    bank = inject_oft(unet, OFTConfig(block_size=8), "mug")
+    merge_oft(unet, "mug")
+    assert bank.merged == ("mug",)

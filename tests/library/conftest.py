@@ -40,6 +40,11 @@ def mug(make: Maker) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(make: Maker) -> Path:
+    return make("plain", seed=2)
+
+
+@pytest.fixture(scope="session")
 def style(make: Maker) -> Path:
     return make("style", seed=2, parts=("unet",))
 

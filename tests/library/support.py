@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import AdapterFileError, OFTError
 from oft_diffusion.files import HEADER_KEY, AdapterMetadata, save_adapter_file
 from oft_diffusion.inject import inject_oft
-from oft_diffusion.pipeline import save_oft_weights
+from oft_diffusion.pipeline import list_oft_adapters, load_oft_weights, save_oft_weights
 from oft_diffusion.rotation import block_size_of, packed_size, unpack
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.{}.oft_R.weight"
@@ -180,3 +180,21 @@ def assert_unchanged(pipe: Any, before: Mapping[str, Any]) -> None:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_loading_refused(
+    pipe: Any, source: Any, *words: str, kind: type[OFTError] = AdapterFileError, **options: Any
+) -> str:
+    """Loading is refused in one sentence with these words, and nothing of it stays."""
+    before, listed = fingerprint(pipe), list_oft_adapters(pipe)
+    picture = draw(pipe) if listed else None
+    with pytest.raises(kind) as error:
+        load_oft_weights(pipe, source, **options)
+    assert_one_sentence(error, *words)
+    if listed:  # hooks of layers that only the refused adapter had may stay, and do nothing
+        assert picture is not None
+        assert torch.equal(draw(pipe), picture)
+    else:
+        assert_unchanged(pipe, before)
+    assert list_oft_adapters(pipe) == listed
+    return str(error.value)

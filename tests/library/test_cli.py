@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from oft_diffusion.cli import main, parse_adapter
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_settings
-from tests.library.support import assert_one_sentence, with_metadata
+from tests.helpers.tiny_sd import write_single_file, write_tiny_sd
+from tests.library.support import assert_one_sentence, folder_bytes, with_metadata
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_pictures_are_written_with_their_settings(generate, tmp_path, mug):
     status, out, _ = generate("a photo of sks mug", "--adapter", mug, "--seed", 7, "--count", 3, "--negative", "red")
     assert status == 0
     paths = [tmp_path / "out" / f"{seed:05d}.png" for seed in (7, 8, 9)]
-    assert out.split()[-3:] == [str(path) for path in paths]
+    assert [line.split()[-1] for line in out.splitlines()[-3:]] == [str(path) for path in paths]
     assert "adapter sks on " in out
     assert "3 of 3" in out
     for seed, path in zip((7, 8, 9), paths, strict=True):
@@ -57,7 +59,7 @@ def test_pictures_are_written_with_their_settings(generate, tmp_path, mug):
         assert settings["seed"] == seed
         assert settings["prompt"] == "a photo of sks mug"
         assert settings["negative_prompt"] == "red"
-        assert settings["adapters"] == [{"name": "sks", "strength": 1.0}]
+        assert [(a["name"], a["strength"]) for a in settings["adapters"]] == [("sks", 1.0)]
         assert Image.open(path).size == (16, 16)
         assert "OFT sks: 1" in Image.open(path).info["parameters"]
 
@@ -88,9 +90,11 @@ def test_strengths_on_the_command_line(generate, tmp_path, mug, make):
     assert pictures["none"] == pictures["zero"]
     assert pictures["one"] == pictures["plain"]
     assert len(set(pictures.values())) == 4
-    assert read_settings(tmp_path / "two" / "00000.png")["adapters"] == [
-        {"name": "sks", "strength": 0.5}, {"name": "style", "strength": -0.1}
-    ]  # fmt: skip
+    told = read_settings(tmp_path / "two" / "00000.png")["adapters"]
+    assert [(a["name"], a["strength"], a["sha256"]) for a in told] == [
+        ("sks", 0.5, load_adapter_file(mug).metadata.sha256),
+        ("style", -0.1, load_adapter_file(style).metadata.sha256),
+    ]
 
 
 def test_size_guidance_and_steps_arrive(generate, tmp_path):
@@ -145,7 +149,7 @@ def test_what_is_wrong_is_one_sentence_and_status_1(generate, tmp_path, mug, mod
         (["a", "--device", "nonsense"], {}, ["nonsense"]),
         (["a"], {"model": tmp_path / "none"}, ["none"]),
         (["a"], {"model": tmp_path}, ["model_index.json"]),
-        (["a"], {"out": model_folder / "model_index.json"}, ["model_index.json"]),
+        (["a"], {"out": model_folder / "model_index.json", "model": "not-looked-at"}, ["--out", "model_index.json"]),
     ):
         status, _, err = generate(*arguments, **options)
         assert status == 1, arguments
@@ -164,10 +168,40 @@ def test_ctrl_c_is_status_130(generate, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("oft_diffusion.generate.load_pipeline", interrupted)
+    monkeypatch.setattr("oft_diffusion.load.load_pipeline", interrupted)
     status, _, err = generate("a mug")
     assert status == 130
     assert err.strip() == "interrupted"
+
+
+def test_pictures_are_kept_as_they_come_and_replace_none(generate, tmp_path, monkeypatch):
+    assert generate("a red mug", "--count", 2, "--grid")[0] == 0
+    first = folder_bytes(tmp_path / "out")
+    assert sorted(first) == ["00000.png", "00001.png", "grid.png"]
+    draw, calls = StableDiffusionPipeline.__call__, []
+
+    def breaks_at_the_second_batch(pipe, *arguments, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(pipe, *arguments, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", breaks_at_the_second_batch)
+    assert generate("a blue mug", "--count", 8, "--grid")[0] == 130
+    after = folder_bytes(tmp_path / "out")
+    assert sorted(set(after) - set(first)) == ["00000_2.png", "00001_2.png", "00002.png", "00003.png"]
+    assert {name: after[name] for name in first} == first
+    assert read_settings(tmp_path / "out" / "00000_2.png")["prompt"] == "a blue mug"
+
+
+def test_a_single_checkpoint_is_drawn_with(generate, tmp_path):
+    folder = write_tiny_sd(tmp_path)
+    file = write_single_file(StableDiffusionPipeline.from_pretrained(folder), tmp_path / "tiny.safetensors")
+    assert generate("a mug", "--config-dir", folder, model=file)[0] == 0
+    assert generate("a mug", model=folder)[0] == 0
+    single, whole = (Image.open(tmp_path / "out" / name).tobytes() for name in ("00000.png", "00000_2.png"))
+    assert single == whole
+    assert "--config-dir" in error_line(generate("a mug", model=file)[2])
 
 
 # Paths with strengths

@@ -79,6 +79,14 @@ def test_unreadable_file_and_folder(path):
         path.parent.chmod(0o700)
 
 
+@pytest.mark.parametrize("name", ["mug.bin", "mug.PT", "mug.ckpt"])
+def test_a_pickles_name_is_not_written(tmp_path, name):
+    with pytest.raises(AdapterFileError) as error:
+        save_adapter_file(tmp_path / name, {"unet": unet_state()}, AdapterMetadata(components={}))
+    assert_one_sentence(error, name, "mug.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth", ".safetensors"])
 def test_a_pickle_is_never_opened(tmp_path, suffix):
     class Bomb:

@@ -7,6 +7,8 @@ from oft_diffusion import (
     fuse_oft,
     list_oft_adapters,
     load_oft_weights,
+    merge_oft,
+    pipeline,
     save_oft_weights,
     set_oft_adapters,
     unfuse_oft,
@@ -125,3 +127,24 @@ def test_a_fused_adapter_can_be_saved(pipe, mug, tmp_path):
     fuse_oft(pipe)
     saved = load_adapter_file(save_oft_weights(pipe, tmp_path, "mug"))
     assert saved.metadata.sha256 == load_adapter_file(mug).metadata.sha256
+
+
+@pytest.mark.parametrize("keep_base", ["cpu", "disk"])
+def test_fusing_that_breaks_off_leaves_every_component(pipe, mug, monkeypatch, keep_base):
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    live, before = draw(pipe), fingerprint(pipe)
+    fused: list[torch.nn.Module] = []
+
+    def second_fails(model, names, **options):
+        if fused:
+            raise KeyboardInterrupt
+        fused.append(model)
+        merge_oft(model, names, **options)
+
+    monkeypatch.setattr(pipeline, "merge_oft", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        fuse_oft(pipe, keep_base=keep_base)
+    assert len(fused) == 1
+    assert not any(a.fused for a in list_oft_adapters(pipe))
+    assert_unchanged(pipe, before)
+    assert torch.equal(draw(pipe), live)

@@ -1,4 +1,4 @@
-"""What `load_oft_weights` finds, what it refuses, and that a refusal leaves the pipeline as it was."""
+"""Where `load_oft_weights` finds a file, what it calls the adapter, and whose names it takes for the model's."""
 
 import json
 import shutil
@@ -12,49 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 
-from oft_diffusion import OFTConfig, inject_oft, list_oft_adapters, load_oft_weights, oft_state_dict, save_oft_weights
-from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion import list_oft_adapters, load_oft_weights, oft_state_dict
 from oft_diffusion.files import FILE_NAME, AdapterMetadata, load_adapter_file, save_adapter_file
 from oft_diffusion.inject import require_bank
 from tests.library.support import (
-    BOTH,
-    assert_one_sentence,
-    assert_unchanged,
+    assert_loading_refused,
     copy_pipe,
     distance,
     draw,
-    excite,
-    fingerprint,
-    tiny_unet,
     with_metadata,
 )
-
-
-@pytest.fixture(scope="module")
-def mug(make):
-    return make("mug", seed=1, trigger="sks")
-
-
-@pytest.fixture(scope="module")
-def plain(make):
-    return make("plain", seed=2)
-
-
-def refused(pipe, source, *words, kind=AdapterFileError, **options):
-    """Loading is refused in one sentence with these words, and nothing of it stays."""
-    before, listed = fingerprint(pipe), list_oft_adapters(pipe)
-    picture = draw(pipe) if listed else None
-    with pytest.raises(kind) as error:
-        load_oft_weights(pipe, source, **options)
-    assert_one_sentence(error, *words)
-    if listed:  # hooks of layers that only the refused adapter had may stay, and do nothing
-        assert picture is not None
-        assert torch.equal(draw(pipe), picture)
-    else:
-        assert_unchanged(pipe, before)
-    assert list_oft_adapters(pipe) == listed
-    return str(error.value)
-
 
 # Where a file may be
 
@@ -119,148 +86,25 @@ def test_no_trigger_is_too_odd(base_pipe, tmp_path_factory, plain, trigger):
 
 
 def test_nothing_there(pipe, tmp_path, mug):
-    refused(pipe, tmp_path, FILE_NAME, "no .safetensors file")
-    refused(pipe, tmp_path / "none", "none", "does not exist")
-    refused(pipe, str(tmp_path / "none"), "does not exist")
-    refused(pipe, "none.safetensors", "does not exist")
-    refused(pipe, "x/none.safetensors", "does not exist")
-    refused(pipe, "a photo of sks mug", "does not exist")
-    refused(pipe, "y" * 400, "y", "too long")
-    refused(pipe, "y" * 300 + "/" + "z" * 300, "y", "too long")
-    refused(pipe, mug.parent, "other.safetensors", "mug.safetensors", weight_name="other.safetensors")
+    assert_loading_refused(pipe, tmp_path, FILE_NAME, "no .safetensors file")
+    assert_loading_refused(pipe, tmp_path / "none", "none", "does not exist")
+    assert_loading_refused(pipe, str(tmp_path / "none"), "does not exist")
+    assert_loading_refused(pipe, "none.safetensors", "does not exist")
+    assert_loading_refused(pipe, "x/none.safetensors", "does not exist")
+    assert_loading_refused(pipe, "a photo of sks mug", "does not exist")
+    assert_loading_refused(pipe, "y" * 400, "y", "too long")
+    assert_loading_refused(pipe, "y" * 300 + "/" + "z" * 300, "y", "too long")
+    assert_loading_refused(pipe, mug.parent, "other.safetensors", "mug.safetensors", weight_name="other.safetensors")
     (tmp_path / "mug.pt").write_bytes(b"")
-    refused(pipe, tmp_path / "mug.pt", "mug.pt", "pickle")
+    assert_loading_refused(pipe, tmp_path / "mug.pt", "mug.pt", "pickle")
 
 
 def test_a_broken_file_leaves_the_pipeline_alone(pipe, mug, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(mug.read_bytes()[:-1])
-    refused(pipe, path, "cut.safetensors")
+    assert_loading_refused(pipe, path, "cut.safetensors")
     load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
-    refused(pipe, path, "cut.safetensors")
-
-
-# Files that do not fit
-
-
-@pytest.mark.parametrize("part", BOTH)
-@pytest.mark.parametrize("loaded_before", [False, True])
-def test_another_architecture_is_named(pipe, mug, plain, tmp_path, part, loaded_before):
-    if loaded_before:
-        load_oft_weights(pipe, plain)
-    path = tmp_path / "mug.safetensors"
-    shutil.copy(mug, path)
-    classes = dict.fromkeys(BOTH, None) | load_adapter_file(mug).metadata.base["components"]
-    with_metadata(path, {"base": {"name": "x", "components": {**classes, part: "FluxTransformer2DModel"}}})
-    refused(pipe, path, "mug.safetensors", "FluxTransformer2DModel", type(getattr(pipe, part)).__name__)
-
-
-def test_a_missing_component_is_named(pipe, plain, tmp_path):
-    file = load_adapter_file(plain)
-    configs = {"transformer": OFTConfig(block_size=8), "text_encoder": file.metadata.components["text_encoder"]}
-    states = {"transformer": file.components["unet"], "text_encoder": file.components["text_encoder"]}
-    path = save_adapter_file(tmp_path / "flux.safetensors", states, AdapterMetadata(configs))
-    refused(pipe, path, "flux.safetensors", "'transformer'", "StableDiffusionPipeline", "vae, text_encoder, unet")
-    pipe.text_encoder = None
-    refused(pipe, plain, "plain.safetensors", "'text_encoder'")
-    for part in ("scheduler", "tokenizer"):
-        path = save_adapter_file(
-            tmp_path / "odd.safetensors", {part: file.components["unet"]}, AdapterMetadata({part: OFTConfig(8)})
-        )
-        refused(pipe, path, "odd.safetensors", repr(part))
-
-
-@pytest.mark.parametrize("loaded_before", [False, True])
-@pytest.mark.parametrize("width", [16, 24])
-def test_another_size_names_the_first_three_mismatches(pipe, make, mug, plain, loaded_before, width):
-    if loaded_before:
-        load_oft_weights(pipe, plain, strength=0.7)
-    pipe.unet = tiny_unet(width=width) if not loaded_before else pipe.unet
-    if loaded_before:
-        other = copy_pipe(make.base)
-        other.unet = tiny_unet(width=width)
-        for part in BOTH:
-            excite(inject_oft(getattr(other, part), OFTConfig(block_size=8), "a"), "a")
-        mug = save_oft_weights(other, make.folder / f"other-{width}", "a")
-    message = refused(pipe, mug, mug.name, "unet", "shape", "mismatch(es)", "; ...")
-    assert message.count("has shape") == 3
-
-
-def test_a_block_size_that_does_not_divide_names_the_file(pipe, make):
-    wide = make("wide", parts=("unet",), config=OFTConfig(block_size=16))
-    pipe.unet = tiny_unet(width=24)
-    refused(pipe, wide, "wide.safetensors", "unet", "block_size=16")
-
-
-def without_layer(file, path, part, becomes=None):
-    """The file less one layer of a component, or with that layer under another name."""
-    states = {name: dict(state) for name, state in file.components.items()}
-    first = next(iter(states[part]))
-    tensor = states[part].pop(first)
-    if becomes is not None:
-        states[part][f"{becomes}.oft_R.weight"] = tensor
-    return save_adapter_file(path, states, file.metadata)
-
-
-@pytest.mark.parametrize("name", ["down_blocks.9.to_q", "conv_in", "conv_in.lora_A", "time_embedding", ""])
-def test_other_layers_than_the_models(pipe, plain, tmp_path, name):
-    path = without_layer(load_adapter_file(plain), tmp_path / "odd.safetensors", "unet", becomes=name)
-    refused(pipe, path, "odd.safetensors", name, "1 of 32 layers", "UNet2DConditionModel")
-
-
-def test_a_file_of_a_time_when_its_target_set_had_fewer_layers(pipe, plain, tmp_path, base_pipe):
-    path = without_layer(load_adapter_file(plain), tmp_path / "old.safetensors", "unet")
-    assert load_adapter_file(path).metadata.components["unet"].targets == "attention"
-    adapter = load_oft_weights(pipe, path)
-    stored = load_adapter_file(path).components["unet"]
-    found = oft_state_dict(pipe.unet, adapter.name)
-    assert found.keys() == stored.keys()
-    assert len(found) == 31
-    assert distance(draw(pipe), draw(base_pipe)) > 0.01
-
-
-@pytest.mark.parametrize("targets", [[r"(([a-z_]|\d|\.)+)+!"], ["("], [r"blocks\.\d+\.qkv"], "a-set-of-tomorrow"])
-def test_a_files_patterns_are_information_and_never_run(pipe, plain, tmp_path, base_pipe, targets):
-    # The first, if it were ever matched against a layer's name, would hold this test up for ever.
-    path = tmp_path / "plain.safetensors"
-    shutil.copy(plain, path)
-    config = {**OFTConfig(block_size=8).to_dict(), "targets": targets}
-    with_metadata(path, {"components": dict.fromkeys(BOTH, config)})
-    load_oft_weights(pipe, path)
-    reference = copy_pipe(base_pipe)
-    load_oft_weights(reference, plain)
-    assert torch.equal(draw(pipe), draw(reference))
-
-
-def test_a_failure_in_the_last_component_takes_the_first_one_back(pipe, plain, mug, tmp_path):
-    file = load_adapter_file(plain)
-    for broken in BOTH:
-        without_layer(file, tmp_path / f"{broken}.safetensors", broken, becomes="nowhere")
-        refused(pipe, tmp_path / f"{broken}.safetensors", f"{broken}.safetensors", "nowhere")
-    load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
-    for broken in BOTH:
-        refused(pipe, tmp_path / f"{broken}.safetensors", "nowhere")
-    assert [a.name for a in list_oft_adapters(pipe)] == ["mug"]
-
-
-def test_ctrl_c_while_loading_leaves_nothing(pipe, mug, monkeypatch):
-    before = fingerprint(pipe)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("oft_diffusion.bank.OFTBank.freeze", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_oft_weights(pipe, mug)
-    assert_unchanged(pipe, before)
-
-
-def test_names_that_are_taken_or_unusable(pipe, mug, plain):
-    load_oft_weights(pipe, mug, adapter_name="mug")
-    refused(pipe, plain, "'mug'", kind=AdapterError, adapter_name="mug")
-    for name in ("a/b", "a.b", "pop", "ü", " "):
-        refused(pipe, plain, repr(name), kind=AdapterError, adapter_name=name)
-    refused(pipe, plain, "nan", kind=AdapterError, strength=float("nan"))
+    assert_loading_refused(pipe, path, "cut.safetensors")
 
 
 # Names with and without transformers' `text_model.`
@@ -310,7 +154,7 @@ def test_a_file_with_or_without_the_prefix_fits_a_text_model_with_it(pipe, plain
             assert torch.equal(found["text_model." + name.removeprefix("text_model.")], tensor)
 
 
-def test_both_spellings_in_one_file_are_refused(pipe, plain, tmp_path):
+def test_both_spellings_in_one_file_are_assert_loading_refused(pipe, plain, tmp_path):
     file = load_adapter_file(plain)
     text = dict(file.components["text_encoder"])
     name = next(iter(text))
@@ -319,7 +163,7 @@ def test_both_spellings_in_one_file_are_refused(pipe, plain, tmp_path):
     path = save_adapter_file(tmp_path / "twice.safetensors", {"text_encoder": text}, AdapterMetadata(
         {"text_encoder": file.metadata.components["text_encoder"]}
     ))  # fmt: skip
-    refused(pipe, path, "twice.safetensors", "twice")
+    assert_loading_refused(pipe, path, "twice.safetensors", "twice")
 
 
 # The hub
@@ -400,21 +244,21 @@ def test_a_hub_adapter_is_called_by_its_trigger_file_or_repository(pipe, hub, pl
 )
 def test_a_hub_that_fails_is_one_sentence(pipe, hub, failure):
     hub.answer = failure
-    message = refused(pipe, "someone/mug-oft", "someone/mug-oft", FILE_NAME)
+    message = assert_loading_refused(pipe, "someone/mug-oft", "someone/mug-oft", FILE_NAME)
     assert "\n" not in message
     assert "Second line" not in message
 
 
 def test_offline_is_one_sentence(pipe, tmp_path):
     # tests/conftest.py has put the real client offline
-    refused(pipe, "someone/mug-oft", "someone/mug-oft", FILE_NAME, cache_dir=tmp_path)
-    refused(pipe, "../mug", "../mug")
+    assert_loading_refused(pipe, "someone/mug-oft", "someone/mug-oft", FILE_NAME, cache_dir=tmp_path)
+    assert_loading_refused(pipe, "../mug", "../mug")
 
 
 def test_a_broken_download_is_refused_by_name(pipe, hub, tmp_path):
     hub.answer = tmp_path / FILE_NAME
     hub.answer.write_text("<!doctype html>")
-    refused(pipe, "someone/mug-oft", FILE_NAME)
+    assert_loading_refused(pipe, "someone/mug-oft", FILE_NAME)
 
 
 # What files say of their base

@@ -299,18 +299,6 @@ def test_continuing_from_an_adapter(config: Config, run: Run, tmp_path: Path) ->
         )
 
 
-def test_overwriting_must_be_asked_for(config: Config, run: Run) -> None:
-    _, first = run(config(validation_prompts=["a dog"]))
-    with pytest.raises(
-        TrainingError, match=r"holds an earlier run \(checkpoint-000003\).*--resume latest.*--overwrite"
-    ):
-        train(config())
-    _, second = run(config(overwrite=True, steps=2))
-    assert not first.pictures[0].exists()
-    assert not Path(str(first.checkpoint)).exists()
-    assert second.adapter.is_file()
-
-
 # -- the run as an object ---------------------------------------------------------------------------------------------
 
 

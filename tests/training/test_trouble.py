@@ -16,6 +16,7 @@ from oft_diffusion.training.batches import Batch, Batches
 from oft_diffusion.training.model import ADAPTER
 from oft_diffusion.training.watch import SilentLayers
 from tests.helpers.tiny_sd import write_tiny_sd
+from tests.library.support import folder_bytes
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]
@@ -138,3 +139,31 @@ def test_a_full_disk_on_the_way_leaves_nothing_half_written(
     folder = Path(settings.output_dir)
     assert not list(folder.rglob("*.partial"))
     assert not list(folder.rglob(f"*{suffix[:-1]}"))
+
+
+def test_overwriting_must_be_asked_for(config: Config, run: Run) -> None:
+    _, first = run(config(validation_prompts=["a dog"]))
+    with pytest.raises(
+        TrainingError, match=r"holds an earlier run \(checkpoint-000003\).*--resume latest.*--overwrite"
+    ):
+        train(config())
+    _, second = run(config(overwrite=True, steps=2))
+    assert not first.pictures[0].exists()
+    assert not Path(str(first.checkpoint)).exists()
+    assert second.adapter.is_file()
+
+
+@pytest.mark.parametrize("error", [TrainingError("no", expected="a", fix="b"), KeyboardInterrupt()])
+def test_an_overwriting_run_that_cannot_start_leaves_the_earlier_one(
+    config: Config, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    run(config(validation_prompts=["a dog"]))
+    before = folder_bytes(tmp_path / "run")
+    assert len(before) > 5
+    monkeypatch.setattr("oft_diffusion.training.prepare._inject", fails)
+    with pytest.raises(type(error)):
+        run(config(overwrite=True, steps=2))
+    assert folder_bytes(tmp_path / "run") == before
