@@ -121,7 +121,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         usage=(
             "from oft_diffusion import load_oft_weights\nfrom oft_diffusion.pocket import pocket_pipeline\n\n"
             f'pipe = pocket_pipeline()\nload_oft_weights(pipe, "{result.adapter}")\n'
-            f'pipe("a {word} on the beach").images[0].save("{name}.png")'
+            f'pipe("a {word} on the beach", guidance_scale={config.guidance_scale}).images[0].save("{name}.png")'
         ),
     )
     print(f"done in {minutes:.1f} minutes\n  adapter  {result.adapter}\n  grid     {grid_path}\n  report   {report}")

@@ -17,12 +17,14 @@ SECONDS_TOGETHER = 1.0
 def on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
     """Call `callback` at the first SIGINT or SIGTERM in this block; a second one acts as if we were not here.
 
-    Outside the main thread this does nothing, since Python delivers signals there only.
+    A signal that is ignored, as a shell has it for a job in the background, stays so. Outside the main thread this does
+    nothing, since Python delivers signals there only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in previous.items():

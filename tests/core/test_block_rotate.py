@@ -34,7 +34,8 @@ def test_it_is_x_times_the_dense_rotation(
     assert out.is_contiguous()
     if x.numel():
         assert relative(out, x @ dense) < TOLERANCE[dtype]
-        assert relative(out, x) > 0.1, "the case does not rotate"
+        # of the matrix, not of x: an odd block leaves its axis alone, and x may lie along it
+        assert relative(dense, torch.eye(blocks * size)) > 0.1, "the case does not rotate"
 
 
 @given(blocks=BLOCKS, size=SIZES, seed=SEEDS)

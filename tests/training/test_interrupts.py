@@ -28,6 +28,20 @@ def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    calls = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.on_interrupt(lambda: calls.append(1)):
+            ctrl_c()
+            assert calls == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert calls == [1]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_together_are_one_and_a_later_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
