@@ -17,7 +17,7 @@ from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.report import Figure, write_report
-from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.training import TrainConfig, TrainResult, train
 
 CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
 OUT = Path("runs/demo")
@@ -56,31 +56,48 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         0, or 130 where Ctrl-C ended the training: then no grid and no report are made.
     """
     started = time.perf_counter()
-    subject = SUBJECTS[name]
-    overrides = {
+    subject, title = SUBJECTS[name], _title(name)
+    own = {
         "model": str(pocket_path()),
         "instance_dir": str(subjects_path(name)),
         "class_word": subject.object,
         "output_dir": str(out),
-        **settings,
     }
-    config = TrainConfig.from_toml(CONFIG, overrides)
-    word = f"{config.trigger} {subject.object}"
-    prompts = [f"a {word}", f"a {word} on the beach", f"a red {word} at night", f"a {word} in the snow"]
-    prompts.append(f"a blue {'cat' if subject.object != 'cat' else 'car'} in a meadow")
+    config = TrainConfig.from_toml(CONFIG, own | settings)
 
-    title = name.replace("_", " ").capitalize()
     print(f"1/3  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
     with train(config) as run:
         for _ in run:
             pass
-    result = run.result
-    if result.interrupted:
+    if run.result.interrupted:
         return 130
+    adapter = run.result.adapter
 
     print("2/3  drawing the same prompts before and after", flush=True)
+    grid = _before_and_after(name, config, adapter)
+    grid_path = save_png(grid, out / "before_after.png")
+
+    print("3/3  writing the report", flush=True)
+    minutes = (time.perf_counter() - started) / 60
+    report = _write_report(name, config, run.result, grid, minutes)
+    print(f"done in {minutes:.1f} minutes\n  adapter  {adapter}\n  grid     {grid_path}\n  report   {report}")
+    command = Path(sys.executable).with_name("oft-diffusion")
+    prompt = f"a {config.trigger} {subject.object} in the forest"
+    print(f'more     {command} generate "{prompt}" --adapter {out} --guidance {config.guidance_scale}')
+    return 0
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _before_and_after(name: str, config: TrainConfig, adapter: Path) -> Image.Image:
+    """The grid: prompts that name the subject, and one that does not, with and without the adapter."""
+    word = f"{config.trigger} {config.class_word}"
+    prompts = [f"a {word}", f"a {word} on the beach", f"a red {word} at night", f"a {word} in the snow"]
+    prompts.append(f"a blue {'cat' if config.class_word != 'cat' else 'car'} in a meadow")
     pipe = load_pipeline(pocket_path())
-    load_oft_weights(pipe, result.adapter, adapter_name=name)
+    load_oft_weights(pipe, adapter, adapter_name=name)
     rows = compare(
         pipe,
         name,
@@ -90,29 +107,31 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         guidance=config.guidance_scale,
         on_row=lambda i, n: print(f"     prompt {i} of {n}", flush=True),
     )
-
-    print("3/3  writing the grid and the report", flush=True)
-    photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
-    shown = labelled_grid([photos], cell=CELL)
     labels = [f"{len(SEEDS)} x before"] + [""] * (len(SEEDS) - 1) + [f"{len(SEEDS)} x after"]
-    grid = labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
-    grid_path = save_png(grid, out / "before_after.png")
-    minutes = (time.perf_counter() - started) / 60
-    report = write_report(
-        out / "report.html",
-        title=f"{title}, a {subject.object}",
+    return labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
+
+
+def _write_report(name: str, config: TrainConfig, result: TrainResult, grid: Image.Image, minutes: float) -> Path:
+    title, word = _title(name), config.class_word
+    photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
+    return write_report(
+        Path(config.output_dir) / "report.html",
+        title=f"{title}, a {word}",
         lead=(
             f"The pocket base had never been told of {title}. {result.steps} steps of OFTv2 on five pictures taught it "
             f'the word "{config.trigger}". Left of the middle is the base, right of it the base with the adapter: same '
             "prompts, same seeds. The last row does not name the subject, and should not change much."
         ),
         figures=[
-            Figure("The subject", "All that was shown to it.", shown, f"Five pictures of {title}"),
-            Figure("Before and after", "Four seeds each.", grid, f"Grid of {len(prompts)} prompts before and after"),
+            Figure(
+                "The subject", "All that was shown to it.", labelled_grid([photos], cell=CELL),
+                f"Five pictures of {title}",
+            ),
+            Figure("Before and after", f"{len(SEEDS)} seeds each.", grid, "Grid of prompts before and after"),
         ],
         losses=result.losses,
         facts={
-            "adapter size": f"{Path(result.adapter).stat().st_size / 1e6:.2f} MB",
+            "adapter size": f"{result.adapter.stat().st_size / 1e6:.2f} MB",
             "training": f"{result.seconds / 60:.1f} min",
             "in all": f"{minutes:.1f} min",
             "steps": result.steps,
@@ -121,13 +140,10 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         usage=(
             "from oft_diffusion import load_oft_weights\nfrom oft_diffusion.pocket import pocket_pipeline\n\n"
             f'pipe = pocket_pipeline()\nload_oft_weights(pipe, "{result.adapter}")\n'
-            f'pipe("a {word} on the beach", guidance_scale={config.guidance_scale}).images[0].save("{name}.png")'
+            f'image = pipe("a {config.trigger} {word} on the beach", guidance_scale={config.guidance_scale}).images[0]\n'
+            f'image.save("{name}.png")'
         ),
-    )
-    print(f"done in {minutes:.1f} minutes\n  adapter  {result.adapter}\n  grid     {grid_path}\n  report   {report}")
-    command = Path(sys.executable).with_name("oft-diffusion")
-    print(f'more     {command} generate "a {word} in the forest" --adapter {out} --guidance {config.guidance_scale}')
-    return 0
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
