@@ -140,7 +140,8 @@ def _write_report(name: str, config: TrainConfig, result: TrainResult, grid: Ima
         usage=(
             "from oft_diffusion import load_oft_weights\nfrom oft_diffusion.pocket import pocket_pipeline\n\n"
             f'pipe = pocket_pipeline()\nload_oft_weights(pipe, "{result.adapter}")\n'
-            f'image = pipe("a {config.trigger} {word} on the beach", guidance_scale={config.guidance_scale}).images[0]\n'
+            f'prompt = "a {config.trigger} {word} on the beach"\n'
+            f"image = pipe(prompt, guidance_scale={config.guidance_scale}).images[0]\n"
             f'image.save("{name}.png")'
         ),
     )  # fmt: skip
