@@ -1,4 +1,4 @@
-"""The console script `oft-diffusion`: train, generate, info."""
+"""The console script `oft-diffusion`: train, generate, evaluate, info."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
+        if arguments[:1] == ["evaluate"]:
+            return _evaluate(arguments[1:])
         options = _parser().parse_args(arguments)
         return {"generate": _generate, "info": _info}[options.verb](options)
     except OFTError as error:
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("train", help="DreamBooth: pictures of a subject to an adapter (train --help for its options)")
+    verbs.add_parser("evaluate", help="what an adapter did to the pocket base, measured (evaluate --help)")
 
     generate = verbs.add_parser("generate", help="pictures from a prompt, with adapters")
     generate.add_argument("prompt", help="what to draw")
@@ -94,6 +97,12 @@ def _train(arguments: Sequence[str]) -> int:
     from oft_diffusion.training.command import main as train_main
 
     return train_main(arguments, shipped={"pocket": pocket_path})
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from oft_diffusion.evaluation.command import main as evaluate_main
+
+    return evaluate_main(arguments)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -19,12 +19,27 @@ from oft_diffusion.files import write_atomically
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with a heading, a sentence about it, and its alternative text."""
+    """Pictures with a heading and a sentence about them; several stand side by side where there is room.
+
+    Attributes:
+        heading: above them.
+        text: under the heading.
+        images: each with its alternative text.
+    """
 
     heading: str
     text: str
-    image: Image.Image
-    alt: str
+    images: Mapping[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of short texts under a heading; the first cell of a row names it."""
+
+    heading: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def write_report(
@@ -32,7 +47,7 @@ def write_report(
     *,
     title: str,
     lead: str,
-    figures: Sequence[Figure],
+    sections: Sequence[Figure | Table],
     losses: Sequence[float],
     facts: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -44,7 +59,7 @@ def write_report(
         path: the .html file.
         title: its heading.
         lead: one paragraph under it.
-        figures: pictures, embedded as PNG.
+        sections: pictures, embedded as PNG, and tables, in this order.
         losses: one per step; drawn with a running mean.
         facts: short figures shown at the top, by label.
         settings: the training settings, as a table.
@@ -62,7 +77,7 @@ def write_report(
         facts="".join(
             f"<div><b>{html.escape(str(v))}</b><span>{html.escape(k)}</span></div>" for k, v in facts.items()
         ),
-        figures="".join(_figure(figure) for figure in figures),
+        sections="".join(_figure(s) if isinstance(s, Figure) else _table(s) for s in sections),
         curve=loss_curve(losses),
         settings="".join(
             f"<tr><th>{html.escape(k)}</th><td>{html.escape(_shown(v))}</td></tr>" for k, v in settings.items()
@@ -107,14 +122,34 @@ def loss_curve(losses: Sequence[float]) -> str:
 
 
 def _figure(figure: Figure) -> str:
+    images = "".join(_image(image, alt) for alt, image in figure.images.items())
+    return f'{_opening(figure.heading, figure.text)}<div class="beside">{images}</div></section>'
+
+
+def _image(image: Image.Image, alt: str) -> str:
     buffer = io.BytesIO()
-    figure.image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f"<section><h2>{html.escape(figure.heading)}</h2><p>{html.escape(figure.text)}</p>"
-        f'<img src="data:image/png;base64,{data}" width="{figure.image.width}" height="{figure.image.height}" '
-        f'alt="{html.escape(figure.alt)}"></section>'
+        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" '
+        f'alt="{html.escape(alt)}">'
     )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.columns)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in table.rows
+    )
+    return (
+        f'{_opening(table.heading, table.text)}<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _opening(heading: str, text: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>"
 
 
 def _shown(value: object) -> str:
@@ -141,16 +176,20 @@ p { margin: .2rem 0 .9rem; color: var(--soft); max-width: 46rem; }
 .facts div { background: var(--card); border-radius: .6rem; padding: .6rem .9rem; }
 .facts b { display: block; font-size: 1.15rem; }
 .facts span { color: var(--soft); font-size: .85rem; }
-img { max-width: 100%; height: auto; border-radius: .5rem; border: 1px solid var(--line); background: #fff; }
+.beside { display: flex; flex-wrap: wrap; gap: .8rem; } .beside img { flex: 0 1 auto; min-width: 0; }
+@media (min-width: 48rem) { .beside { flex-wrap: nowrap; } }
+img { max-width: 100%; height: auto; align-self: flex-start; border-radius: .5rem; border: 1px solid var(--line);
+  background: #fff; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .dots { fill: var(--mark); opacity: .3; } polyline { fill: none; stroke: var(--mark); stroke-width: 2; }
 pre { background: var(--card); border-radius: .6rem; padding: 1rem; overflow-x: auto; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.figures td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; } td { overflow-wrap: anywhere; }
 </style></head><body>
 <h1>$title</h1><p>$lead</p><div class="facts">$facts</div>
-$figures
+$sections
 <section><h2>Loss</h2><p>Dots are single steps: at random noise levels they scatter. The line is their running mean.</p>
 $curve</section>
 <section><h2>Use the adapter</h2><pre>$usage</pre></section>

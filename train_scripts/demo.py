@@ -12,17 +12,20 @@ from PIL import Image
 
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
+from oft_diffusion.evaluation import Evaluation, evaluate, looks_of
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
-from oft_diffusion.load import load_pipeline
-from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
-from oft_diffusion.report import Figure, write_report
-from oft_diffusion.training import TrainConfig, TrainResult, train
+from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
+from oft_diffusion.pocket.classifier import load_classifier
+from oft_diffusion.report import Table
+from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.training.summary import write_summary
 
 CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
 OUT = Path("runs/demo")
 SEEDS = (1, 2, 3, 4)
 CELL = 128
+EVALUATED = 24  # pictures per figure, with and without the adapter
 
 
 def main() -> int:
@@ -65,21 +68,30 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     }
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
-    print(f"1/3  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
+    print(f"1/4  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
     with train(config) as run:
         for _ in run:
             pass
-    if run.result.interrupted:
-        return 130
-    adapter = run.result.adapter
+        if run.result.interrupted:
+            return 130
+        adapter = run.result.adapter
+        pipe = pocket_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        load_oft_weights(pipe, adapter, adapter_name=name)
 
-    print("2/3  drawing the same prompts before and after", flush=True)
-    grid = _before_and_after(name, config, adapter)
-    grid_path = save_png(grid, out / "before_after.png")
+        print("2/4  drawing the same prompts before and after", flush=True)
+        grid_path = save_png(_before_and_after(pipe, name, config), out / "before_after.png")
 
-    print("3/3  writing the report", flush=True)
-    minutes = (time.perf_counter() - started) / 60
-    report = _write_report(name, config, run.result, grid, minutes)
+        print("3/4  measuring: is the subject learnt, is the rest kept", flush=True)
+        found = _evaluated(pipe, name, config)
+        found.save(out / "evaluation.json")
+        print(found.table())
+
+        print("4/4  writing the report", flush=True)
+        minutes = (time.perf_counter() - started) / 60
+        pictures = run.plan.pictures
+        assert run.parts is not None
+        report = write_summary(run.parts, config, run.result, pictures, sections=[_figures_table(found)])
     print(f"done in {minutes:.1f} minutes\n  adapter  {adapter}\n  grid     {grid_path}\n  report   {report}")
     command = Path(sys.executable).with_name("oft-diffusion")
     prompt = f"a {config.trigger} {subject.object} in the forest"
@@ -91,13 +103,11 @@ def _title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _before_and_after(name: str, config: TrainConfig, adapter: Path) -> Image.Image:
+def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
     """The grid: prompts that name the subject, and one that does not, with and without the adapter."""
     word = f"{config.trigger} {config.class_word}"
-    prompts = [f"a {word}", f"a {word} on the beach", f"a red {word} at night", f"a {word} in the snow"]
+    prompts = [f"a {word}", f"a {word} on the beach", f"a green {word} at night", f"a {word} in the snow"]
     prompts.append(f"a blue {'cat' if config.class_word != 'cat' else 'car'} in a meadow")
-    pipe = load_pipeline(pocket_path())
-    load_oft_weights(pipe, adapter, adapter_name=name)
     rows = compare(
         pipe,
         name,
@@ -111,40 +121,24 @@ def _before_and_after(name: str, config: TrainConfig, adapter: Path) -> Image.Im
     return labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
 
 
-def _write_report(name: str, config: TrainConfig, result: TrainResult, grid: Image.Image, minutes: float) -> Path:
-    title, word = _title(name), config.class_word
-    photos = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
-    return write_report(
-        Path(config.output_dir) / "report.html",
-        title=f"{title}, a {word}",
-        lead=(
-            f"The pocket base had never been told of {title}. {result.steps} steps of OFTv2 on five pictures taught it "
-            f'the word "{config.trigger}". Left of the middle is the base, right of it the base with the adapter: same '
-            "prompts, same seeds. The last row does not name the subject, and should not change much."
-        ),
-        figures=[
-            Figure(
-                "The subject", "All that was shown to it.", labelled_grid([photos], cell=CELL),
-                f"Five pictures of {title}",
-            ),
-            Figure("Before and after", f"{len(SEEDS)} seeds each.", grid, "Grid of prompts before and after"),
+def _evaluated(pipe: Any, name: str, config: TrainConfig) -> Evaluation:
+    classifier = load_classifier()
+    looks = looks_of(classifier, [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))])
+    how = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
+    return evaluate(pipe, name, classifier=classifier, looks=looks, trigger=config.trigger, count=EVALUATED, **how)
+
+
+def _figures_table(found: Evaluation) -> Table:
+    return Table(
+        "Figures",
+        f"Read by a classifier in {EVALUATED} pictures per line and side; per cent, with 95 % bootstrap intervals. "
+        "docs/evaluation.md says what each line means; with so few pictures the intervals are wide.",
+        ["", "with the adapter", "base", "difference"],
+        [
+            [name, *(f"{100 * i.mean:.0f} ({100 * i.low:.0f} to {100 * i.high:.0f})" for i in figure)]
+            for name, figure in found.figures.items()
         ],
-        losses=result.losses,
-        facts={
-            "adapter size": f"{result.adapter.stat().st_size / 1e6:.2f} MB",
-            "training": f"{result.seconds / 60:.1f} min",
-            "in all": f"{minutes:.1f} min",
-            "steps": result.steps,
-        },
-        settings=config.to_dict(),
-        usage=(
-            "from oft_diffusion import load_oft_weights\nfrom oft_diffusion.pocket import pocket_pipeline\n\n"
-            f'pipe = pocket_pipeline()\nload_oft_weights(pipe, "{result.adapter}")\n'
-            f'prompt = "a {config.trigger} {word} on the beach"\n'
-            f"image = pipe(prompt, guidance_scale={config.guidance_scale}).images[0]\n"
-            f'image.save("{name}.png")'
-        ),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

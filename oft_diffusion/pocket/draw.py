@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -51,78 +51,84 @@ def _luma(c: RGB) -> float:
 
 
 class Primitive(NamedTuple):
-    """One geometric primitive in local units: a polygon, an ellipse, or a thick line."""
+    """One geometric primitive in local units: a filled polygon (width 0), or a thick line with round ends."""
 
-    kind: str
     points: tuple[Point, ...]
     width: float = 0.0
 
 
+def _curve(x: float, y: float, rx: float, ry: float, start: float, end: float, steps: int) -> list[Point]:
+    """Points on an ellipse, angles in degrees, clockwise from the right (as Pillow has them)."""
+    angles = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
 def poly(*points: Point) -> Primitive:
     """A filled polygon."""
-    return Primitive("poly", points)
+    return Primitive(points)
 
 
 def ell(x: float, y: float, rx: float, ry: float | None = None) -> Primitive:
     """A filled ellipse around (x, y)."""
-    ry = rx if ry is None else ry
-    return Primitive("ellipse", ((x - rx, y - ry), (x + rx, y + ry)))
+    return poly(*_curve(x, y, rx, rx if ry is None else ry, 0, 360, 40))
 
 
 def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.0) -> Primitive:
     """A filled rectangle with rounded corners."""
-    return Primitive("box", ((x0, y0), (x1, y1)), radius)
+    corners = ((x1, y1, 0), (x0, y1, 90), (x0, y0, 180), (x1, y0, 270))
+    if not radius:
+        return poly(*((x, y) for x, y, _ in corners))
+    r = min(radius, (x1 - x0) / 2, (y1 - y0) / 2)
+    inner = [(x - r if x == x1 else x + r, y - r if y == y1 else y + r, start) for x, y, start in corners]
+    return poly(*(p for x, y, start in inner for p in _curve(x, y, r, r, start, start + 90, 8)))
 
 
 def line(width: float, *points: Point) -> Primitive:
     """A thick line with round ends."""
-    return Primitive("line", points, width)
+    return Primitive(points, width)
 
 
 def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, width: float) -> Primitive:
-    """A thick part of an ellipse, angles in degrees, clockwise from the right (as Pillow has them)."""
-    steps = [math.radians(start + (end - start) * i / 16) for i in range(17)]
-    return line(width, *((x + rx * math.cos(a), y + ry * math.sin(a)) for a in steps))
+    """A thick part of an ellipse, angles as `_curve` has them."""
+    return line(width, *_curve(x, y, rx, ry, start, end, 16))
 
 
 class Painter:
-    """Puts outlined shapes, given in local units, on a picture."""
+    """Puts outlined shapes, given in local units, on a picture: mirrored first, then turned about the origin."""
 
-    def __init__(self, image: Image.Image, x: float, y: float, unit: float, flip: bool) -> None:
-        self.image, self.x, self.y, self.unit, self.flip = image, x, y, unit, -1.0 if flip else 1.0
+    def __init__(self, image: Image.Image, origin: Point, unit: float, flip: bool, tilt: float) -> None:
+        self.image, self.origin, self.unit, self.flip, self.tilt = image, origin, unit, flip, tilt
         self.outline = max(1, round(0.045 * unit))
 
     def place(self, p: Point) -> Point:
         """Local units to pixels."""
-        return self.x + self.flip * p[0] * self.unit, self.y + p[1] * self.unit
+        x, y = (-p[0] if self.flip else p[0]) * self.unit, p[1] * self.unit
+        cos, sin = math.cos(self.tilt), math.sin(self.tilt)
+        return self.origin[0] + cos * x - sin * y, self.origin[1] + sin * x + cos * y
 
     def at(self, x: float, y: float, size: float = 1.0) -> Painter:
         """A painter for a part whose origin is at (x, y) and whose unit is `size` of this one's."""
-        px, py = self.place((x, y))
-        part = Painter(self.image, px, py, self.unit * size, self.flip < 0)
+        part = Painter(self.image, self.place((x, y)), self.unit * size, self.flip, self.tilt)
         part.outline = self.outline
         return part
+
+    def on(self, image: Image.Image) -> Painter:
+        """This painter on another picture."""
+        return Painter(image, self.origin, self.unit, self.flip, self.tilt)
 
     def mask(self, *shapes: Primitive) -> Image.Image:
         """The union of the shapes, mode L, 0 or 255, of the picture's size."""
         mask = Image.new("L", self.image.size)
         pen = ImageDraw.Draw(mask)
         for shape in shapes:
-            pts = [self.place(p) for p in shape.points]
-            if shape.kind == "poly":
-                pen.polygon(pts, fill=255)
-            elif shape.kind == "line":
-                width = max(1.0, shape.width * self.unit)
-                pen.line(pts, fill=255, width=round(width), joint="curve")
-                for px, py in (pts[0], pts[-1]):
-                    pen.ellipse((px - width / 2, py - width / 2, px + width / 2, py + width / 2), fill=255)
-            else:
-                (x0, y0), (x1, y1) = pts
-                corners = (min(x0, x1), y0, max(x0, x1), y1)
-                if shape.kind == "ellipse":
-                    pen.ellipse(corners, fill=255)
-                else:
-                    pen.rounded_rectangle(corners, radius=shape.width * self.unit, fill=255)
+            points = [self.place(p) for p in shape.points]
+            if not shape.width:
+                pen.polygon(points, fill=255)
+                continue
+            width = max(1.0, shape.width * self.unit)
+            pen.line(points, fill=255, width=round(width), joint="curve")
+            for x, y in (points[0], points[-1]):
+                pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)
         return mask
 
     def paint(self, fill: RGB | Image.Image, *shapes: Primitive, outline: bool = True) -> None:
@@ -164,14 +170,13 @@ def _body_picture(painter: Painter, colour: RGB, pattern: str) -> Image.Image:
     """The pattern over the whole frame, fixed to the object's own axes, lit from above."""
     second = _mix(colour, INK, 0.42) if _luma(colour) > 105 else _mix(colour, WHITE, 0.5)
     image = Image.new("RGB", painter.image.size, colour)
-    pen = Painter(image, painter.x, painter.y, painter.unit, painter.flip < 0)
     marks: list[Primitive] = []
     if pattern == "striped":
         marks = [line(0.17, (x / 10 - 0.25, -1.1), (x / 10 + 0.25, 1.1)) for x in range(-14, 16, 4)]
     elif pattern == "spotted":
         marks = [ell((i + (j % 2) / 2) * 0.4, j * 0.3, 0.1) for i in range(-4, 5) for j in range(-4, 5)]
     if marks:
-        pen.paint(second, *marks, outline=False)
+        painter.on(image).paint(second, *marks, outline=False)
     return image
 
 
@@ -348,12 +353,17 @@ def draw_object(
     y: float,
     scale: float,
     flip: bool,
+    tilt: float,
     dark: bool,
 ) -> None:
-    """Draws one object on a frame, in place. Lengths are fractions of the frame; `y` is where the feet are."""
+    """Draws one object on a frame, in place. Lengths are fractions of the frame; it stands at `y`, turned by `tilt`."""
     side = frame.size[0]
-    painter = Painter(frame, x * side, (y - scale) * side, scale * side, flip)
-    ground = painter.mask(ell(0, 1, 1.02, 0.13))
+    lean, unit = math.radians(tilt), scale * side
+    feet = (x * side, y * side)
+    # The painter's origin is one unit above the feet, about which the object is turned.
+    origin = (feet[0] + math.sin(lean) * unit, feet[1] - math.cos(lean) * unit)
+    painter = Painter(frame, origin, unit, flip, lean)
+    ground = Painter(frame, feet, unit, flip, 0.0).mask(ell(0, 0, 1.02, 0.13))
     frame.paste((8, 8, 24) if dark else (40, 36, 52), (0, 0), ground.point([value * 90 // 255 for value in range(256)]))
     base, second = COLOURS[colour], ACCENTS[accent]
     paint_object, anchors = OBJECTS[kind]
@@ -364,7 +374,11 @@ def draw_object(
     _draw_hat(painter.at(*anchors.hat), hat, second)
 
 
-def finish(frame: Image.Image, size: int, light: float) -> Image.Image:
-    """Averages the supersampled frame down to `size` and sets the brightness."""
-    image = frame.reduce(frame.size[0] // size)
-    return image if light == 1 else ImageEnhance.Brightness(image).enhance(light)
+def finish(frame: Image.Image, size: int, light: float, warmth: float, corner: Point, zoom: float) -> Image.Image:
+    """Cuts out a window of 1 / zoom of the side, averages it down to `size`, and sets brightness and warmth."""
+    side = frame.size[0]
+    left, top, width = corner[0] * side, corner[1] * side, side / zoom
+    box = (left, top, min(side, left + width), min(side, top + width))
+    image = frame.resize((size, size), Image.Resampling.BOX, box=box, reducing_gap=None)
+    tables = [[min(255, round(v * light * (1 + sign * warmth))) for v in range(256)] for sign in (1, 0, -1)]
+    return image.point([value for table in tables for value in table])

@@ -1,6 +1,6 @@
-"""The pocket base: a real Stable Diffusion pipeline of about 11M parameters, shipped with the package.
+"""The pocket base: a real Stable Diffusion pipeline of about 18M parameters, shipped with the package.
 
-`pocket_pipeline()` loads it. It draws 64 x 64 pixels; about 25 steps and a guidance scale of 2.5 suit it.
+`pocket_pipeline()` loads it. It draws 128 x 128 pixels; about 25 steps and a guidance scale of 2.5 suit it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.pocket.vocabulary import MAX_LENGTH
+from oft_diffusion.pocket.world import SIZE
 
-SIZE = 64
-LATENT_CHANNELS = 4
-DOWNSCALE = 4
+LATENT_CHANNELS = 6
+DOWNSCALE = 8
 
 
 def pocket_path() -> Path:
@@ -29,8 +29,8 @@ def pocket_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion
 
 
 def build_vae(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
-    """An untrained autoencoder: (n, 3, 64, 64) in [-1, 1] to and from (n, latent_channels, 16, 16)."""
-    channels = (32, 64, 96)
+    """An untrained autoencoder: (n, 3, 128, 128) in [-1, 1] to and from (n, latent_channels, 16, 16)."""
+    channels = (32, 64, 96, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -61,14 +61,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """An untrained denoiser of latents (n, 4, 16, 16), with attention at 16 x 16 and 8 x 8."""
+    """An untrained denoiser of latents (n, 6, 16, 16), with attention at 16 x 16 and 8 x 8."""
     return UNet2DConditionModel(
         sample_size=SIZE // DOWNSCALE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128, 192),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(128, 224),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers reads this as the number of heads

@@ -2,7 +2,7 @@
 
 *Captioned* attributes (object, colour, pattern, background) are what a caption may name. *Uncaptioned* ones (accent,
 face, hat, badge) vary freely and no caption ever names them: a subject is one fixed combination of them, so the base
-model can draw it but has no word for it. The rest (position, size, flip, light, detail) is nuisance.
+model can draw it but has no word for it. The rest (position, size, flip, lean, light, crop, detail) is nuisance.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from oft_diffusion.pocket import backgrounds, draw
+
+SIZE = 128  # pixels, what the pocket base draws
 
 OBJECTS = tuple(draw.OBJECTS)
 COLOURS = tuple(draw.COLOURS)
@@ -32,6 +34,9 @@ CAPTIONED: Mapping[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
 }
 UNCAPTIONED: Mapping[str, tuple[str, ...]] = {"accent": ACCENTS, "face": FACES, "hat": HATS, "badge": BADGES}
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = {**CAPTIONED, **UNCAPTIONED}
+
+HELD_OUT = 20  # one in so many combinations of captioned attributes is never shown in pretraining
 
 # How a caption says where the object is.
 PLACES: Mapping[str, str] = {
@@ -64,7 +69,12 @@ class Scene:
         y: the height of its feet, 1 is the lower edge.
         scale: half the object's width.
         flip: mirrored.
+        tilt: how far it leans over its feet, in degrees, clockwise.
         light: brightness, 1 is neutral.
+        warmth: of the light: red is raised and blue lowered by this fraction.
+        zoom: the picture is a window of 1 / zoom of the frame's side.
+        left: of that window.
+        top: of that window.
         detail: seed of the background's details (stars, windows, trees).
     """
 
@@ -80,31 +90,47 @@ class Scene:
     y: float = 0.9
     scale: float = 0.31
     flip: bool = False
+    tilt: float = 0.0
     light: float = 1.0
+    warmth: float = 0.0
+    zoom: float = 1.0
+    left: float = 0.0
+    top: float = 0.0
     detail: int = 0
 
     def __post_init__(self) -> None:
-        for name, values in (*CAPTIONED.items(), *UNCAPTIONED.items()):
+        for name, values in ATTRIBUTES.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"Scene.{name} is {value!r}; choose one of {', '.join(values)}")
 
 
 def _nuisance(rng: random.Random) -> dict[str, float | bool | int]:
-    """Position, size, flip, light and detail by lot."""
+    """Position, size, flip, lean, light, crop and detail by lot."""
+    zoom = rng.uniform(1.0, 1.12)
     return {
-        "x": round(rng.uniform(0.43, 0.57), 3),
-        "y": round(rng.uniform(0.86, 0.93), 3),
-        "scale": round(rng.uniform(0.285, 0.345), 3),
+        "x": round(rng.uniform(0.4, 0.6), 3),
+        "y": round(rng.uniform(0.84, 0.93), 3),
+        "scale": round(rng.uniform(0.26, 0.345), 3),
         "flip": rng.random() < 0.5,
-        "light": round(rng.uniform(0.92, 1.06), 3),
+        "tilt": round(rng.uniform(-8, 8), 2),
+        "light": round(rng.uniform(0.9, 1.06), 3),
+        "warmth": round(rng.uniform(-0.05, 0.05), 3),
+        "zoom": round(zoom, 4),
+        "left": round(rng.uniform(0, 1 - 1 / zoom), 4),
+        "top": round(rng.uniform(0, 1 - 1 / zoom), 4),
         "detail": rng.randrange(1 << 16),
     }
 
 
 def sample_scene(rng: random.Random) -> Scene:
     """One scene, every attribute uniform and independent of the others."""
-    chosen = {name: rng.choice(values) for name, values in (*CAPTIONED.items(), *UNCAPTIONED.items())}
+    chosen = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
     return Scene(**chosen, **_nuisance(rng))  # type: ignore[arg-type]
+
+
+def is_held_out(object: str, colour: str, pattern: str, background: str) -> bool:  # noqa: A002
+    """Whether a combination of captioned attributes is kept from pretraining, to be asked for afterwards."""
+    return random.Random(f"held out/{object}/{colour}/{pattern}/{background}").randrange(HELD_OUT) == 0
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -118,7 +144,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return f"{text} {PLACES[scene.background]}" if rng.random() < 0.7 else text
 
 
-def render(scene: Scene, size: int = 64) -> Image.Image:
+def render(scene: Scene, size: int = SIZE) -> Image.Image:
     """The picture of a scene, RGB, `size` x `size` pixels; the same scene always gives the same pixels."""
     paint = backgrounds.BACKGROUNDS[scene.background]
     frame = paint(size * draw.SUPERSAMPLE, random.Random(scene.detail))
@@ -135,9 +161,10 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         y=scene.y,
         scale=scene.scale,
         flip=scene.flip,
+        tilt=scene.tilt,
         dark=scene.background == "night",
     )
-    return draw.finish(frame, size, scene.light)
+    return draw.finish(frame, size, scene.light, scene.warmth, (scene.left, scene.top), scene.zoom)
 
 
 @dataclass(frozen=True)

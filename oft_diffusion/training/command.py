@@ -54,6 +54,8 @@ def main(
         print(f"checkpoint  {result.checkpoint}")
         for path in result.pictures[-1:]:
             print(f"pictures    {path}")
+        if result.report:
+            print(f"report      {result.report}")
     return 130 if result.interrupted else 0
 
 

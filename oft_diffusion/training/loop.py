@@ -35,6 +35,7 @@ from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, prepare
 from oft_diffusion.training.results import GRIDS, SETTINGS, Console, History, TrainResult, TrainStep
 from oft_diffusion.training.state import adapter_metadata, adapter_tensors, restore, snapshot
+from oft_diffusion.training.summary import write_summary
 from oft_diffusion.training.watch import LossGuard, SilentLayers
 
 _RATE_WINDOW = 20  # steps over which the rate is averaged
@@ -273,6 +274,10 @@ class TrainingRun:
             silent_layers=self.silent_layers,
             seconds=self._seconds,
         )
+        if self.accelerator.is_main_process and not self.interrupted:
+            page = write_summary(parts, self.config, self._result, self.plan.pictures)
+            self._result = replace(self._result, report=page)
+        self.accelerator.wait_for_everyone()
         if self.step < self.config.steps:
             self.console.say(
                 f"stopped at step {self.step} of {self.config.steps}; to go on:\n  {self.resume_command()}"

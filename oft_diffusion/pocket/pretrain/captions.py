@@ -8,8 +8,8 @@ from oft_diffusion.pocket.vocabulary import COMMON_WORDS
 from oft_diffusion.pocket.world import Scene, caption
 
 NO_CAPTION = 0.1  # of the captions are emptied, for classifier-free guidance
-NONSENSE = 0.13  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
-FILLER = 0.1  # have a common word put in that the picture does not show
+NONSENSE = 0.05  # have a made-up word put in: a DreamBooth trigger must mean nothing to the base
+FILLER = 0.05  # have a common word put in that the picture does not show
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:

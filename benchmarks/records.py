@@ -1,0 +1,68 @@
+"""Results as CSV files that are only ever appended to, with the hardware and the versions in every row."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+def environment() -> dict[str, str]:
+    """Where and with what a measurement was made."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": device,
+        "threads": str(torch.get_num_threads()),
+        **{name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers", "oft-diffusion")},
+    }
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows; a new file gets a header. All rows of a file have the same columns.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    complete = [{**environment(), **row} for row in rows]
+    columns = list(complete[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    if not fresh and (found := _header(path)) != columns:
+        raise ValueError(f"{path} has the columns {found}, not {columns}")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(complete)
+
+
+def load(path: Path) -> list[dict[str, str]]:
+    """All rows, or none where there is no file yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file))
+
+
+def _processor() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,1 @@
+"""How the pocket base and the classifier that reads its pictures are made from nothing."""
