@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from oft_diffusion.errors import AdapterFileError
-from oft_diffusion.report import Figure, loss_curve, write_report
+from oft_diffusion.report import Figure, Table, loss_curve, write_report
 from tests.library.support import assert_one_sentence
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -51,7 +51,10 @@ def report(path, **changes):
     arguments = {
         "title": "A mug",
         "lead": "Trained on five pictures.",
-        "figures": [Figure("Before and after", "Left the base.", picture, "Two mugs")],
+        "sections": [
+            Figure("Before and after", "Left the base.", {"Two mugs": picture}),
+            Table("Figures", "Per cent.", ["", "adapter"], [["subject hit", "81"]]),
+        ],
         "losses": [0.5, 0.4, 0.6, 0.3],
         "facts": {"steps": 400, "orthogonality error": "6e-7"},
         "settings": {"learning_rate": 1e-3, "targets": ["a", "b"], "class_word": None, "empty": []},
@@ -60,13 +63,18 @@ def report(path, **changes):
     return write_report(path, **{**arguments, **changes})
 
 
+def parts(text, picture):
+    return [Figure(text, text, {text: picture}), Table(text, text, [text], [[text, text]])]
+
+
 def parsed(path, **changes):
     return Page(report(path, **changes).read_text(encoding="utf-8"))
 
 
 def test_everything_is_on_the_page(tmp_path):
     page = parsed(tmp_path / "new" / "report.html")
-    for text in ("A mug", "five pictures", "Before and after", "Left the base", "400", "orthogonality error", "6e-7",
+    for text in ("A mug", "five pictures", "Before and after", "Left the base", "400",
+                 "subject hit", "81", "orthogonality error", "6e-7",
                  "learning_rate", "0.001", "a, b", "(none)", 'load_oft_weights(pipe, "runs/mug")'):  # fmt: skip
         assert text in page.text
     assert page.all("html")[0]["lang"] == "en"
@@ -86,7 +94,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 def test_pictures_are_inside_and_have_a_text(tmp_path):
     noise = Image.effect_noise((20, 30), 90).convert("RGB")
-    page = parsed(tmp_path / "r.html", figures=[Figure("a", "b", noise, "Alt one"), Figure("c", "d", noise, "Alt two")])
+    page = parsed(tmp_path / "r.html", sections=[Figure("a", "b", {"Alt one": noise, "Alt two": noise})])
     images = page.all("img")
     assert [image["alt"] for image in images] == ["Alt one", "Alt two"]
     for image in images:
@@ -102,7 +110,7 @@ def test_pictures_are_inside_and_have_a_text(tmp_path):
 )
 def test_whatever_is_written_stays_text(tmp_path, attack):
     picture = Image.new("RGB", (4, 4))
-    plain = parsed(tmp_path / "plain.html", facts={"a": 1}, settings={"b": 2}, figures=[Figure("h", "t", picture, "x")])
+    plain = parsed(tmp_path / "plain.html", facts={"a": 1}, settings={"b": 2}, sections=parts("x", picture))
     page = parsed(
         tmp_path / "attack.html",
         title=attack,
@@ -110,11 +118,12 @@ def test_whatever_is_written_stays_text(tmp_path, attack):
         usage=attack,
         facts={attack: attack},
         settings={attack: [attack, attack]},
-        figures=[Figure(attack, attack, picture, attack)],
+        sections=parts(attack, picture),
     )
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     assert page.all("img")[0]["alt"] == attack
-    assert page.text.count(attack) == 11  # title twice, lead, usage, a fact and its label, heading, text, settings
+    # title twice, lead, usage, a fact and its label, settings three times, heading and text twice, three cells
+    assert page.text.count(attack) == 16
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20), min_size=4, max_size=4))
@@ -122,7 +131,7 @@ def test_any_text_keeps_the_pages_shape(tmp_path_factory, texts):
     title, lead, usage, value = texts
     path = tmp_path_factory.mktemp("report") / "r.html"
     page = parsed(path, title=title, lead=lead, usage=usage, settings={"key": value})
-    assert len(page.all("section")) == 4
+    assert len(page.all("section")) == 5
     assert all(text in page.text for text in texts)
 
 
@@ -144,7 +153,7 @@ def test_the_curve_stays_inside_its_frame(losses):
     "losses", [[], [0.0], [1.0], [0.0] * 5, [float("nan")], [0.1, float("nan"), 0.2], [float("inf"), 0.1]]
 )
 def test_runs_that_went_wrong_still_have_a_page(tmp_path, losses):
-    path = report(tmp_path / "r.html", losses=losses, figures=[], facts={}, settings={})
+    path = report(tmp_path / "r.html", losses=losses, sections=[], facts={}, settings={})
     Page(path.read_text(encoding="utf-8"))
     coordinates = re.findall(r'(?:cx|cy|points)="([^"]*)"', loss_curve(losses))
     assert "nan" not in " ".join(coordinates)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oft_diffusion.pocket import pocket_path, pocket_pipeline
-from oft_diffusion.pocket.captions import training_caption
+from oft_diffusion.pocket.pretrain.captions import training_caption
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, MAX_LENGTH, build_tokenizer
 from oft_diffusion.pocket.world import CAPTIONED, caption, sample_scene
 
@@ -101,12 +101,12 @@ def test_it_draws_what_the_seed_says_and_not_a_flat_field(pipe):
         return np.asarray(pipe(prompt, num_inference_steps=8, generator=generator).images[0], dtype=np.float32)
 
     mug = draw("a red mug in the snow", 0)
-    assert mug.shape == (64, 64, 3)
+    assert mug.shape == (128, 128, 3)
     assert mug.std() > 25
     assert np.array_equal(mug, draw("a red mug in the snow", 0))
     assert np.abs(mug - draw("a red mug in the snow", 1)).mean() > 5
     night = draw("a red mug at night", 0)
-    assert mug[:12].mean() > night[:12].mean() + 40  # the sky
+    assert mug[:24].mean() > night[:24].mean() + 40  # the sky
 
 
 def test_every_attention_layer_can_be_cut_into_blocks_of_32(pipe):
@@ -127,4 +127,4 @@ def test_latents_have_unit_variance(pipe):
         posterior = pipe.vae.encode(x).latent_dist
         back = pipe.vae.decode(posterior.mode()).sample
     assert (posterior.mean * pipe.vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)
-    assert (back - x).abs().mean() < 0.1
+    assert (back - x).abs().mean() < 0.06

@@ -57,7 +57,21 @@ def test_every_value_of_every_attribute_gives_its_own_picture(scene, name):
             assert changed > 20, f"{name}: two values look the same"
 
 
-@pytest.mark.parametrize("change", [{"x": 0.45}, {"y": 0.88}, {"scale": 0.29}, {"flip": True}, {"light": 0.9}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": 0.45},
+        {"y": 0.88},
+        {"scale": 0.29},
+        {"flip": True},
+        {"light": 0.9},
+        {"tilt": 6.0},
+        {"warmth": 0.05},
+        {"zoom": 1.1},
+        {"zoom": 1.1, "left": 0.05},
+        {"zoom": 1.1, "top": 0.05},
+    ],
+)
 def test_nuisance_attributes_change_the_picture(scene: Scene, change: dict[str, Any]) -> None:
     assert difference(render(scene), render(replace(scene, **change))).max() > 10
 
