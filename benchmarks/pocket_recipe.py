@@ -3,9 +3,9 @@
 python -m benchmarks.pocket_recipe            # measures what is not in benchmarks/data/pocket_recipe.csv yet
 python -m benchmarks.pocket_recipe --table    # all settings that were tried, best first, as Markdown
 
-Each candidate differs from train_scripts/configs/pocket.toml in what its name says. The score is the mean of subject hit
-and of prompt fidelity as a share of the base's, minus what was lost in preservation and what leaked, each beyond what
-the goal allows.
+Each candidate differs from train_scripts/configs/pocket.toml in what its name says. The score is the mean of subject
+hit and of prompt fidelity as a share of the base's, minus what was lost in preservation and what leaked, each beyond
+what the goal allows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PICTURES = 32  # per set, subject and candidate
 # Round by round; later rounds start from what the earlier ones showed.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "as configured": {},
+    "no captions": {"captions": False},
 }
 
 
@@ -34,7 +35,9 @@ def measure(out: Path, only: list[str]) -> None:
         for subject in SUBJECTS:
             if (name, subject) in done or (only and name not in only):
                 continue
-            found = bench.run(subject, 0, settings, PICTURES, out / name.replace(" ", "-"))
+            own = dict(settings)
+            captions = own.pop("captions", True)
+            found = bench.run(subject, 0, own, PICTURES, out / name.replace(" ", "-"), captions=captions)
             f = figures(found.rows, {f"{subject}/0": found.closest})
             row = {
                 "candidate": name,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,20 @@ class Bench:
         self.classifier = load_classifier()
         self._base: dict[tuple[str, int, float], list[Row]] = {}
 
-    def run(self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path) -> Trained:
+    def run(
+        self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: bool = True
+    ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
         group = f"{name}/{seed}"
+        photos = subjects_path(name)
+        if not captions:
+            photos = out / name / "uncaptioned"
+            shutil.copytree(subjects_path(name), photos, ignore=shutil.ignore_patterns("*.txt"), dirs_exist_ok=True)
         config = TrainConfig.from_toml(
             CONFIG,
             {
                 "model": str(pocket_path()),
-                "instance_dir": str(subjects_path(name)),
+                "instance_dir": str(photos),
                 "class_word": SUBJECTS[name].object,
                 "output_dir": str(out / name / str(seed)),
                 "validation_prompts": [],
@@ -76,7 +83,7 @@ class Bench:
         images = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
         looks = looks_of(self.classifier, images)
         sets = prompt_sets(looks, config.trigger, count)
-        how = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
+        how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
         key = (name, count, config.guidance_scale)
         if key not in self._base:
             self._base[key] = draw_rows(self.pipe, self.classifier, looks, sets, group=group, adapted=False, **how)

@@ -53,7 +53,7 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "info"])
+@pytest.mark.parametrize("verb", ["train", "generate", "info", "evaluate"])
 def test_command_lines_use_options_that_exist(verb: str) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "oft_diffusion", verb, "--help"], capture_output=True, text=True, check=True

@@ -124,7 +124,7 @@ def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
 def _evaluated(pipe: Any, name: str, config: TrainConfig) -> Evaluation:
     classifier = load_classifier()
     looks = looks_of(classifier, [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))])
-    how = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
+    how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
     return evaluate(pipe, name, classifier=classifier, looks=looks, trigger=config.trigger, count=EVALUATED, **how)
 
 

@@ -1,4 +1,6 @@
-"""Draws the example pictures of the pocket world's subjects: oft_diffusion/pocket/subjects/<name>/01.png to 05.png.
+"""Draws the example pictures of the pocket world's subjects, oft_diffusion/pocket/subjects/<name>/01.png to 05.png.
+
+Beside each a caption, 01.txt to 05.txt, says what a word of the base can say of it; the trainer puts the trigger in.
 
 python train_scripts/render_subjects.py
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from oft_diffusion.pocket.world import SUBJECTS, render, subject_scenes
+from oft_diffusion.pocket.world import SUBJECTS, describe, render, subject_scenes
 
 PICTURES = 5
 SIZE = 256  # for people to look at; training resizes
@@ -24,6 +26,9 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(subject_scenes(subject, PICTURES), start=1):
             render(scene, SIZE).save(folder / f"{i:02}.png", optimize=True)
+            pattern = None if scene.pattern == "plain" else scene.pattern
+            text = describe(scene.object, colour=scene.colour, pattern=pattern, background=scene.background)
+            (folder / f"{i:02}.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
             count=options.count,
             steps=options.steps,
             guidance=options.guidance,
-            on_pictures=lambda count: bar.update(count) and None,
+            on_pictures=bar.update,
         )
     print("per cent of pictures, with 95 % bootstrap intervals:")
     print(found.table())

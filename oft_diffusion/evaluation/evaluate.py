@@ -137,7 +137,7 @@ def draw_rows(
     adapted: bool,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    on_pictures: Callable[[int], None] | None = None,
+    on_pictures: Callable[[int], object] | None = None,
 ) -> list[Row]:
     """Draw every prompt of the sets once with the pipeline as it is, and read the pictures.
 
@@ -171,7 +171,7 @@ def evaluate(
     count: int = 64,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    on_pictures: Callable[[int], None] | None = None,
+    on_pictures: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """All figures of one adapter on the pocket base. Draws 8 x count pictures.
 

@@ -37,10 +37,15 @@ def bootstrap(values: Sequence[float], groups: Sequence[Hashable] | None = None,
     rng, data = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
     labels = list(groups) if groups is not None else [0] * len(data)
     members = [data[[i for i, own in enumerate(labels) if own == label]] for label in dict.fromkeys(labels)]
-    means = np.empty(RESAMPLES)
-    for k in range(RESAMPLES):
-        chosen = rng.integers(len(members), size=len(members))
-        drawn = [members[i][rng.integers(len(members[i]), size=len(members[i]))] for i in chosen]
-        means[k] = np.concatenate(drawn).mean()
+    if len(members) == 1:
+        means = data[rng.integers(len(data), size=(RESAMPLES, len(data)))].mean(axis=1)
+    else:
+        means = np.array([_resampled(members, rng) for _ in range(RESAMPLES)])
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(data.mean()), float(low), float(high), len(data))
+
+
+def _resampled(members: Sequence[np.ndarray], rng: np.random.Generator) -> float:
+    chosen = rng.integers(len(members), size=len(members))
+    drawn = [members[i][rng.integers(len(members[i]), size=len(members[i]))] for i in chosen]
+    return float(np.concatenate(drawn).mean())

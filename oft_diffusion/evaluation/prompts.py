@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 
-from oft_diffusion.pocket.world import BACKGROUNDS, CAPTIONED, COLOURS, OBJECTS, PATTERNS, PLACES, is_held_out
+from oft_diffusion.pocket.world import BACKGROUNDS, CAPTIONED, COLOURS, OBJECTS, PATTERNS, describe, is_held_out
 
 OTHER_TRIGGER = "vqk"  # a trigger that nobody trained
 
@@ -20,21 +20,10 @@ class Prompt:
     named: Mapping[str, str]
 
 
-def prompt(
-    kind: str,
-    *,
-    colour: str | None = None,
-    pattern: str | None = None,
-    background: str | None = None,
-    trigger: str | None = None,
-) -> Prompt:
-    """`a red striped zwx mug on the beach`, of which any part but the object may be missing."""
-    words = " ".join(word for word in (colour, pattern, trigger, kind) if word)
-    text = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-    if background:
-        text += f" {PLACES[background]}"
-    named = {"object": kind, "colour": colour, "pattern": pattern, "background": background}
-    return Prompt(text, {name: value for name, value in named.items() if value})
+def prompt(kind: str, trigger: str | None = None, **named: str | None) -> Prompt:
+    """A prompt for an object, naming its colour, pattern and background as far as they are given."""
+    said = {name: value for name, value in {"object": kind, **named}.items() if value}
+    return Prompt(describe(kind, trigger=trigger, **named), said)
 
 
 def held_out_prompts(count: int) -> list[Prompt]:

@@ -128,6 +128,20 @@ def sample_scene(rng: random.Random) -> Scene:
     return Scene(**chosen, **_nuisance(rng))  # type: ignore[arg-type]
 
 
+def describe(
+    kind: str,
+    *,
+    colour: str | None = None,
+    pattern: str | None = None,
+    background: str | None = None,
+    trigger: str | None = None,
+) -> str:
+    """`a red striped zwx mug on the beach`, of which any part but the object may be missing."""
+    words = " ".join(word for word in (colour, pattern, trigger, kind) if word)
+    text = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{text} {PLACES[background]}" if background else text
+
+
 def is_held_out(object: str, colour: str, pattern: str, background: str) -> bool:  # noqa: A002
     """Whether a combination of captioned attributes is kept from pretraining, to be asked for afterwards."""
     return random.Random(f"held out/{object}/{colour}/{pattern}/{background}").randrange(HELD_OUT) == 0

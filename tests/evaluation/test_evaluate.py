@@ -98,7 +98,8 @@ def adapter(tmp_path):
 
 def test_evaluation_draws_every_prompt_with_and_without_the_adapter(pipe, classifier, adapter, tmp_path):
     load_oft_weights(pipe, adapter, adapter_name="wild")
-    looks, drawn = looks_of(classifier, instance_images("bow_cat")), []
+    looks = looks_of(classifier, instance_images("bow_cat"))
+    drawn: list[int] = []
     found = evaluate(
         pipe, "wild", classifier=classifier, looks=looks, trigger="zwx", count=3, steps=2, on_pictures=drawn.append
     )

@@ -146,3 +146,6 @@ def test_shipped_pictures_are_what_the_world_draws(name):
     for file, scene in zip(files, subject_scenes(SUBJECTS[name], 5), strict=True):
         # Another Pillow may round an edge otherwise; another world would differ by far more.
         assert difference(Image.open(file), render(scene, 256)).mean() < 0.5
+        caption = file.with_suffix(".txt").read_text(encoding="utf-8").split()
+        assert {scene.object, scene.colour} <= set(caption)
+        assert (scene.pattern in caption) is (scene.pattern != "plain")
