@@ -78,6 +78,8 @@ class DeltaBuilder:
                 expected="strength 1 while training: a fractional power has no finite gradient at the identity",
                 fix='use strength 1 or mode="linear", or evaluate under torch.no_grad()',
             )
+        if active.strength == 0.0:  # the base, also for a series that has no other powers
+            return torch.zeros_like(rotation.rotation_delta(packed.to(device), config))
         parts = self._spectra.get(active.name) or rotation.spectrum(packed, config)
         if not parameter.requires_grad:
             self._spectra[active.name] = parts

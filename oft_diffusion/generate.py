@@ -23,7 +23,7 @@ class Picture:
 
 def generate(
     pipe: Any,
-    prompt: str,
+    prompt: str | Sequence[str],
     seeds: Sequence[int],
     *,
     negative_prompt: str | None = None,
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         pipe: a text-to-image pipeline, with or without adapters.
-        prompt: what to draw.
+        prompt: what to draw, for all pictures or one each.
         seeds: one per picture.
         negative_prompt: what not to draw, where the pipeline knows such.
         steps: denoising steps.
@@ -66,8 +66,8 @@ def generate(
         extra["width"] = width
     if height is not None:
         extra["height"] = height
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
     shared = {
-        "prompt": prompt,
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance": guidance,
@@ -77,10 +77,10 @@ def generate(
     }
     pictures: list[Picture] = []
     for start in range(0, len(seeds), batch_size):
-        batch = seeds[start : start + batch_size]
+        batch, asked = seeds[start : start + batch_size], prompts[start : start + batch_size]
         try:
             images = pipe(
-                [prompt] * len(batch),
+                asked,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in batch],
@@ -94,8 +94,9 @@ def generate(
                 expected="a seed, a size and a number of steps that it can take",
                 fix="change the setting that the message names",
             ) from error
-        for seed, image in zip(batch, images, strict=True):
-            pictures.append(Picture(image, {**shared, "seed": seed, "width": image.width, "height": image.height}))
+        for text, seed, image in zip(asked, batch, images, strict=True):
+            own = {"seed": seed, "width": image.width, "height": image.height}
+            pictures.append(Picture(image, {"prompt": text, **shared, **own}))
             if on_picture is not None:
                 on_picture(pictures[-1], len(seeds))
     return pictures

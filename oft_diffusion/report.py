@@ -16,9 +16,11 @@ from PIL import Image
 
 from oft_diffusion.files import write_atomically
 
+WIDEST = 1600  # pixels; wider sheets are scaled down, or a page about large pictures would have tens of megabytes
+
 
 @dataclass(frozen=True)
-class Figure:
+class Pictures:
     """Pictures with a heading and a sentence about them; several stand side by side where there is room.
 
     Attributes:
@@ -42,12 +44,15 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+Section = Pictures | Table
+
+
 def write_report(
     path: str | Path,
     *,
     title: str,
     lead: str,
-    sections: Sequence[Figure | Table],
+    sections: Sequence[Section],
     losses: Sequence[float],
     facts: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -77,7 +82,7 @@ def write_report(
         facts="".join(
             f"<div><b>{html.escape(str(v))}</b><span>{html.escape(k)}</span></div>" for k, v in facts.items()
         ),
-        sections="".join(_figure(s) if isinstance(s, Figure) else _table(s) for s in sections),
+        sections="".join(_pictures(s) if isinstance(s, Pictures) else _table(s) for s in sections),
         curve=loss_curve(losses),
         settings="".join(
             f"<tr><th>{html.escape(k)}</th><td>{html.escape(_shown(v))}</td></tr>" for k, v in settings.items()
@@ -90,7 +95,7 @@ def write_report(
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """An SVG of the losses: every step as a dot, and the mean of the last tenth of the run as a line.
+    """An SVG of the losses: every step as a dot, and a running mean over a tenth of the run as a line.
 
     Steps whose loss was not finite have no dot.
     """
@@ -121,12 +126,14 @@ def loss_curve(losses: Sequence[float]) -> str:
     )
 
 
-def _figure(figure: Figure) -> str:
-    images = "".join(_image(image, alt) for alt, image in figure.images.items())
-    return f'{_opening(figure.heading, figure.text)}<div class="beside">{images}</div></section>'
+def _pictures(section: Pictures) -> str:
+    images = "".join(_image(image, alt) for alt, image in section.images.items())
+    return f'{_opening(section.heading, section.text)}<div class="beside">{images}</div></section>'
 
 
 def _image(image: Image.Image, alt: str) -> str:
+    if image.width > WIDEST:
+        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()

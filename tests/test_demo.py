@@ -31,8 +31,10 @@ def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys
         assert grid.width > 8 * demo.CELL
         assert grid.height > 5 * demo.CELL
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "2 steps of OFTv2" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 2  # the instance images and the demo's grid
+    assert "<span>steps</span>" in page
+    assert all(name in page for name in ("subject hit", "preservation", "leakage, other trigger"))
+    assert (out / "evaluation.json").stat().st_size > 1000
     assert not re.search(r'(src|href)="http', page)
     # the command that it leaves the reader with works as it stands
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("more ")][-1:]

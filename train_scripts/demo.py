@@ -13,16 +13,17 @@ from PIL import Image
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
 from oft_diffusion.evaluation import Evaluation, evaluate, looks_of
+from oft_diffusion.evaluation.command import aligned
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
-from oft_diffusion.report import Table
-from oft_diffusion.training import TrainConfig, train
-from oft_diffusion.training.summary import write_summary
+from oft_diffusion.report import Pictures, Section, Table
+from oft_diffusion.training import TrainConfig, TrainResult, train
 
 CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
 OUT = Path("runs/demo")
+GRID = "before_after.png"
 SEEDS = (1, 2, 3, 4)
 CELL = 128
 EVALUATED = 24  # pictures per figure, with and without the adapter
@@ -68,35 +69,50 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     }
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
-    print(f"1/4  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
-    with train(config) as run:
+    print(f"1/3  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
+    with train(config, sections=lambda result: _sections(name, config, result)) as run:
         for _ in run:
             pass
-        if run.result.interrupted:
-            return 130
-        adapter = run.result.adapter
-        pipe = pocket_pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        load_oft_weights(pipe, adapter, adapter_name=name)
-
-        print("2/4  drawing the same prompts before and after", flush=True)
-        grid_path = save_png(_before_and_after(pipe, name, config), out / "before_after.png")
-
-        print("3/4  measuring: is the subject learnt, is the rest kept", flush=True)
-        found = _evaluated(pipe, name, config)
-        found.save(out / "evaluation.json")
-        print(found.table())
-
-        print("4/4  writing the report", flush=True)
-        minutes = (time.perf_counter() - started) / 60
-        pictures = run.plan.pictures
-        assert run.parts is not None
-        report = write_summary(run.parts, config, run.result, pictures, sections=[_figures_table(found)])
-    print(f"done in {minutes:.1f} minutes\n  adapter  {adapter}\n  grid     {grid_path}\n  report   {report}")
+    if run.result.interrupted:
+        return 130
+    minutes = (time.perf_counter() - started) / 60
+    paths = (run.result.adapter, out / GRID, run.result.report)
+    print("done in {:.1f} minutes\n  adapter  {}\n  grid     {}\n  report   {}".format(minutes, *paths))
     command = Path(sys.executable).with_name("oft-diffusion")
     prompt = f"a {config.trigger} {subject.object} in the forest"
     print(f'more     {command} generate "{prompt}" --adapter {out} --guidance {config.guidance_scale}')
     return 0
+
+
+def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Section]:
+    """What the demo adds to the run's page: its own grid, and the figures."""
+    out = Path(config.output_dir)
+    pipe = pocket_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    load_oft_weights(pipe, result.adapter, adapter_name=name)
+    print("2/3  drawing the same prompts before and after", flush=True)
+    grid = _before_and_after(pipe, name, config)
+    save_png(grid, out / GRID)
+    print("3/3  measuring: is the subject learnt, is the rest kept", flush=True)
+    found = _evaluated(pipe, name, config)
+    found.save(out / "evaluation.json")
+    header, *rows = found.table()
+    print(aligned([header, *rows]))
+    return [
+        Pictures(
+            "More prompts",
+            f"{len(SEEDS)} seeds each, left of the middle the base, right of it the base with the adapter. The last "
+            "row does not name the subject, and should not change much.",
+            {"Grid of prompts before and after": grid},
+        ),
+        Table(
+            "Figures",
+            f"Read by a classifier in {EVALUATED} pictures per line and side; per cent, with 95 % intervals, which are "
+            "wide for so few pictures. docs/evaluation.md says what each line means.",
+            header,
+            rows,
+        ),
+    ]
 
 
 def _title(name: str) -> str:
@@ -126,19 +142,6 @@ def _evaluated(pipe: Any, name: str, config: TrainConfig) -> Evaluation:
     looks = looks_of(classifier, [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))])
     how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
     return evaluate(pipe, name, classifier=classifier, looks=looks, trigger=config.trigger, count=EVALUATED, **how)
-
-
-def _figures_table(found: Evaluation) -> Table:
-    return Table(
-        "Figures",
-        f"Read by a classifier in {EVALUATED} pictures per line and side; per cent, with 95 % bootstrap intervals. "
-        "docs/evaluation.md says what each line means; with so few pictures the intervals are wide.",
-        ["", "with the adapter", "base", "difference"],
-        [
-            [name, *(f"{100 * i.mean:.0f} ({100 * i.low:.0f} to {100 * i.high:.0f})" for i in figure)]
-            for name, figure in found.figures.items()
-        ],
-    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The five figures, from rows that say what is in each picture.
+"""The figures, from rows that say what is in each picture. docs/evaluation.md tells what each is good for.
 
 - *subject hit*: the object and all uncaptioned attributes of the subject are read right in one picture, on backgrounds
-  that its pictures do not have.
+  that its instance images do not have.
 - *prompt fidelity*: all captioned attributes that the prompt names are read right, for the subject in colours and on
-  backgrounds that its pictures do not have; compared with the base's on the same prompts and seeds.
-- *preservation*: the same on prompts without the subject, minus the base's on the same prompts and seeds.
-- *leakage*: subject hits where the trigger is absent or another one.
-- *memorisation*: pictures of the subject that are nearer to one of its instance pictures than these are to each other.
+  backgrounds that its instance images do not have; against the base's on the same prompts and seeds.
+- *hit and fidelity*: both in the same picture, on those prompts.
+- *preservation*: prompt fidelity on prompts without the subject, minus the base's on the same prompts and seeds.
+- *attribute drift*: on those prompts, the share of the subject's uncaptioned attributes that turn up, minus the base's.
+- *leakage*: subject hits where another trigger is given, and where only the class word is.
+- *memorisation*: pictures of the subject that are nearer to an instance image than these are to each other.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from oft_diffusion.evaluation.intervals import Interval, bootstrap
+from oft_diffusion.evaluation.intervals import Interval, mean_interval, ratio_interval
 from oft_diffusion.evaluation.reading import Reading
 
-SETS = ("subject", "recoloured", "other", "leakage")
+SETS = ("subject", "recoloured", "other", "other trigger", "class word")
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,17 @@ class Row:
     """One picture.
 
     Attributes:
-        group: the run that it belongs to, such as "captain_mug/0"; intervals over several runs resample these.
+        group: the run that it belongs to, from the outside in, such as "captain_mug/0"; intervals resample level by
+            level.
         set: which of `SETS` its prompt is of.
         prompt: its text.
         seed: of its noise.
         adapted: whether the adapter was on.
         reading: what the classifier saw.
         hit: whether the subject is in it.
+        shared: how many of the subject's uncaptioned attributes are in it, 0 to 4.
         faithful: whether it shows everything that the prompt names.
-        nearest: root mean square distance to the nearest instance picture, pixels from 0 to 1.
+        nearest: root mean square distance to the nearest instance image, pixels from 0 to 1.
     """
 
     group: str
@@ -44,6 +48,7 @@ class Row:
     adapted: bool
     reading: Reading
     hit: bool
+    shared: int
     faithful: bool
     nearest: float
 
@@ -53,11 +58,19 @@ class Row:
 
 
 class Figure(NamedTuple):
-    """One figure with the adapter, without it, and the paired difference; shares of pictures, from 0 to 1."""
+    """One figure: shares of pictures, from 0 to 1, with the adapter and without it.
+
+    Attributes:
+        adapted: with the adapter.
+        base: without it, on the same prompts and seeds.
+        difference: of the two, pair by pair.
+        ratio: of the two; None where the base's is zero.
+    """
 
     adapted: Interval
     base: Interval
     difference: Interval
+    ratio: Interval | None
 
 
 def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict[str, Figure]:
@@ -65,7 +78,7 @@ def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict
 
     Args:
         rows: for each prompt and seed one row with the adapter and one without.
-        closest_instances: per group, the distance between the two instance pictures that are most alike.
+        closest_instances: per group, the distance between the two instance images that are most alike.
 
     Raises:
         ValueError: a set has no rows, or a row has no partner.
@@ -83,22 +96,27 @@ def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict
     return {
         "subject hit": _figure(rows, "subject", hit),
         "prompt fidelity": _figure(rows, "recoloured", faithful),
+        "hit and fidelity": _figure(rows, "recoloured", lambda row: float(row.hit and row.faithful)),
         "preservation": _figure(rows, "other", faithful),
-        "leakage": _figure(rows, "leakage", hit),
+        "attribute drift": _figure(rows, "other", lambda row: row.shared / 4),
+        "leakage, other trigger": _figure(rows, "other trigger", hit),
+        "leakage, class word": _figure(rows, "class word", hit),
         "memorisation": _figure(rows, "subject", copied),
     }
 
 
 def _figure(rows: Sequence[Row], name: str, value: Callable[[Row], float]) -> Figure:
+    own = [row for row in rows if row.set == name]
     adapted, base = (
-        {(r.group, r.prompt, r.seed): value(r) for r in rows if r.set == name and r.adapted is on}
-        for on in (True, False)
+        {(r.group, r.prompt, r.seed): value(r) for r in own if r.adapted is switch} for switch in (True, False)
     )
     if not adapted or adapted.keys() != base.keys():
         raise ValueError(f"the set {name!r} needs rows with and without the adapter for the same prompts and seeds")
-    groups = [key[0] for key in adapted]
+    groups = [tuple(key[0].split("/")) for key in adapted]
+    on, off = list(adapted.values()), [base[key] for key in adapted]
     return Figure(
-        bootstrap(list(adapted.values()), groups),
-        bootstrap([base[key] for key in adapted], groups),
-        bootstrap([adapted[key] - base[key] for key in adapted], groups),
+        mean_interval(on, groups),
+        mean_interval(off, groups),
+        mean_interval([a - b for a, b in zip(on, off, strict=True)], groups),
+        ratio_interval(on, off, groups) if any(off) else None,
     )

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation, and what each of them names."""
+"""The prompts of an evaluation, and what each of them names. A salt gives other draws of the same kind."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
+from typing import TypeVar
 
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.pocket.world import BACKGROUNDS, CAPTIONED, COLOURS, OBJECTS, PATTERNS, describe, is_held_out
 
-OTHER_TRIGGER = "vqk"  # a trigger that nobody trained
+T = TypeVar("T")
+
+OTHER_TRIGGERS = ("vqk", "zwq", "ohx", "bzw")  # which nobody trained; some near to the usual ones
 
 
 @dataclass(frozen=True)
@@ -27,31 +31,41 @@ def prompt(kind: str, trigger: str | None = None, **named: str | None) -> Prompt
 
 
 def held_out_prompts(count: int) -> list[Prompt]:
-    """Prompts that name all four captioned attributes, in combinations that pretraining never showed."""
+    """Prompts that name all four captioned attributes, in combinations that the denoiser has never seen."""
     unseen = [values for values in product(*CAPTIONED.values()) if is_held_out(*values)]
-    random.Random("held out").shuffle(unseen)
-    prompts = (prompt(kind, colour=c, pattern=p, background=b) for kind, c, p, b in cycle(unseen))
-    return list(islice(prompts, count))
+    return [
+        prompt(kind, colour=colour, pattern=pattern, background=background)
+        for kind, colour, pattern, background in _several(unseen, count, "held out")
+    ]
 
 
-def subject_prompts(kind: str, trigger: str, backgrounds: Iterable[str], count: int) -> list[Prompt]:
-    """The subject in places where nobody has seen it."""
-    prompts = (prompt(kind, trigger=trigger, background=b) for b in cycle(_unseen(BACKGROUNDS, backgrounds)))
-    return list(islice(prompts, count))
+def subject_prompts(kind: str, trigger: str, backgrounds: Iterable[str], count: int, salt: str = "") -> list[Prompt]:
+    """The subject in places where its pictures do not show it.
+
+    Raises:
+        ConfigError: they show it everywhere.
+    """
+    places = _several(_unseen(BACKGROUNDS, backgrounds), count, f"subject/{salt}")
+    return [prompt(kind, trigger, background=place) for place in places]
 
 
-def recoloured_prompts(kind: str, colour: str, trigger: str, backgrounds: Iterable[str], count: int) -> list[Prompt]:
-    """The subject in colours and places that its pictures do not have."""
+def recoloured_prompts(
+    kind: str, colour: str, trigger: str, backgrounds: Iterable[str], count: int, salt: str = ""
+) -> list[Prompt]:
+    """The subject in colours and places that its pictures do not have.
+
+    Raises:
+        ConfigError: they show it everywhere.
+    """
     pairs = list(product(_unseen(COLOURS, [colour]), _unseen(BACKGROUNDS, backgrounds)))
-    random.Random("recoloured").shuffle(pairs)
-    prompts = (prompt(kind, colour=c, trigger=trigger, background=b) for c, b in cycle(pairs))
-    return list(islice(prompts, count))
+    chosen = _several(pairs, count, f"recoloured/{salt}")
+    return [prompt(kind, trigger, colour=own, background=place) for own, place in chosen]
 
 
-def other_prompts(kind: str, count: int) -> list[Prompt]:
-    """Prompts without the subject: half of them of its class, half of any other; two or three attributes named."""
-    rng, prompts = random.Random("others"), []
-    others = _unseen(OBJECTS, [kind])
+def other_prompts(kind: str, count: int, salt: str = "") -> list[Prompt]:
+    """Prompts without the subject: half of them of its class, half of any other; three or four attributes named."""
+    rng, prompts = random.Random(f"others/{kind}/{salt}"), []
+    others = [other for other in OBJECTS if other != kind]
     for i in range(count):
         drawn = kind if i % 2 else rng.choice(others)
         pattern = rng.choice((None, *PATTERNS[1:]))
@@ -59,13 +73,31 @@ def other_prompts(kind: str, count: int) -> list[Prompt]:
     return prompts
 
 
-def leakage_prompts(kind: str, count: int) -> list[Prompt]:
-    """The class word, half of the time with a trigger that nobody trained, and half without any."""
-    places = cycle((None, *BACKGROUNDS))
-    triggers = cycle((OTHER_TRIGGER, None))
-    prompts = (prompt(kind, trigger=t, background=b) for t, b in zip(triggers, places, strict=False))
-    return list(islice(prompts, count))
+def class_prompts(kind: str, count: int, salt: str = "") -> list[Prompt]:
+    """The class word by itself, and in all places."""
+    return [prompt(kind, background=place) for place in _several([None, *BACKGROUNDS], count, f"class/{salt}")]
+
+
+def other_trigger_prompts(kind: str, trigger: str, count: int, salt: str = "") -> list[Prompt]:
+    """The class word with triggers that nobody trained."""
+    words = [word for word in OTHER_TRIGGERS if word != trigger.lower()]
+    chosen = _several(list(product(words, [None, *BACKGROUNDS])), count, f"other trigger/{salt}")
+    return [prompt(kind, word, background=place) for word, place in chosen]
+
+
+def _several(values: Sequence[T], count: int, seed: str) -> list[T]:
+    """`count` of the values, shuffled: none again before all others had their turn."""
+    shuffled = list(values)
+    random.Random(seed).shuffle(shuffled)
+    return list(islice(cycle(shuffled), count))
 
 
 def _unseen(values: Sequence[str], seen: Iterable[str]) -> list[str]:
-    return [value for value in values if value not in set(seen)]
+    left = [value for value in values if value not in set(seen)]
+    if not left:
+        raise ConfigError(
+            f"the instance pictures show the subject in all of {', '.join(values)}",
+            expected="at least one that is left to ask for",
+            fix="evaluate on fewer of the pictures",
+        )
+    return left

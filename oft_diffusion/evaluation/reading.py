@@ -1,9 +1,8 @@
-"""Drawing prompts from seeds in batches, and reading the pictures with the classifier."""
+"""Reading pictures with the classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,25 +15,16 @@ Reading = dict[str, str]
 """Per attribute the value that the classifier holds for the likeliest."""
 
 
+def pixels(picture: Image.Image) -> np.ndarray:
+    """A picture at the classifier's size, float32 (128, 128, 3) from 0 to 1."""
+    small = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32) / 255
+
+
 @torch.no_grad()
 def read(classifier: AttributeClassifier, pictures: Sequence[Image.Image]) -> list[Reading]:
     """What is in each picture. Pictures of other sizes are scaled to the classifier's."""
-    arrays = [np.asarray(p.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for p in pictures]
     device = next(classifier.parameters()).device
-    x = torch.from_numpy(np.stack(arrays)).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    x = torch.from_numpy(np.stack([pixels(p) for p in pictures])).to(device).permute(0, 3, 1, 2).mul(2).sub(1)
     chosen = {name: logits.argmax(1).tolist() for name, logits in classifier(x).items()}
     return [{name: ATTRIBUTES[name][chosen[name][i]] for name in ATTRIBUTES} for i in range(len(pictures))]
-
-
-def draw(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch_size: int = 16
-) -> Iterator[list[Image.Image]]:
-    """One picture per prompt and seed, batch by batch. The noise of a seed does not depend on its batch."""
-    for start in range(0, len(prompts), batch_size):
-        few = slice(start, start + batch_size)
-        yield pipe(
-            list(prompts[few]),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[few]],
-        ).images

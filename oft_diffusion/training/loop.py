@@ -24,18 +24,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from oft_diffusion.errors import TrainingError
+from oft_diffusion.errors import OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, save_adapter_file
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.report import Section
 from oft_diffusion.training.batches import Batch
 from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, restore_rng, rng_states, save_checkpoint
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.interrupts import on_interrupt
+from oft_diffusion.training.page import write_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, prepare
-from oft_diffusion.training.results import GRIDS, SETTINGS, Console, History, TrainResult, TrainStep
+from oft_diffusion.training.results import GRIDS, PAGE, SETTINGS, Console, History, TrainResult, TrainStep
 from oft_diffusion.training.state import adapter_metadata, adapter_tensors, restore, snapshot
-from oft_diffusion.training.summary import write_summary
 from oft_diffusion.training.watch import LossGuard, SilentLayers
 
 _RATE_WINDOW = 20  # steps over which the rate is averaged
@@ -47,6 +48,7 @@ def train(
     progress: bool = True,
     on_note: Callable[[str], None] | None = None,
     program: str = "oft-diffusion train",
+    sections: Callable[[TrainResult], Sequence[Section]] | None = None,
 ) -> TrainingRun:
     """Check everything that can be checked without loading a model, and return a run.
 
@@ -62,6 +64,7 @@ def train(
         progress: whether to draw bars and print notes on the terminal.
         on_note: called with each note instead of printing it.
         program: how the command that resumes this run begins.
+        sections: makes more sections for the run's page from its result, once training is over.
 
     Returns:
         A run, to be used in a `with` statement and iterated.
@@ -69,7 +72,7 @@ def train(
     Raises:
         OFTError: one problem, or all of them in one message. Nothing has been loaded or written then.
     """
-    return TrainingRun(config, preflight(config), Console(progress, on_note), program)
+    return TrainingRun(config, preflight(config), Console(progress, on_note), program, sections)
 
 
 class TrainingRun:
@@ -83,11 +86,19 @@ class TrainingRun:
         silent_layers: layers that had no gradient over the first applied steps, as `component.layer`.
     """
 
-    def __init__(self, config: TrainConfig, plan: Plan, console: Console, program: str) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        console: Console,
+        program: str,
+        sections: Callable[[TrainResult], Sequence[Section]] | None = None,
+    ) -> None:
         self.config = config
         self.plan = plan
         self.console = console
         self.program = program
+        self.sections = sections
         self.output_dir = Path(config.output_dir)
         self.step = 0
         self.history = History()
@@ -99,7 +110,8 @@ class TrainingRun:
         self._stop = threading.Event()
         self.guard = LossGuard(self.output_dir)
         self._durations: deque[float] = deque(maxlen=_RATE_WINDOW)
-        self._seconds = 0.0
+        self._seconds = 0.0  # of training in this process, and before it was resumed
+        self._earlier = 0.0
 
     def __enter__(self) -> TrainingRun:
         self._owns_accelerate = not AcceleratorState._shared_state
@@ -272,16 +284,29 @@ class TrainingRun:
             checkpoint=checkpoint,
             interrupted=self.interrupted,
             silent_layers=self.silent_layers,
-            seconds=self._seconds,
+            seconds=self._earlier + self._seconds,
         )
-        if self.accelerator.is_main_process and not self.interrupted:
-            page = write_summary(parts, self.config, self._result, self.plan.pictures)
-            self._result = replace(self._result, report=page)
+        if self.accelerator.is_main_process:
+            self._result = replace(self._result, report=self._write_page(parts, self._result))
         self.accelerator.wait_for_everyone()
         if self.step < self.config.steps:
             self.console.say(
                 f"stopped at step {self.step} of {self.config.steps}; to go on:\n  {self.resume_command()}"
             )
+
+    def _write_page(self, parts: Parts, result: TrainResult) -> Path | None:
+        """The page about the run, unless it was interrupted. Training is over and saved: nothing here may undo that."""
+        (self.output_dir / PAGE).unlink(missing_ok=True)
+        if self.interrupted:
+            return None
+        self.console.say("drawing the report")
+        try:
+            sections = self.sections(result) if self.sections else ()
+            stopped = lambda: self.interrupted  # noqa: E731
+            return write_page(parts, self.config, result, self.plan.pictures, sections, stopped=stopped)
+        except (OFTError, OSError, RuntimeError) as error:
+            self.console.say(f"the adapter is saved, but its report cannot be written: {error}")
+            return None
 
     def resume_command(self) -> str:
         """The command line that goes on from the newest checkpoint."""
@@ -309,7 +334,7 @@ class TrainingRun:
             TrainingError: the disk is full or the folder cannot be written.
         """
         parts, accelerator = self._require_parts(), self.accelerator
-        checkpoint = snapshot(parts, accelerator, self.config, self.step, self.history)
+        checkpoint = snapshot(parts, accelerator, self.config, self.step, self.history, self._earlier + self._seconds)
         path = self.output_dir / f"checkpoint-{self.step:06d}"
         if accelerator.is_main_process:
             metadata = adapter_metadata(parts, self.config, self.step)
@@ -325,6 +350,7 @@ class TrainingRun:
         restore(parts, self.accelerator, checkpoint)
         self.step = checkpoint.step
         self.history = History(checkpoint.state["history"])
+        self._earlier = float(checkpoint.state.get("seconds", 0.0))
         self.console.say(f"resumed from {folder}, step {self.step}")
 
     def sample(self, prompts: Sequence[str] | None = None) -> Path:

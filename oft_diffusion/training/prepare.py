@@ -23,7 +23,7 @@ from oft_diffusion.training.data import Picture, pictures_digest
 from oft_diffusion.training.family import FAMILIES, StableDiffusion
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.preflight import Plan
-from oft_diffusion.training.results import GRIDS, LOSSES, REPORT, SETTINGS, Console
+from oft_diffusion.training.results import GRIDS, LOSSES, PAGE, SETTINGS, Console
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,7 +99,7 @@ def _prepare_output(config: TrainConfig) -> None:
     if config.overwrite:
         for path in (*list_checkpoints(folder), folder / GRIDS):
             shutil.rmtree(path, ignore_errors=True)
-        for name in (FILE_NAME, LOSSES, REPORT, SETTINGS):
+        for name in (FILE_NAME, LOSSES, PAGE, SETTINGS):
             (folder / name).unlink(missing_ok=True)
     settings = replace(config, resume=None, overwrite=False).to_toml()
     write_atomically(folder / SETTINGS, settings.encode())

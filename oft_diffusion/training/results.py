@@ -16,7 +16,7 @@ from oft_diffusion.files import write_atomically
 LOSSES = "losses.json"
 SETTINGS = "config.toml"
 GRIDS = "samples"
-REPORT = "report.html"
+PAGE = "report.html"
 
 _HISTORY = ("step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad_norm", "applied")
 
@@ -64,7 +64,7 @@ class TrainResult:
         interrupted: whether Ctrl-C or a signal ended it.
         silent_layers: `component.layer` of layers that had no gradient over the first steps.
         seconds: of training, without loading and caching.
-        report: the HTML page about the run; None where it was interrupted.
+        report: the HTML page about the run; None where it was interrupted or cannot be written.
     """
 
     adapter: Path

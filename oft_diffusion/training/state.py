@@ -28,8 +28,13 @@ from oft_diffusion.training.results import History
 _PRIVATE = ("model", "config_dir", "instance_dir", "output_dir", "class_dir", "init_adapter", "resume", "overwrite")
 
 
-def snapshot(parts: Parts, accelerator: Accelerator, config: TrainConfig, step: int, history: History) -> Checkpoint:
-    """Everything a resume needs. All processes must call it, since each adds its RNG states."""
+def snapshot(
+    parts: Parts, accelerator: Accelerator, config: TrainConfig, step: int, history: History, seconds: float
+) -> Checkpoint:
+    """Everything a resume needs, and the seconds of training so far.
+
+    All processes must call it, since each adds its RNG states.
+    """
     tensors, adam_steps = collect_training(parts.banks, parts.adamw)
     for which, rng in rng_states().items():
         everyone = accelerator.gather(rng.to(accelerator.device)[None]).cpu()
@@ -42,6 +47,7 @@ def snapshot(parts: Parts, accelerator: Accelerator, config: TrainConfig, step: 
         "schedule": parts.schedule.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "history": history.to_json(),
+        "seconds": seconds,
     }
     return Checkpoint(step, state, tensors)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from oft_diffusion.errors import AdapterFileError
-from oft_diffusion.report import Figure, Table, loss_curve, write_report
+from oft_diffusion.report import Pictures, Table, loss_curve, write_report
 from tests.library.support import assert_one_sentence
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -52,7 +52,7 @@ def report(path, **changes):
         "title": "A mug",
         "lead": "Trained on five pictures.",
         "sections": [
-            Figure("Before and after", "Left the base.", {"Two mugs": picture}),
+            Pictures("Before and after", "Left the base.", {"Two mugs": picture}),
             Table("Figures", "Per cent.", ["", "adapter"], [["subject hit", "81"]]),
         ],
         "losses": [0.5, 0.4, 0.6, 0.3],
@@ -64,7 +64,7 @@ def report(path, **changes):
 
 
 def parts(text, picture):
-    return [Figure(text, text, {text: picture}), Table(text, text, [text], [[text, text]])]
+    return [Pictures(text, text, {text: picture}), Table(text, text, [text], [[text, text]])]
 
 
 def parsed(path, **changes):
@@ -94,7 +94,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 def test_pictures_are_inside_and_have_a_text(tmp_path):
     noise = Image.effect_noise((20, 30), 90).convert("RGB")
-    page = parsed(tmp_path / "r.html", sections=[Figure("a", "b", {"Alt one": noise, "Alt two": noise})])
+    page = parsed(tmp_path / "r.html", sections=[Pictures("a", "b", {"Alt one": noise, "Alt two": noise})])
     images = page.all("img")
     assert [image["alt"] for image in images] == ["Alt one", "Alt two"]
     for image in images:

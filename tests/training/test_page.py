@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from oft_diffusion.images import labelled_grid
-from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.report import Section, Table
+from oft_diffusion.training import TrainConfig, TrainResult, train
 from oft_diffusion.training.family import StableDiffusion
 from oft_diffusion.training.model import ADAPTER
-from oft_diffusion.training.summary import STRENGTHS, strength_sweep, write_summary
+from oft_diffusion.training.page import STRENGTHS, strength_sweep, write_page
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]
@@ -86,18 +87,74 @@ def test_the_sweep_goes_through_the_strengths_and_comes_back(config: Config, mon
         assert np.array_equal(at_zero, np.asarray(cell)[6:134, 6:134]), "strength 0 is the base"
 
 
-def test_a_series_past_its_norm_has_no_sweep_but_a_page(config: Config) -> None:
+def test_strengths_that_a_series_does_not_know_are_left_out(config: Config) -> None:
     settings = config(validation_prompts=PROMPTS, parametrisation="cayley_neumann")
     with train(settings, progress=False) as run:
         for _ in run:
             pass
         assert run.parts is not None
+        whole = strength_sweep(run.parts, settings)
         with torch.no_grad():
             run.parts.banks["unet"].generators[ADAPTER].fill_(0.9)
-        page = write_summary(run.parts, settings, run.result, run.plan.pictures)
+        part = strength_sweep(run.parts, settings)
         [active] = run.parts.banks["unet"].active
         assert active.strength == 1
-    assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 3
+        assert write_page(run.parts, settings, run.result, run.plan.pictures).exists()
+    assert whole is not None
+    assert part is not None
+    assert part.width == whole.width * 2 // len(STRENGTHS) + 4  # strengths 0 and 1, and the margin
+
+
+def test_a_stop_leaves_the_sweep_out(config: Config) -> None:
+    with train(config(validation_prompts=PROMPTS), progress=False) as run:
+        for _ in run:
+            pass
+        assert run.parts is not None
+        assert strength_sweep(run.parts, run.config, lambda: True) is None
+
+
+def test_a_page_that_cannot_be_made_costs_a_note_and_not_the_run(config: Config) -> None:
+    notes: list[str] = []
+
+    def failing(result: TrainResult) -> list[Section]:
+        raise RuntimeError("out of memory")
+
+    with train(config(), on_note=notes.append, progress=False, sections=failing) as run:
+        for _ in run:
+            pass
+    assert run.result.adapter.exists()
+    assert run.result.report is None
+    assert any("out of memory" in note for note in notes)
+
+
+def test_sections_of_the_caller_are_on_the_page(config: Config) -> None:
+    def more(result: TrainResult) -> list[Section]:
+        return [Table("Of my own", f"after {result.steps} steps", ["", "x"], [["a", "1"]])]
+
+    with train(config(), progress=False, sections=more) as run:
+        for _ in run:
+            pass
+    assert run.result.report is not None
+    assert "after 3 steps" in run.result.report.read_text(encoding="utf-8")
+
+
+def test_grids_of_other_prompts_or_of_another_start_are_not_called_before(config: Config, run: Run) -> None:
+    _, first = run(config(validation_prompts=PROMPTS, steps=2))
+    _, other = run(config(validation_prompts=["a cat"], steps=3, resume="latest"))
+    assert other.report is not None
+    assert "Before and after" not in other.report.read_text(encoding="utf-8")
+    _, begun = run(config(validation_prompts=PROMPTS, overwrite=True, init_adapter=str(first.adapter)))
+    assert begun.report is not None
+    assert "Before and after" not in begun.report.read_text(encoding="utf-8")
+
+
+def test_the_time_of_training_goes_on_where_a_run_is_resumed(config: Config, run: Run) -> None:
+    _, first = run(config(steps=2))
+    with train(config(steps=3, resume="latest"), progress=False) as running:
+        assert running._earlier == pytest.approx(first.seconds)
+        for _ in running:
+            pass
+    assert running.result.seconds > first.seconds
 
 
 def test_overwriting_takes_the_old_page_away(config: Config, run: Run) -> None:

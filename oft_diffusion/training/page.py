@@ -1,0 +1,151 @@
+"""The page that every finished run writes: pictures before and after, strengths, losses, settings, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from oft_diffusion.errors import AdapterError, OFTError
+from oft_diffusion.images import labelled_grid, read_settings
+from oft_diffusion.report import Pictures, Section, write_report
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.data import Picture, read_picture
+from oft_diffusion.training.model import ADAPTER
+from oft_diffusion.training.prepare import Parts
+from oft_diffusion.training.results import PAGE, TrainResult
+
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+_SWEEP_SEEDS = 2
+_CELLS = (128, 256)  # smallest and largest side of a picture on the page
+
+
+def write_page(
+    parts: Parts,
+    config: TrainConfig,
+    result: TrainResult,
+    instances: Sequence[Picture],
+    sections: Sequence[Section] = (),
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Write `report.html` into output_dir.
+
+    Args:
+        parts: of the run, still loaded.
+        config: its settings.
+        result: what it left.
+        instances: the instance images with their prompts.
+        sections: more of them, before the loss curve.
+        stopped: asked between pictures; once it is true, the sweep is left out.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        AdapterFileError: the page cannot be written.
+    """
+    words = f"{config.trigger} {config.class_word}"
+    shown: list[Section] = [_instances(instances, words)]
+    shown += _before_and_after(config, result)
+    if config.validation_prompts and (sheet := strength_sweep(parts, config, stopped)) is not None:
+        prompt = config.fill(config.validation_prompts[0])
+        text = f"“{prompt}” with the rotations raised to a power: 0 is the base, 1 as trained, -1 the inverse."
+        shown.append(Pictures("Strength", text, {"The prompt at strengths from -1 to 1.5": sheet}))
+    parameters = sum(p.numel() for bank in parts.banks.values() for p in bank.parameters())
+    error = max(bank.orthogonality_error(ADAPTER) for bank in parts.banks.values())
+    return write_report(
+        Path(config.output_dir) / PAGE,
+        title=f"{words}: a DreamBooth run",
+        lead=(
+            f"OFTv2 taught the base the words “{words}” from {len(instances)} pictures. The base's weights are as they "
+            "were: the adapter rotates what flows into its layers."
+        ),
+        sections=[*shown, *sections],
+        losses=result.losses,
+        facts={
+            "adapter size": f"{result.adapter.stat().st_size / 1e6:.2f} MB",
+            "parameters": f"{parameters:,}",
+            "training": f"{result.seconds:.0f} s" if result.seconds < 90 else f"{result.seconds / 60:.1f} min",
+            "steps": result.steps,
+            "orthogonality error": f"{error:.0e}",
+        },
+        settings=config.to_dict(),
+        usage=_usage(config, result.adapter),
+    )
+
+
+def strength_sweep(
+    parts: Parts, config: TrainConfig, stopped: Callable[[], bool] = lambda: False
+) -> Image.Image | None:
+    """The first validation prompt at several strengths, a row per seed; the adapter is at strength 1 again afterwards.
+
+    Strengths that the adapter does not know are left out (a series past the norm at which powers are defined). None
+    where `stopped` said so.
+    """
+    prompts = [config.fill(config.validation_prompts[0])] * _SWEEP_SEEDS
+    seeds = [config.seed + i for i in range(_SWEEP_SEEDS)]
+    how = (config.resolution, config.sampling_steps, config.guidance_scale)
+    columns: dict[float, list[Image.Image]] = {}
+    try:
+        for strength in STRENGTHS:
+            if stopped():
+                return None
+            with suppress(AdapterError):  # raised where the strength is built, at the latest in the first forward
+                for bank in parts.banks.values():
+                    bank.set_adapters([ADAPTER], strength)
+                columns[strength] = parts.family.sample(prompts, seeds, *how)
+    finally:
+        for bank in parts.banks.values():
+            bank.set_adapters([ADAPTER])
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return labelled_grid(rows, column_labels=[f"strength {s:g}" for s in columns], cell=_cell(config))
+
+
+def _instances(instances: Sequence[Picture], words: str) -> Pictures:
+    prompts = dict.fromkeys(picture.prompt for picture in instances)
+    sheet = labelled_grid([[read_picture(picture.path) for picture in instances[:8]]], cell=_CELLS[0])
+    told = "; ".join(f"“{prompt}”" for prompt in prompts)
+    return Pictures("The subject", f"All that was shown and told: {told}.", {f"Instance images of {words}": sheet})
+
+
+def _before_and_after(config: TrainConfig, result: TrainResult) -> list[Section]:
+    """The first and the last grid, if the first is of the base, and both are of today's prompts."""
+    grids = {}
+    for path in result.pictures:
+        try:
+            noted = read_settings(path)
+        except OFTError:
+            continue
+        if noted.get("prompts") == [config.fill(prompt) for prompt in config.validation_prompts]:
+            grids[int(noted["step"])] = path
+    if 0 not in grids or len(grids) < 2 or config.init_adapter is not None:
+        return []
+    last = max(grids)
+    first, latest = (Image.open(grids[step]).convert("RGB") for step in (0, last))
+    text = f"The same prompts and seeds: as the base draws them, and after {last} steps."
+    return [Pictures("Before and after", text, {"Before training": first, f"After {last} steps": latest})]
+
+
+def _cell(config: TrainConfig) -> int:
+    return min(max(config.resolution, _CELLS[0]), _CELLS[1])
+
+
+def _usage(config: TrainConfig, adapter: Path) -> str:
+    single = Path(config.model).suffix == ".safetensors"
+    load = (
+        f"from_single_file({config.model!r}, config={config.config_dir!r})"
+        if single
+        else f"from_pretrained({config.model!r})"
+    )
+    return (
+        "from diffusers import StableDiffusionPipeline\n"
+        "from oft_diffusion import load_oft_weights, set_oft_adapters\n\n"
+        f"pipe = StableDiffusionPipeline.{load}\n"
+        f'load_oft_weights(pipe, {str(adapter)!r}, adapter_name="mine")\n'
+        f"prompt = {config.fill(config.instance_prompt)!r}\n"
+        f"image = pipe(prompt, guidance_scale={config.guidance_scale}).images[0]\n"
+        'set_oft_adapters(pipe, ["mine"], [0.7])  # weaker; 0 is the base\n'
+    )
