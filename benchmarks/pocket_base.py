@@ -17,19 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.pocket_subjects import base_digest
 from benchmarks.records import DATA, append, load
-from oft_diffusion.evaluation.evaluate import GUIDANCE, STEPS
-from oft_diffusion.evaluation.intervals import bootstrap
-from oft_diffusion.evaluation.prompts import held_out_prompts
-from oft_diffusion.evaluation.reading import draw, read
+from oft_diffusion.evaluation.evaluate import BATCH, GUIDANCE, STEPS
+from oft_diffusion.evaluation.intervals import mean_interval
+from oft_diffusion.evaluation.prompts import held_out_prompts, prompt
+from oft_diffusion.evaluation.reading import read
+from oft_diffusion.generate import generate
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import pocket_pipeline
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.pretrain.data import to_model, to_pictures
-from oft_diffusion.pocket.world import ATTRIBUTES, CAPTIONED, UNCAPTIONED, render, sample_scene
+from oft_diffusion.pocket.world import ATTRIBUTES, CAPTIONED, OBJECTS, UNCAPTIONED, render, sample_scene
 
 FILE = DATA / "pocket_base.csv"
 RENDERS, RECONSTRUCTIONS, PICTURES, TIMED = 2000, 1000, 500, 5
+PER_PROMPT = 20  # pictures of one prompt, whose uncaptioned attributes should differ
 
 
 def held_out_scenes(count: int) -> list:
@@ -50,17 +53,9 @@ def rows_of(measure: str, values: dict[str, list[float]]) -> list[dict]:
     """One row per attribute: mean and interval."""
     rows = []
     for name, numbers in values.items():
-        i = bootstrap(numbers)
-        rows.append(
-            {
-                "measure": measure,
-                "of": name,
-                "mean": f"{i.mean:.4f}",
-                "low": f"{i.low:.4f}",
-                "high": f"{i.high:.4f}",
-                "n": i.pictures,
-            }
-        )
+        i = mean_interval(numbers)
+        shown = {"value": f"{i.mean:.4f}", "low": f"{i.low:.4f}", "high": f"{i.high:.4f}", "bounds": "95 %"}
+        rows.append({"measure": measure, "of": name, **shown, "n": i.pictures})
     return rows
 
 
@@ -84,30 +79,51 @@ def reading_reconstructions(classifier, vae, scenes) -> list[dict]:
     return rows + rows_of("reconstruction, mean absolute error (0 to 1)", {"pixels": errors})
 
 
+def drawn(pipe, prompts, seeds) -> list:
+    """Pictures, one per prompt and seed."""
+    done = 0
+
+    def note(*_: object) -> None:
+        nonlocal done
+        done += 1
+        print(f"\rdrawn {done} of {len(prompts)}", end="" if done < len(prompts) else "\n", flush=True)
+
+    found = generate(pipe, prompts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=BATCH, on_picture=note)
+    return [picture.image for picture in found]
+
+
 def drawing(classifier, pipe, grid: Path | None) -> list[dict]:
     prompts = held_out_prompts(PICTURES)
-    pictures = []
-    for batch in draw(pipe, [p.text for p in prompts], range(PICTURES), steps=STEPS, guidance=GUIDANCE):
-        pictures += batch
-        print(f"\rdrawn {len(pictures)} of {PICTURES}", end="", flush=True)
-    print()
+    pictures = drawn(pipe, [p.text for p in prompts], range(PICTURES))
     readings = read(classifier, pictures)
     right = {n: [float(r[n] == p.named[n]) for r, p in zip(readings, prompts, strict=True)] for n in CAPTIONED}
     right["all four"] = [min(values) for values in zip(*right.values(), strict=True)]
     if grid:
         rows = [pictures[i : i + 8] for i in range(0, 48, 8)]
         save_png(labelled_grid(rows), grid)
-    return rows_of("drawn from held-out captions", right) + rows_of("diversity", diversity(readings))
+    return rows_of("drawn from held-out captions", right)
 
 
-def diversity(readings) -> dict[str, list[float]]:
-    """Per uncaptioned attribute, the entropy of what is drawn, as a share of that of the world's even draw."""
-    shares = {}
-    for name, values in UNCAPTIONED.items():
-        counts = Counter(r[name] for r in readings)
-        entropy = -sum(c / len(readings) * math.log(c / len(readings)) for c in counts.values())
-        shares[name] = [entropy / math.log(len(values))]
-    return shares
+def varying(classifier, pipe) -> list[dict]:
+    """How varied the uncaptioned attributes of one prompt's pictures are, per object, against even draws as many."""
+    texts = [prompt(kind).text for kind in OBJECTS for _ in range(PER_PROMPT)]
+    readings = read(classifier, drawn(pipe, texts, range(10_000, 10_000 + len(texts))))
+    by_object = [readings[i : i + PER_PROMPT] for i in range(0, len(readings), PER_PROMPT)]
+    shares = {name: [diversity(own, name) for own in by_object] for name in UNCAPTIONED}
+    return rows_of(f"diversity within a prompt ({PER_PROMPT} pictures each; 1 is an even draw)", shares)
+
+
+def diversity(readings, name: str) -> float:
+    """The entropy of an attribute over pictures, as a share of that of even draws as many, on average."""
+    values, rng = ATTRIBUTES[name], random.Random(0)
+    even = [entropy([rng.choice(values) for _ in readings]) for _ in range(400)]
+    return entropy([r[name] for r in readings]) / (sum(even) / len(even))
+
+
+def entropy(values) -> float:
+    """Of a sample's distribution, in nats."""
+    counts = Counter(values)
+    return -sum(c / len(values) * math.log(c / len(values)) for c in counts.values())
 
 
 def speed(pipe) -> list[dict]:
@@ -115,18 +131,18 @@ def speed(pipe) -> list[dict]:
         times = []
         for _ in range(TIMED + 1):
             start = time.perf_counter()
-            list(draw(pipe, ["a red mug"] * count, range(count), steps=STEPS, guidance=GUIDANCE, batch_size=count))
+            generate(pipe, "a red mug", range(count), steps=STEPS, guidance=GUIDANCE, batch_size=count)
             times.append((time.perf_counter() - start) / count)
         return times[1:]
 
     rows = []
-    for count in (1, 16):
+    for count in (1, BATCH):
         times = seconds(count)
         middle, low, high = statistics.median(times), min(times), max(times)
         rows.append(
             {
-                "measure": f"seconds per picture, {STEPS} steps (median, min, max)", "of": f"batch of {count}",
-                "mean": f"{middle:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}", "n": TIMED,
+                "measure": f"seconds per picture, {STEPS} steps", "of": f"batch of {count}", "value": f"{middle:.3f}",
+                "low": f"{low:.3f}", "high": f"{high:.3f}", "bounds": "least and most", "n": TIMED,
             }
         )  # fmt: skip
     return rows
@@ -135,12 +151,12 @@ def speed(pipe) -> list[dict]:
 def table() -> str:
     """The newest measurement as Markdown."""
     rows = load(FILE)
-    newest = {(row["measure"], row["of"]): row for row in rows}
-    lines = ["| measure | of | value | 95 % interval | n |", "|---|---|---|---|---|"]
+    newest = {(r["measure"], r["of"]): r for r in rows if r["base"] == rows[-1]["base"]}
+    lines = ["| measure | of | value | bounds | n |", "|---|---|---|---|---|"]
     for (measure, of), row in newest.items():
-        interval = "" if measure == "diversity" else f"{row['low']} to {row['high']}"
-        lines.append(f"| {measure} | {of} | {row['mean']} | {interval} | {row['n']} |")
-    return "\n".join(lines)
+        bounds = f"{row['low']} to {row['high']} ({row['bounds']})"
+        lines.append(f"| {measure} | {of} | {row['value']} | {bounds} | {row['n']} |")
+    return "\n".join([*lines, "", f"On {rows[-1]['hardware']}, {rows[-1]['threads']} threads."])
 
 
 def main() -> None:
@@ -156,7 +172,8 @@ def main() -> None:
         rows += reading_renders(classifier, scenes)
         rows += reading_reconstructions(classifier, pipe.vae, scenes[:RECONSTRUCTIONS])
         rows += drawing(classifier, pipe, options.grid)
-        append(FILE, rows)
+        rows += varying(classifier, pipe)
+        append(FILE, [{"base": base_digest(), **row} for row in rows])
     print(table())
 
 

@@ -14,44 +14,74 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pocket_subjects import Bench
+from benchmarks.pocket_subjects import Bench, base_digest, setup_digest
 from benchmarks.records import DATA, append, load
 from oft_diffusion.evaluation import figures
 
 FILE = DATA / "pocket_recipe.csv"
-SUBJECTS = ("dapper_mushroom", "dozy_house", "party_car")
+SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
 PICTURES = 32  # per set, subject and candidate
+
+PRIOR: dict[str, Any] = {"prior_preservation": True, "num_class_images": 64}
+
+
+def _of(learning_rate: float, steps: int, **more: Any) -> dict[str, Any]:
+    return {"learning_rate": learning_rate, "steps": steps, **more}
+
 
 # Round by round; later rounds start from what the earlier ones showed.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "as configured": {},
-    "no captions": {"captions": False},
+    "attention, 4e-4, 400 steps": _of(4e-4, 400),
+    "attention, 8e-4, 400 steps": _of(8e-4, 400),
+    "attention, 1.6e-3, 400 steps": _of(1.6e-3, 400),
+    "attention, 8e-4, 800 steps": _of(8e-4, 800),
+    "attention, 8e-4, 400 steps, no captions": _of(8e-4, 400, captions=False),
+    "attention, 8e-4, 400 steps, text encoder": _of(8e-4, 400, text_encoder=True, cache_text_embeddings=False),
+    "attention, 8e-4, 400 steps, prior": _of(8e-4, 400, **PRIOR),
+    "attention+mlp, 4e-4, 400 steps": _of(4e-4, 400, targets="attention+mlp"),
+    "attention+mlp, 4e-4, 400 steps, prior": _of(4e-4, 400, targets="attention+mlp", **PRIOR),
+    "attention+mlp, 8e-4, 400 steps, prior": _of(8e-4, 400, targets="attention+mlp", **PRIOR),
+    "attention, 8e-4, 400 steps, prior, text encoder": _of(
+        8e-4, 400, text_encoder=True, cache_text_embeddings=False, **PRIOR
+    ),
+    "attention, 8e-4, 400 steps, mirrored": _of(8e-4, 400, flip=True),
 }
 
 
-def measure(out: Path, only: list[str]) -> None:
-    done, bench = {(row["candidate"], row["subject"]) for row in load(FILE)}, Bench()
+def measure(out: Path, only: list[str], device: str = "cpu") -> None:
+    done, bench = {(row["setup"], row["subject"]) for row in load(FILE)}, Bench(device)
     for name, settings in CANDIDATES.items():
+        setup = setup_digest(settings, PICTURES)
         for subject in SUBJECTS:
-            if (name, subject) in done or (only and name not in only):
+            if (setup, subject) in done or (only and name not in only):
                 continue
             own = dict(settings)
             captions = own.pop("captions", True)
             found = bench.run(subject, 0, own, PICTURES, out / name.replace(" ", "-"), captions=captions)
             f = figures(found.rows, {f"{subject}/0": found.closest})
             row = {
+                "base": base_digest(),
+                "setup": setup,
                 "candidate": name,
                 "subject": subject,
                 "subject hit": f["subject hit"].adapted.mean,
                 "fidelity": f["prompt fidelity"].adapted.mean,
                 "base fidelity": f["prompt fidelity"].base.mean,
                 "preservation": f["preservation"].difference.mean,
-                "leakage": f["leakage"].adapted.mean,
+                "hit and fidelity": f["hit and fidelity"].adapted.mean,
+                "leakage, other trigger": f["leakage, other trigger"].adapted.mean,
+                "leakage, class word": f["leakage, class word"].adapted.mean,
+                "attribute drift": f["attribute drift"].difference.mean,
                 "memorisation": f["memorisation"].adapted.mean,
             }
             shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in row.items()}
-            shown |= {"seconds": f"{found.seconds:.0f}", "megabytes": f"{found.megabytes:.2f}", "pictures": PICTURES}
-            append(FILE, [shown])
+            shown |= {
+                "training": f"{found.training:.0f}",
+                "wall": f"{found.wall:.0f}",
+                "megabytes": f"{found.megabytes:.2f}",
+                "pictures": PICTURES,
+            }
+            append(FILE, [shown], device)
             print(" ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
 
 
@@ -61,23 +91,27 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 
 
 def table() -> str:
-    """One line per candidate, means over subjects, best first."""
+    """One line per candidate, means over subjects, best first; on the newest base alone."""
     rows, ranked = load(FILE), []
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        own = [row for row in rows if row["candidate"] == name]
+    rows = [row for row in rows if row["base"] == rows[-1]["base"]]
+    for setup in dict.fromkeys(row["setup"] for row in rows):
+        own = [row for row in rows if row["setup"] == setup]
+        name = own[0]["candidate"]
 
         def mean(key: str, own: list[dict[str, str]] = own) -> float:
             return sum(float(row[key]) for row in own) / len(own)
 
-        hit, preserved, leaked = mean("subject hit"), mean("preservation"), mean("leakage")
+        hit, preserved, leaked = mean("subject hit"), mean("preservation"), mean("leakage, other trigger")
         share = mean("fidelity") / max(1e-9, mean("base fidelity"))
-        cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, mean("memorisation"))]
-        line = f"| {name} | {' | '.join(cells)} | {mean('seconds'):.0f} | {mean('megabytes'):.2f} | {len(own)} |"
+        more = (mean("leakage, class word"), mean("hit and fidelity"), mean("attribute drift"), mean("memorisation"))
+        cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *more)]
+        line = f"| {name} | {' | '.join(cells)} | {mean('training'):.0f} | {mean('megabytes'):.2f} | {len(own)} |"
         ranked.append((score(hit, share, preserved, leaked), line))
-    head = [
-        "| candidate | subject hit | fidelity, % of base | preservation | leakage | memorisation | s | MB | subjects |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, class word",
+        "hit and fidelity", "drift", "memorisation", "training, s", "MB", "subjects",
+    )  # fmt: skip
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])
 
 
@@ -86,9 +120,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
     parser.add_argument("--only", nargs="*", default=[], metavar="CANDIDATE", help="these alone")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-recipe"), help="adapters, losses and reports")
+    parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     options = parser.parse_args()
     if not options.table:
-        measure(options.out, options.only)
+        measure(options.out, options.only, options.device)
     print(table())
 
 

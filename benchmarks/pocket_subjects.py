@@ -1,19 +1,22 @@
-"""DreamBooth on the pocket base, measured: subjects x training seeds, the five figures of docs/evaluation.md.
+"""DreamBooth on the pocket base, measured: subjects x training seeds, the figures of docs/evaluation.md.
 
 python -m benchmarks.pocket_subjects            # trains, draws and reads what is not in benchmarks/data yet
 python -m benchmarks.pocket_subjects --table    # the table from benchmarks/data, as Markdown
 
 Settings are those of train_scripts/configs/pocket.toml. The subjects are not those on which they were searched
-(benchmarks/pocket_recipe.py). How many pictures are behind each cell is fixed here, beforehand. Each finished run is
-kept, so that the command can be stopped at any time and given again.
+(benchmarks/pocket_recipe.py). How many pictures are behind each cell is fixed here, beforehand, and no two runs share a
+prompt and a seed. Each finished run is kept, so that the command can be stopped at any time and given again; after a
+change of base, classifier or settings everything is measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,150 +28,197 @@ from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
 from oft_diffusion.evaluation.evaluate import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
-from oft_diffusion.pocket.classifier import load_classifier
+from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.training import TrainConfig, train
 
-CONFIG = Path("train_scripts/configs/pocket.toml")
-FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "merry_boat")
+CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
+FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
 SEEDS = (0, 1)
 PICTURES = 64  # per set and run: 768 pairs behind each line of the pooled table
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
-_COLUMNS = ("group", "set", "prompt", "seed", "adapted", "hit", "faithful", "nearest", "closest")
+_COLUMNS = ("setup", "group", "set", "prompt", "seed", "adapted", "hit", "shared", "faithful", "nearest", "closest")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One run: its rows, with and without the adapter, and what it took."""
+    """One run: its rows, with and without the adapter, and what it took.
+
+    Attributes:
+        rows: one per picture.
+        closest: distance between the two instance images that are most alike.
+        training: seconds of training, class images and caching not counted.
+        wall: seconds from the call to the finished adapter, everything counted.
+        megabytes: of the adapter file.
+    """
 
     rows: list[Row]
     closest: float
-    seconds: float
+    training: float
+    wall: float
     megabytes: float
 
 
 class Bench:
-    """The pocket base and its classifier, loaded once; the base's own rows, drawn once per subject."""
+    """The pocket base and its classifier, loaded once."""
 
-    def __init__(self) -> None:
-        self.pipe = pocket_pipeline()
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.pipe = pocket_pipeline().to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.classifier = load_classifier()
-        self._base: dict[tuple[str, int, float], list[Row]] = {}
+        self.classifier = load_classifier(device)
+
+    def config(self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: bool) -> TrainConfig:
+        """The settings of one run. Its folder is `out/name/seed`."""
+        photos = subjects_path(name)
+        if not captions:
+            photos = out / name / "uncaptioned"
+            shutil.copytree(subjects_path(name), photos, ignore=shutil.ignore_patterns("*.txt"), dirs_exist_ok=True)
+        own = {
+            "model": str(pocket_path()),
+            "instance_dir": str(photos),
+            "class_word": SUBJECTS[name].object,
+            "output_dir": str(out / name / str(seed)),
+            "validation_prompts": [],
+            "seed": seed,
+            "overwrite": True,
+        }
+        return TrainConfig.from_toml(CONFIG, {**own, **settings})
 
     def run(
         self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: bool = True
     ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
         group = f"{name}/{seed}"
-        photos = subjects_path(name)
-        if not captions:
-            photos = out / name / "uncaptioned"
-            shutil.copytree(subjects_path(name), photos, ignore=shutil.ignore_patterns("*.txt"), dirs_exist_ok=True)
-        config = TrainConfig.from_toml(
-            CONFIG,
-            {
-                "model": str(pocket_path()),
-                "instance_dir": str(photos),
-                "class_word": SUBJECTS[name].object,
-                "output_dir": str(out / name / str(seed)),
-                "validation_prompts": [],
-                "seed": seed,
-                "overwrite": True,
-                **settings,
-            },
-        )
+        config = self.config(name, seed, settings, out, captions=captions)
+        started = time.perf_counter()
         with train(config, progress=False) as run:
             for _ in run:
                 pass
+        wall = time.perf_counter() - started
         images = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
         looks = looks_of(self.classifier, images)
-        sets = prompt_sets(looks, config.trigger, count)
-        how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
-        key = (name, count, config.guidance_scale)
-        if key not in self._base:
-            self._base[key] = draw_rows(self.pipe, self.classifier, looks, sets, group=group, adapted=False, **how)
+        sets = prompt_sets(looks, config.trigger, count, salt=group)
+        how: Any = {"group": group, "steps": config.sampling_steps, "guidance": config.guidance_scale}
+        rows = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)
         load_oft_weights(self.pipe, run.result.adapter, adapter_name="subject")
-        adapted = draw_rows(self.pipe, self.classifier, looks, sets, group=group, adapted=True, **how)
+        rows += draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
-        base = [Row(**{**row.to_json(), "group": group}) for row in self._base[key]]
         megabytes = run.result.adapter.stat().st_size / 1e6
-        return Trained(base + adapted, looks.closest(), run.result.seconds, megabytes)
+        return Trained(rows, looks.closest(), run.result.seconds, wall, megabytes)
 
 
-def measure(out: Path) -> None:
+def base_digest() -> str:
+    """Of the weights of base and classifier."""
+    found = hashlib.sha256()
+    for path in (classifier_path(), *sorted(pocket_path().rglob("*.safetensors"))):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def setup_digest(settings: Mapping[str, Any], count: int) -> str:
+    """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures."""
+    told = repr((sorted(settings.items()), count, CONFIG.read_text(), base_digest()))
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def measure(out: Path, device: str) -> None:
     """Every run that is not in the data yet."""
-    done, bench = {row["group"] for row in load(RUNS)}, Bench()
+    setup, bench = setup_digest({}, PICTURES), Bench(device)
+    done = {row["group"] for row in load(RUNS) if row["setup"] == setup}
     for seed in SEEDS:
         for name in FINAL:
             if f"{name}/{seed}" in done:
                 continue
             found = bench.run(name, seed, {}, PICTURES, out)
-            _keep(found)
-            append(
-                RUNS,
-                [{"group": f"{name}/{seed}", "seconds": f"{found.seconds:.1f}", "megabytes": f"{found.megabytes:.3f}"}],
-            )
-            print(f"{name}/{seed}: trained in {found.seconds:.0f} s", flush=True)
+            _keep(found, setup)
+            times = {"training": f"{found.training:.1f}", "wall": f"{found.wall:.1f}"}
+            row = {"setup": setup, "group": f"{name}/{seed}", **times, "megabytes": f"{found.megabytes:.3f}"}
+            append(RUNS, [row], device)
+            print(f"{name}/{seed}: trained in {found.training:.0f} s", flush=True)
 
 
-def _keep(found: Trained) -> None:
+def _keep(found: Trained, setup: str) -> None:
     fresh = not PICTURES_FILE.exists()
+    PICTURES_FILE.parent.mkdir(parents=True, exist_ok=True)
     with PICTURES_FILE.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if fresh:
             writer.writerow(_COLUMNS)
         for r in found.rows:
-            flags = (int(r.adapted), int(r.hit), int(r.faithful))
-            writer.writerow((r.group, r.set, r.prompt, r.seed, *flags, r.nearest, round(found.closest, 5)))
+            read = (int(r.adapted), int(r.hit), r.shared, int(r.faithful), r.nearest, round(found.closest, 5))
+            writer.writerow((setup, r.group, r.set, r.prompt, r.seed, *read))
 
 
 def table() -> str:
-    """One line per subject, and one over all runs with intervals, which resample runs first and pictures second."""
-    finished = {row["group"]: row for row in load(RUNS)}
-    kept = [row for row in load(PICTURES_FILE) if row["group"] in finished]
+    """One line per subject, and one over all runs with intervals; of the newest setup alone."""
+    runs = load(RUNS)
+    finished = {row["group"]: row for row in runs if row["setup"] == runs[-1]["setup"]}
+    kept = [r for r in load(PICTURES_FILE) if r["setup"] == runs[-1]["setup"] and r["group"] in finished]
     closest = {row["group"]: float(row["closest"]) for row in kept}
+    # A run that was cut off while it was written is in the file twice, with the same pictures.
     rows = list({(r.group, r.set, r.prompt, r.seed, r.adapted): r for r in map(_row, kept)}.values())
-    lines = [
-        "| subject | hit | base's | prompt fidelity | base's | preservation | leakage | memorisation | s | MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(group.split("/")[0] for group in finished):
-        own = [group for group in finished if group.startswith(f"{name}/")]
-        lines.append(
-            _line(name, [r for r in rows if r.group in own], closest, [finished[g] for g in own], bounds=False)
-        )
-    lines.append(_line(f"all, {len(finished)} runs", rows, closest, list(finished.values()), bounds=True))
-    return "\n".join(lines)
+    names = list(figures(rows, closest))
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    subjects = dict.fromkeys(group.split("/")[0] for group in finished)
+    lines += [_line(name, [r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
+    lines.append(_line(f"**all {len(finished)} runs**", rows, closest, bounds=True))
+    return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values()))])
 
 
 def _row(row: Mapping[str, str]) -> Row:
-    flags = {name: row[name] == "1" for name in ("adapted", "hit", "faithful")}
     return Row(
-        row["group"], row["set"], row["prompt"], int(row["seed"]), reading={}, nearest=float(row["nearest"]), **flags
+        group=row["group"],
+        set=row["set"],
+        prompt=row["prompt"],
+        seed=int(row["seed"]),
+        adapted=row["adapted"] == "1",
+        reading={},
+        hit=row["hit"] == "1",
+        shared=int(row["shared"]),
+        faithful=row["faithful"] == "1",
+        nearest=float(row["nearest"]),
     )
 
 
-def _line(name: str, rows, closest, runs, *, bounds: bool) -> str:
-    f = figures(rows, closest)
-    shown = [
-        f["subject hit"].adapted, f["subject hit"].base, f["prompt fidelity"].adapted, f["prompt fidelity"].base,
-        f["preservation"].difference, f["leakage"].adapted, f["memorisation"].adapted,
-    ]  # fmt: skip
-    cells = [
-        f"{100 * i.mean:.1f}" + (f" ({100 * i.low:.1f} to {100 * i.high:.1f}, n = {i.pictures})" if bounds else "")
-        for i in shown
+def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> str:
+    cells = []
+    for key, figure in figures(rows, closest).items():
+        shown = figure.difference if key in ("preservation", "attribute drift") else figure.adapted
+        text = f"{100 * shown.mean:.1f}"
+        if shown is figure.adapted and key != "memorisation":
+            text += f" / {100 * figure.base.mean:.1f}"
+        cells.append(text + (f" ({100 * shown.low:.1f} to {100 * shown.high:.1f})" if bounds else ""))
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the table has no column for."""
+    fidelity = figures(rows, closest)["prompt fidelity"]
+    ratio = fidelity.ratio
+    lines = [
+        "Cells: with the adapter / without it, per cent; preservation and attribute drift: the difference, points."
     ]
-    most = [max(float(run[key]) for run in runs) for key in ("seconds", "megabytes")]
-    return f"| {name} | {' | '.join(cells)} | {most[0]:.0f} | {most[1]:.2f} |"
+    if ratio:
+        lines.append(
+            f"Prompt fidelity is {100 * ratio.mean:.1f} % ({100 * ratio.low:.1f} to {100 * ratio.high:.1f}) of the "
+            f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
+        )
+    longest = {key: max(float(run[key]) for run in runs) for key in ("training", "wall", "megabytes")}
+    lines.append(
+        f"At most {longest['training']:.0f} s of training, {longest['wall']:.0f} s with loading and caching, on "
+        f"{runs[-1]['hardware']}; adapters of at most {longest['megabytes']:.2f} MB."
+    )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-subjects"), help="adapters, losses and reports")
+    parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     options = parser.parse_args()
     if not options.table:
-        measure(options.out)
+        measure(options.out, options.device)
     print(table())
 
 

@@ -6,7 +6,7 @@ import csv
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,24 @@ import torch
 DATA = Path(__file__).parent / "data"
 
 
-def environment() -> dict[str, str]:
-    """Where and with what a measurement was made."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+def environment(device: str) -> dict[str, str]:
+    """On which device, and with what, a measurement was made."""
+    hardware = _processor() if device == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "hardware": device,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware,
         "threads": str(torch.get_num_threads()),
         **{name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers", "oft-diffusion")},
     }
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, Any]], device: str = "cpu") -> None:
     """Append rows; a new file gets a header. All rows of a file have the same columns.
 
     Raises:
         ValueError: the file has other columns.
     """
-    complete = [{**environment(), **row} for row in rows]
+    complete = [{**environment(device), **row} for row in rows]
     columns = list(complete[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()

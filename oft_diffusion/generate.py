@@ -32,7 +32,7 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 4,
-    on_picture: Callable[[Picture, int], None] | None = None,
+    on_picture: Callable[[Picture, int], object] | None = None,
 ) -> list[Picture]:
     """One picture per seed. A seed gives the same noise whatever the batch or device (it is drawn on the CPU).
 

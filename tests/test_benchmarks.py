@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import random
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pocket_base, pocket_recipe, pocket_subjects, records
+from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
 
@@ -33,32 +35,55 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_subjects_table_is_made_of_finished_runs_alone(files: Path) -> None:
+def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(files: Path) -> None:
     with (files / "pictures.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(pocket_subjects._COLUMNS)
-        for group, hits in (("bow_cat/0", 3), ("merry_boat/0", 1), ("merry_boat/1", 4)):
+        for setup, group, hits in (("old", "bow_cat/0", 0), ("new", "bow_cat/0", 3), ("new", "captain_mug/0", 1)):
             for name in SETS:
                 for i in range(4):
                     for adapted in (0, 1):
                         hit = int(adapted and i < hits and name == "subject")
-                        writer.writerow((group, name, "a cat", i, adapted, hit, 1, 0.3, 0.2))
-    run = {"seconds": "50", "megabytes": "0.6"}
-    records.append(
-        files / "runs.csv", [{"group": "bow_cat/0", **run}, {"group": "merry_boat/0", **run, "seconds": "70"}]
-    )
-    cat, boat, everything = pocket_subjects.table().splitlines()[2:]
-    assert cat.startswith("| bow_cat | 75.0 | 0.0 | 100.0 | 100.0 | 0.0 | 0.0 | 0.0 | 50 |")
-    assert boat.startswith("| merry_boat | 25.0 |"), "the run that was cut off does not count"
-    assert everything.startswith("| all, 2 runs | 50.0 (")
-    assert "n = 8" in everything
-    assert everything.endswith("| 70 | 0.60 |")
+                        writer.writerow((setup, group, name, "a cat", i, adapted, hit, 0, 1, 0.3, 0.2))
+    run = {"training": "50", "wall": "60", "megabytes": "0.6"}
+    records.append(files / "runs.csv", [{"setup": setup, "group": "bow_cat/0", **run} for setup in ("old", "new")])
+    text = pocket_subjects.table().splitlines()
+    assert len(text) == 8
+    assert text[2].startswith("| bow_cat | 75.0 / 0.0 | 100.0 / 100.0 | 0.0 / 0.0 | 0.0 | 0.0 |")
+    assert text[3].startswith("| **all 1 runs** | 75.0 / 0.0 (")
+    assert "4 pairs" in text[6]
+    assert "50 s of training, 60 s" in text[7]
+
+
+def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def run(self: object, name: str, seed: int, *_: object) -> pocket_subjects.Trained:
+        measured.append(f"{name}/{seed}")
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        rows = [
+            Row(f"{name}/{seed}", set_name, "a cat", i, adapted, {}, adapted, 0, True, 0.3)
+            for set_name in SETS for i in range(2) for adapted in (True, False)
+        ]  # fmt: skip
+        return pocket_subjects.Trained(rows, 0.2, 50.0, 60.0, 0.6)
+
+    monkeypatch.setattr(pocket_subjects, "FINAL", ("bow_cat", "captain_mug"))
+    monkeypatch.setattr(pocket_subjects, "SEEDS", (0,))
+    monkeypatch.setattr(pocket_subjects.Bench, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        pocket_subjects.measure(files, "cpu")
+    pocket_subjects.measure(files, "cpu")
+    assert measured == ["bow_cat/0", "captain_mug/0", "captain_mug/0"]
+    assert "**all 2 runs** | 100.0 / 0.0" in pocket_subjects.table()
 
 
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"steps": 1, "sampling_steps": 1}
     monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": False}})
-    monkeypatch.setattr(pocket_recipe, "SUBJECTS", ("party_car",))
+    monkeypatch.setattr(pocket_recipe, "SUBJECTS", ("dozy_house",))
     monkeypatch.setattr(pocket_recipe, "PICTURES", 1)
     pocket_recipe.measure(files / "runs", ["one"])
     first = records.load(files / "recipe.csv")
@@ -75,16 +100,18 @@ def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:
     assert pocket_recipe.score(0.8, 1.0, 0.1, 0.25) == pytest.approx(0.7)
 
 
-def test_the_base_table_shows_the_newest_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_table_shows_the_newest_base_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pocket_base, "FILE", tmp_path / "base.csv")
-    for value in (0.5, 1.0):
-        records.append(tmp_path / "base.csv", pocket_base.rows_of("drawn", {"hat": [value]}))
-    assert pocket_base.table().splitlines()[2:] == ["| drawn | hat | 1.0000 | 1.0000 to 1.0000 | 1 |"]
+    for base, value in (("old", 0.5), ("new", 1.0)):
+        rows = pocket_base.rows_of("drawn", {"hat": [value] * 20})
+        records.append(tmp_path / "base.csv", [{"base": base, **row} for row in rows])
+    [line] = [line for line in pocket_base.table().splitlines() if "hat" in line]
+    assert line.startswith("| drawn | hat | 1.0000 | 0.8")
+    assert line.endswith("to 1.0000 (95 %) | 20 |")
 
 
-def test_diversity_is_one_for_an_even_draw_and_zero_for_one_hat() -> None:
-    values = ATTRIBUTES["hat"]
-    other = {name: choices[0] for name, choices in ATTRIBUTES.items()}
-    even = pocket_base.diversity([{**other, "hat": value} for value in values])
-    assert even["hat"] == [pytest.approx(1)]
-    assert even["face"] == [0]
+def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
+    rng, hats = random.Random(1), ATTRIBUTES["hat"]
+    even = [pocket_base.diversity([{"hat": rng.choice(hats)} for _ in range(20)], "hat") for _ in range(20)]
+    assert sum(even) / 20 == pytest.approx(1, abs=0.05)
+    assert pocket_base.diversity([{"hat": "bow"}] * 20, "hat") == 0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 RESAMPLES = 2000
 _Z = 1.96
 
-Group = tuple[Hashable, ...]
+Tree: TypeAlias = "list[Tree] | np.ndarray"
+Group: TypeAlias = tuple[Hashable, ...]
 """What a picture belongs to, from the outside in: `("bow_cat", 0)` is the first run of the subject bow_cat."""
 
 
@@ -79,7 +80,7 @@ def _bootstrap(
     return Interval(float(statistic(data)), float(low), float(high), len(data))
 
 
-def _nested(data: np.ndarray, groups: list[Group]) -> list | np.ndarray:
+def _nested(data: np.ndarray, groups: list[Group]) -> Tree:
     """Rows by group: a list per level, an array of rows at the bottom."""
     if not groups[0]:
         return data
@@ -90,7 +91,7 @@ def _nested(data: np.ndarray, groups: list[Group]) -> list | np.ndarray:
     ]
 
 
-def _resampled(tree: list | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _resampled(tree: Tree, rng: np.random.Generator) -> np.ndarray:
     chosen = rng.integers(len(tree), size=len(tree))
     if isinstance(tree, np.ndarray):
         return tree[chosen]

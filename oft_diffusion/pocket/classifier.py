@@ -1,7 +1,8 @@
 """Reads the attributes of a picture of the pocket world: the judge behind `oft_diffusion.evaluation`.
 
 A small convolutional network trained on the world's own pictures (`train_scripts/pretrain_pocket.py`), so that what is
-in a picture is measured and not guessed. Its feature maps also serve as the perceptual loss of the autoencoder.
+in a picture is measured and not guessed. The autoencoder's perceptual loss is a network of the same class, but another
+one, of other widths and from another seed: a judge must not have taught what it judges.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.pocket.world import ATTRIBUTES
 
-_WIDTHS = (32, 64, 128, 160)
+WIDTHS = (24, 48, 96, 192)  # of the shipped one
 
 
 def classifier_path() -> Path:
@@ -46,16 +47,16 @@ class AttributeClassifier(nn.Module):
     which the world lists the values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, _WIDTHS[0], 3, 2, padding=1)
+        self.stem = nn.Conv2d(3, widths[0], 3, 2, padding=1)
         levels = []
-        for i, width in enumerate(_WIDTHS):
-            first = _Block(_WIDTHS[max(0, i - 1)], width, 1 if i == 0 else 2)
+        for i, width in enumerate(widths):
+            first = _Block(widths[max(0, i - 1)], width, 1 if i == 0 else 2)
             levels.append(first if i == 0 else nn.Sequential(first, _Block(width, width, 1)))
         self.levels = nn.ModuleList(levels)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in _WIDTHS[2:])
-        self.hidden = nn.Sequential(nn.Linear(2 * sum(_WIDTHS[2:]), 256), nn.SiLU())
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[2:])
+        self.hidden = nn.Sequential(nn.Linear(2 * sum(widths[2:]), 256), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
 
     def features(self, x: Tensor) -> list[Tensor]:

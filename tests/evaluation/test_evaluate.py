@@ -1,20 +1,26 @@
 import json
 import random
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from oft_diffusion import inject_oft, load_oft_weights, save_oft_weights
 from oft_diffusion.cli import main
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation import evaluate, looks_of
+from oft_diffusion.evaluation.evaluate import draw_rows
 from oft_diffusion.evaluation.figures import SETS
-from oft_diffusion.evaluation.reading import draw, read
-from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
+from oft_diffusion.evaluation.prompts import prompt
+from oft_diffusion.evaluation.reading import read
+from oft_diffusion.files import AdapterMetadata
+from oft_diffusion.generate import Picture
+from oft_diffusion.pocket import SUBJECTS, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.world import ATTRIBUTES, UNCAPTIONED, render, sample_scene, subject_scenes
+from tests.helpers.tiny_sd import write_tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +69,16 @@ def test_distances_to_the_instance_pictures(classifier):
     assert looks.nearest(images[3]) < 1e-6
     assert looks.closest() > 0.05
     assert looks.nearest(Image.new("RGB", (128, 128))) > looks.closest()
-    small = images[0].convert("RGB").resize((128, 128), Image.Resampling.BOX)
-    assert looks.nearest(Image.fromarray(255 - np.asarray(small))) > 0.1
+    assert looks.nearest(ImageOps.mirror(images[3])) < 1e-6
+    assert looks.nearest(ImageOps.invert(images[3].convert("RGB"))) > 0.1
 
 
 def test_pictures_of_no_one_subject_are_refused(classifier):
     several = [instance_images(name)[0] for name in ("bow_cat", "party_car", "captain_mug")]
     with pytest.raises(ConfigError, match="disagree on object"):
         looks_of(classifier, several)
-    with pytest.raises(ConfigError, match="1 instance pictures do not show one subject"):
+    with pytest.raises(ConfigError, match=r"1 instance image\(s\) do not show one subject"):
         looks_of(classifier, several[:1])
-
-
-def test_a_seed_draws_the_same_picture_in_any_batch(pipe):
-    prompts, seeds = ["a red mug", "a blue cat in a room", "a fish"], [5, 6, 7]
-    one = [image for batch in draw(pipe, prompts, seeds, steps=3, guidance=2.5, batch_size=1) for image in batch]
-    all_at_once = [image for batch in draw(pipe, prompts, seeds, steps=3, guidance=2.5) for image in batch]
-    for a, b in zip(one, all_at_once, strict=True):
-        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2
-    assert np.abs(np.asarray(one[0], dtype=int) - np.asarray(one[1], dtype=int)).mean() > 5
 
 
 @pytest.fixture
@@ -100,23 +97,33 @@ def test_evaluation_draws_every_prompt_with_and_without_the_adapter(pipe, classi
     load_oft_weights(pipe, adapter, adapter_name="wild")
     looks = looks_of(classifier, instance_images("bow_cat"))
     drawn: list[int] = []
-    found = evaluate(
-        pipe, "wild", classifier=classifier, looks=looks, trigger="zwx", count=3, steps=2, on_pictures=drawn.append
-    )
-    assert sum(drawn) == len(found.rows) == 2 * 3 * len(SETS)
+    how: Any = {"classifier": classifier, "looks": looks, "trigger": "zwx", "count": 2, "steps": 1}
+    found = evaluate(pipe, "wild", on_picture=lambda: drawn.append(1), **how)
+    assert sum(drawn) == len(found.rows) == 2 * 2 * len(SETS)
     on = {(r.set, r.prompt, r.seed): r for r in found.rows if r.adapted}
     off = {(r.set, r.prompt, r.seed): r for r in found.rows if not r.adapted}
     assert on.keys() == off.keys()
     assert any(on[key].nearest != off[key].nearest for key in on), "the adapter changed nothing"
-    for r in found.rows:
-        same = {key: r.reading[key] == value for key, value in looks.uncaptioned.items()}
-        assert r.hit == (r.reading["object"] == "cat" and all(same.values()))
     saved = json.loads(found.save(tmp_path / "e.json").read_text())
-    assert saved["figures"]["subject hit"]["adapted"]["pictures"] == 3
+    assert saved["figures"]["subject hit"]["adapted"]["pictures"] == 2
     assert len(saved["rows"]) == len(found.rows)
-    assert "preservation" in found.table()
-    again = evaluate(pipe, "wild", classifier=classifier, looks=looks, trigger="zwx", count=3, steps=2)
-    assert again == found
+    assert [line[0] for line in found.table()[1:]] == [*found.figures]
+    assert evaluate(pipe, "wild", **how) == found
+
+
+def test_a_picture_of_the_subject_is_a_hit_and_nothing_else_is(classifier, monkeypatch):
+    """Drawn by the world instead of by a model, so that what is in each picture is known."""
+    scene = replace(SUBJECTS["bow_cat"].scene("city"), colour="green", pattern="plain")
+    shown = [scene, replace(scene, hat="none"), replace(scene, object="mug"), replace(scene, background="night")]
+    monkeypatch.setattr(
+        "oft_diffusion.evaluation.evaluate.generate", lambda *_, **__: [Picture(render(each), {}) for each in shown]
+    )
+    looks = looks_of(classifier, instance_images("bow_cat"))
+    asked = [prompt("cat", "zwx", colour="green", background="city")] * len(shown)
+    rows = draw_rows(None, classifier, looks, {"recoloured": asked}, group="a/0", adapted=True)
+    found = [(r.hit, r.shared, r.faithful) for r in rows]
+    assert found == [(True, 4, True), (False, 3, True), (False, 4, False), (True, 4, False)]
+    assert len({r.seed for r in rows}) == len(rows)
 
 
 def test_the_verb_prints_and_writes_the_figures(adapter, tmp_path, capsys):
@@ -126,9 +133,9 @@ def test_the_verb_prints_and_writes_the_figures(adapter, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "a cat with accent magenta, face sleepy, hat bow, badge star" in text
     assert "subject hit" in text
-    assert set(json.loads(out.read_text())["figures"]) == {
-        "subject hit", "prompt fidelity", "preservation", "leakage", "memorisation",
-    }  # fmt: skip
+    assert {"subject hit", "prompt fidelity", "preservation", "leakage, other trigger", "memorisation"} <= set(
+        json.loads(out.read_text())["figures"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,8 @@ def test_the_verb_prints_and_writes_the_figures(adapter, tmp_path, capsys):
         (["--subject", "bow_cat", "--instance-dir", "x"], "--subject or --instance-dir"),
         (["--subject", "bow_cat"], "does not say what its trigger is"),
         (["--subject", "bow_cat", "--count", "0"], "--count"),
-        (["--instance-dir", "nowhere"], "nowhere"),
+        (["--instance-dir", "nowhere"], "'nowhere' is no folder"),
+        (["--subject", "bow_cat", "--trigger", "zwx", "--steps", "5000"], "the pipeline refuses these settings"),
     ],
 )
 def test_bad_options_get_one_sentence(adapter, capsys, options, message):
@@ -149,7 +157,23 @@ def test_bad_options_get_one_sentence(adapter, capsys, options, message):
     assert "Traceback" not in error
 
 
-def test_another_base_is_refused_before_anything_is_drawn(adapter, tmp_path, capsys):
-    assert main(["evaluate", str(adapter), "--subject", "bow_cat", "--model", str(tmp_path / "none")]) == 1
-    assert "none" in capsys.readouterr().err
-    assert pocket_path().is_dir()
+def test_another_base_and_another_subject_are_refused(adapter, tmp_path, capsys):
+    other = write_tiny_sd(tmp_path / "sd")
+    assert main(["evaluate", str(adapter), "--subject", "bow_cat", "--model", str(other)]) == 1
+    assert "is no base of the pocket world" in capsys.readouterr().err
+    mug = resaved(adapter, tmp_path / "mug", trigger="zwx", class_word="mug")
+    assert main(["evaluate", str(mug), "--subject", "bow_cat"]) == 1
+    assert "trained on a mug, and the images show a cat" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_evaluated_with_a_warning(adapter, tmp_path, capsys):
+    base = {"name": "pocket", "components": {"unet": "UNet2DConditionModel"}, "fingerprint": "0" * 64}
+    old = resaved(adapter, tmp_path / "old", trigger="zwx", class_word="cat", base=base)
+    assert main(["evaluate", str(old), "--subject", "bow_cat", "--count", "1", "--steps", "1"]) == 0
+    assert "warning: the adapter was trained on another base" in capsys.readouterr().err
+
+
+def resaved(adapter, path, **metadata):
+    pipe = pocket_pipeline()
+    load_oft_weights(pipe, adapter, adapter_name="wild")
+    return save_oft_weights(pipe, path, "wild", AdapterMetadata(components={}, **metadata))

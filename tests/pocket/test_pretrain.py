@@ -1,6 +1,8 @@
 """The script that pretrains the pocket base, and its stages."""
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,9 @@ from oft_diffusion.pocket.model import LATENT_CHANNELS, build_unet, build_vae
 from oft_diffusion.pocket.pretrain import autoencoder, denoiser, latents
 from oft_diffusion.pocket.pretrain.autoencoder import PictureLoss
 from oft_diffusion.pocket.pretrain.captions import NO_CAPTION, NONSENSE, training_caption
+from oft_diffusion.pocket.pretrain.classifiers import export_classifier, worn
 from oft_diffusion.pocket.pretrain.data import rendered, scene_at, to_model, to_pictures
 from oft_diffusion.pocket.pretrain.denoiser import Denoiser
-from oft_diffusion.pocket.pretrain.judge import export_classifier, worn
 from oft_diffusion.pocket.pretrain.latents import condense
 from oft_diffusion.pocket.pretrain.setup import Setup
 from oft_diffusion.pocket.pretrain.stage import Stage
@@ -75,8 +77,6 @@ def test_worn_pictures_are_the_same_pictures_a_little_worse():
 
 def test_the_picture_loss_is_zero_for_equal_pictures_and_sees_a_lost_badge():
     scene = scene_at(0, 3)
-    from dataclasses import replace
-
     real, bare = (to_model(np.asarray(render(replace(scene, badge=b)))[None]) for b in ("star", "none"))
     loss = PictureLoss(load_classifier())
     assert loss(real, real).item() == pytest.approx(0, abs=1e-5)
@@ -149,7 +149,7 @@ def snapshots(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     fixed = ["--pictures", "12", "--batch-size", "2", "--snapshot-every", "2", "--no-bf16"]
-    monkeypatch.setattr("oft_diffusion.pocket.pretrain.judge.BATCH", 2)
+    monkeypatch.setattr("oft_diffusion.pocket.pretrain.classifiers.BATCH", 2)
     monkeypatch.setattr(autoencoder, "BATCH", 2)
     steps = [word for stage in pretrain_pocket.STAGES for word in (f"--{stage}-steps", "4")]
     whole, parts, exported = tmp_path / "whole", tmp_path / "parts", tmp_path / "exported"
@@ -186,21 +186,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     for name, value in pipe.unet.state_dict().items():
         assert torch.equal(value, snapshots(parts)["unet"][f"ema/unet.{name}"].half().float()), name
     AttributeClassifier().load_state_dict(load_file(exported / "classifier.safetensors"))
+    made = json.loads((exported / "pretraining.json").read_text())
+    assert {name: stage["steps"] for name, stage in made["stages"].items()} == dict.fromkeys(pretrain_pocket.STAGES, 4)
 
 
 def setup(out: Path) -> Setup:
     return Setup(out, np.zeros((2, SIZE, SIZE, 3), dtype=np.uint8), 0, CPU, bf16=False, snapshot_every=2)
 
 
-def test_stages_that_are_not_asked_for_stay_as_they_are(tiny, tmp_path, monkeypatch):
-    fixed = ["--pictures", "12", "--batch-size", "2", "--no-bf16"]
-    monkeypatch.setattr(autoencoder, "BATCH", 2)
-    pretrain_pocket.main(["--out", str(tmp_path), *fixed, "--stages", "vae", "--vae-steps", "2"])
+def test_a_stage_that_was_never_trained_is_not_gone_past(tiny, tmp_path):
+    with pytest.raises(TrainingError, match="perception has no snapshot"):
+        pretrain_pocket.main(["--out", str(tmp_path), "--pictures", "4", "--stages", "unet"])
     assert not (tmp_path / "unet.safetensors").exists()
-    before = (tmp_path / "vae.safetensors").read_bytes()
-    pretrain_pocket.main(["--out", str(tmp_path), *fixed, "--stages", "unet", "--unet-steps", "1"])
-    assert (tmp_path / "unet.safetensors").exists()
-    assert (tmp_path / "vae.safetensors").read_bytes() == before
+
+
+def test_latents_and_what_learns_from_them_belong_to_one_autoencoder(tiny, tmp_path):
+    own = replace(setup(tmp_path), pictures=np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8))
+    torch.manual_seed(0)
+    wide = tiny(8).requires_grad_(False)
+    vae, of = autoencoder.condensed(own, wide, "first")
+    first = autoencoder.cached_latents(own, vae, of)
+    again, same = autoencoder.condensed(own, wide, "first")
+    assert same == of
+    assert torch.equal(autoencoder.cached_latents(own, again, same), first)
+    torch.manual_seed(1)
+    other, changed = autoencoder.condensed(own, tiny(8).requires_grad_(False), "second")
+    assert changed != of
+    assert not torch.equal(autoencoder.cached_latents(own, other, changed), first)
+    learner = Denoiser(own, vae, 1, 2, of)
+    learner.train(first)
+    with pytest.raises(TrainingError, match="is of another run"):
+        Denoiser(own, other, 1, 2, changed)
 
 
 def test_the_denoiser_sees_no_held_out_combination(tiny, tmp_path, monkeypatch):
@@ -213,14 +229,14 @@ def test_the_denoiser_sees_no_held_out_combination(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(denoiser, "training_caption", noting)
     count = 60
     assert any(is_held_out(s.object, s.colour, s.pattern, s.background) for s in (scene_at(0, i) for i in range(count)))
-    learner = Denoiser(setup(tmp_path), tiny().requires_grad_(False), 20, batch_size=8)
+    learner = Denoiser(setup(tmp_path), tiny().requires_grad_(False), 20, batch_size=8, of="x")
     learner.train(torch.randn(count, LATENT_CHANNELS, 16, 16))
     assert len(seen) == 160
     assert not [s for s in seen if is_held_out(s.object, s.colour, s.pattern, s.background)]
 
 
 def test_exports_are_whole_folders_that_replace_the_last_one(tiny, tmp_path):
-    learner = Denoiser(setup(tmp_path), tiny(), 1, batch_size=2)
+    learner = Denoiser(setup(tmp_path), tiny(), 1, batch_size=2, of="x")
     before = {k: v.clone() for k, v in learner.unet.state_dict().items()}
     for _ in range(2):
         learner.export(tmp_path / "weights")
@@ -247,3 +263,9 @@ def test_a_snapshot_of_another_run_is_not_gone_on_from(tmp_path):
     for lr, run in ((1e-3, {"seed": 1}), (2e-3, {"seed": 0})):
         with pytest.raises(TrainingError, match="is of another run"):
             Stage(stage.path, layer, lr, 4, run)
+    for _ in range(2):
+        stage.update(layer["layer"](torch.ones(1, 16)).sum())
+    stage.save()
+    assert Stage(stage.path, layer, 1e-3, 4, {"seed": 0}).step == 3
+    with pytest.raises(TrainingError, match="where the learning rate falls already"):
+        Stage(stage.path, layer, 1e-3, 9, {"seed": 0})

@@ -8,18 +8,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oft_diffusion.pocket.classifier import AttributeClassifier
 from oft_diffusion.pocket.model import build_vae
 from oft_diffusion.pocket.pretrain.data import to_model, to_pictures
+from oft_diffusion.pocket.pretrain.latents import condense
 from oft_diffusion.pocket.pretrain.setup import Setup
-from oft_diffusion.pocket.pretrain.stage import Stage, generator
+from oft_diffusion.pocket.pretrain.stage import Stage, digest, generator
 
 WIDE_CHANNELS = 16  # of the autoencoder while it learns: with few channels, some die and take colours with them
 BATCH = 8
 KL_WEIGHT = 3e-5
+POSTERIOR_DEVIATION = 0.1
+CONDENSED_FROM = 2048  # pictures, whose latents' principal components are taken
 LATENT_NOISE = 0.3  # at most, of the decoder's inputs in its own stage: it must forgive a denoiser's errors
 
 
@@ -48,7 +52,7 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1, eps=1e-4)
 
 
-def train_vae(setup: Setup, picture_loss: PictureLoss, steps: int) -> AutoencoderKL:
+def train_vae(setup: Setup, picture_loss: PictureLoss, steps: int) -> tuple[Stage, AutoencoderKL]:
     """The wide autoencoder, with a little of the KL divergence."""
     torch.manual_seed(setup.seed)
     vae = build_vae(WIDE_CHANNELS).to(setup.device)
@@ -75,7 +79,7 @@ def train_vae(setup: Setup, picture_loss: PictureLoss, steps: int) -> Autoencode
 
     stage.run("vae", loss_at, setup.snapshot_every, snapshot)
     stage.put(stage.ema)
-    return vae.eval()
+    return stage, vae.eval()
 
 
 @torch.no_grad()
@@ -89,23 +93,57 @@ def encoded(setup: Setup, vae: AutoencoderKL, count: int) -> Tensor:
     return torch.cat(parts).contiguous()  # whatever layout the convolutions left
 
 
-def cached_latents(setup: Setup, path: Path, vae: AutoencoderKL) -> Tensor:
-    """`encoded` of all pictures, float16, from a file after the first call; sets the autoencoder's scaling factor."""
-    if not path.exists():
+def condensed(setup: Setup, wide: AutoencoderKL, of: str) -> tuple[AutoencoderKL, str]:
+    """The wide autoencoder, whose digest is `of`, condensed once and kept in a file; with its own digest.
+
+    Kept, since the signs of principal components may differ from one machine to the next, and latents with them.
+    """
+    path = setup.out / "condensed.safetensors"
+    vae = build_vae()
+    if _noted(path) != of:
+        vae = condense(wide, encoded(setup, wide, min(CONDENSED_FROM, len(setup.pictures))), POSTERIOR_DEVIATION)
+        _write(path, vae.state_dict(), of)
+    vae.load_state_dict(load_file(path))
+    return vae.to(setup.device).eval(), digest(vae.state_dict())
+
+
+def cached_latents(setup: Setup, vae: AutoencoderKL, of: str) -> Tensor:
+    """`encoded` of all pictures by the autoencoder whose digest is `of`, float16, kept in a file.
+
+    Sets the autoencoder's scaling factor.
+    """
+    path = setup.out / "latents.safetensors"
+    if _noted(path) != of:
         print("encoding the pictures", flush=True)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": encoded(setup, vae, len(setup.pictures)).half()}, partial)
-        partial.replace(path)
+        _write(path, {"latents": encoded(setup, vae, len(setup.pictures)).half()}, of)
     latents = load_file(path)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
     return latents
 
 
-def train_decoder(setup: Setup, vae: AutoencoderKL, latents: Tensor, picture_loss: PictureLoss, steps: int) -> None:
-    """The decoder alone, in place, on latents with noise of varying strength; the encoder stays as it is."""
-    stage = Stage(
-        setup.out / "decoder.safetensors", nn.ModuleDict({"decoder": vae.decoder}), 5e-4, steps, setup.identity()
-    )
+def _noted(path: Path) -> str | None:
+    """What the file was made of."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("of")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], of: str) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"of": of})
+    partial.replace(path)
+
+
+def train_decoder(
+    setup: Setup, vae: AutoencoderKL, latents: Tensor, picture_loss: PictureLoss, steps: int, of: str
+) -> Stage:
+    """The decoder alone, in place, on latents with noise of varying strength; the encoder stays as it is.
+
+    `of` is the digest of the autoencoder that the latents are from.
+    """
+    modules = nn.ModuleDict({"decoder": vae.decoder})
+    stage = Stage(setup.out / "decoder.safetensors", modules, 5e-4, steps, setup.identity(latents=of))
 
     def loss_at(step: int) -> Tensor:
         draw = generator(setup.seed, "decoder", step)
@@ -126,3 +164,4 @@ def train_decoder(setup: Setup, vae: AutoencoderKL, latents: Tensor, picture_los
 
     stage.run("decoder", loss_at, setup.snapshot_every, snapshot)
     stage.put(stage.ema)
+    return stage

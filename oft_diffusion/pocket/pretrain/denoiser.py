@@ -34,9 +34,9 @@ PREVIEW_PROMPTS = (
 
 
 class Denoiser:
-    """Denoiser and text encoder while they learn together."""
+    """Denoiser and text encoder while they learn together, on latents of the autoencoder whose digest is `of`."""
 
-    def __init__(self, setup: Setup, vae: AutoencoderKL, steps: int, batch_size: int) -> None:
+    def __init__(self, setup: Setup, vae: AutoencoderKL, steps: int, batch_size: int, of: str) -> None:
         torch.manual_seed(setup.seed)
         self.setup, self.vae, self.batch_size = setup, vae, batch_size
         self.tokenizer: CLIPTokenizer = build_tokenizer()
@@ -48,7 +48,7 @@ class Denoiser:
         self.recall = nn.Linear(encoder.config.hidden_size, len(self.tokenizer)).to(setup.device)
         self.scheduler = build_scheduler()
         modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder, "recall": self.recall})
-        identity = setup.identity(batch_size=batch_size)
+        identity = setup.identity(batch_size=batch_size, latents=of)
         self.stage = Stage(setup.out / "unet.safetensors", modules, LEARNING_RATE, steps, identity)
 
     def train(self, latents: Tensor) -> None:

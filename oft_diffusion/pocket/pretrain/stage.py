@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -31,7 +32,7 @@ class Stage:
     """
 
     def __init__(self, path: Path, modules: nn.ModuleDict, lr: float, steps: int, run: Mapping[str, Any]) -> None:
-        self.path, self.modules, self.lr, self.steps, self.step = path, modules, lr, steps, 0
+        self.path, self.modules, self.lr, self.steps, self.step, self.seconds = path, modules, lr, steps, 0, 0.0
         self.run_settings = json.dumps({"learning rate": lr, **run}, sort_keys=True)
         self.parameters = dict(modules.named_parameters())
         # Muon takes matrices; a kernel (out, in, h, w) is one of shape (out, in h w), in the same memory.
@@ -50,6 +51,12 @@ class Stage:
         self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
         if path.exists():
             self._load()
+        elif not steps:
+            raise TrainingError(
+                f"the stage {path.stem} has no snapshot {path}",
+                expected="a stage that is trained now, or was trained before",
+                fix=f"name {path.stem} in --stages",
+            )
 
     # The snapshot
 
@@ -69,7 +76,12 @@ class Stage:
         save_file(
             {k: v.contiguous().cpu() for k, v in tensors.items()},
             partial,
-            {"step": str(self.step), "run": self.run_settings},
+            {
+                "step": str(self.step),
+                "steps": str(self.steps or self.step),
+                "seconds": f"{self.seconds:.0f}",
+                "run": self.run_settings,
+            },
         )
         partial.replace(self.path)
 
@@ -83,7 +95,13 @@ class Stage:
                 expected=f"one of {self.run_settings}; it is of {noted.get('run')}",
                 fix="pass the options that it was made with, or another --out",
             )
-        self.step = int(noted["step"])
+        self.step, planned, self.seconds = int(noted["step"]), int(noted["steps"]), float(noted["seconds"])
+        if self.steps not in (0, planned) and self.step > (1 - DECAY) * planned:
+            raise TrainingError(
+                f"the snapshot {self.path} is at step {self.step} of {planned}, where the learning rate falls already",
+                expected=f"{planned} steps, or a change of them before that",
+                fix="leave the number of steps as it was",
+            )
         for name, parameter, optimizer in self._learnt():
             with torch.no_grad():
                 self.parameters[name].copy_(tensors[f"model/{name}"])
@@ -114,6 +132,10 @@ class Stage:
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
         self.step += 1
 
+    def digest(self) -> str:
+        """Of the moving average, which is what later stages build on."""
+        return digest(self.ema)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the modules hold the moving average, and nothing is recorded for gradients."""
@@ -133,11 +155,12 @@ class Stage:
 
     def run(self, name: str, loss_at: Callable[[int], Tensor], every: int, snapshot: Callable[[], None]) -> None:
         """Trains up to `steps`, with a progress line, and a snapshot every so many steps and at the end."""
-        began, first, recent = time.monotonic(), self.step, 0.0
+        began, first, recent, earlier = time.monotonic(), self.step, 0.0, self.seconds
         while self.step < self.steps:
             loss = loss_at(self.step)
             self.update(loss)
             recent = loss.item() if self.step == first + 1 else 0.98 * recent + 0.02 * loss.item()
+            self.seconds = earlier + time.monotonic() - began
             rate = (self.step - first) / (time.monotonic() - began)
             if self.step % 50 == 0 or self.step == self.steps:
                 left = (self.steps - self.step) / rate / 60
@@ -148,6 +171,15 @@ class Stage:
             if self.step % every == 0 or self.step == self.steps:
                 self.save()
                 snapshot()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes, the first 16 digits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

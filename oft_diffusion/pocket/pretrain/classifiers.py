@@ -1,4 +1,4 @@
-"""The stage that trains the classifier, and how well it reads pictures that it has never seen."""
+"""The stages that train the two classifiers: the perception, part of the autoencoder's loss, and the judge."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oft_diffusion.pocket.classifier import AttributeClassifier
+from oft_diffusion.pocket.classifier import WIDTHS, AttributeClassifier
 from oft_diffusion.pocket.pretrain.data import scene_at, to_model
 from oft_diffusion.pocket.pretrain.setup import Setup
 from oft_diffusion.pocket.pretrain.stage import Stage, generator
 from oft_diffusion.pocket.world import ATTRIBUTES
 
 BATCH = 64
+PERCEPTION_WIDTHS = (32, 64, 128, 160)
 LEARNING_RATE = 2e-3
 
 
@@ -37,15 +38,20 @@ def worn(x: Tensor, draw: torch.Generator) -> Tensor:
     return x + 0.08 * torch.rand((len(x), 1, 1, 1), generator=draw) * torch.randn(x.shape, generator=draw)
 
 
-def train_classifier(setup: Setup, steps: int) -> AttributeClassifier:
-    """The classifier, trained, or resumed from its snapshot; the moving average is what is given back."""
-    torch.manual_seed(setup.seed)
-    classifier = AttributeClassifier().to(setup.device)
+def train_classifier(
+    setup: Setup, name: str, steps: int, widths: tuple[int, int, int, int] = WIDTHS
+) -> tuple[Stage, AttributeClassifier]:
+    """One of them, trained, or resumed from its snapshot; its weights are the moving average.
+
+    Everything that is drawn by lot depends on the name, so that two of them share no more than the pictures.
+    """
+    torch.manual_seed(generator(setup.seed, name).initial_seed())
+    classifier = AttributeClassifier(widths).to(setup.device)
     modules = nn.ModuleDict({"classifier": classifier})
-    stage = Stage(setup.out / "classifier.safetensors", modules, LEARNING_RATE, steps, setup.identity())
+    stage = Stage(setup.out / f"{name}.safetensors", modules, LEARNING_RATE, steps, setup.identity())
 
     def loss_at(step: int) -> Tensor:
-        draw = generator(setup.seed, "classifier", step)
+        draw = generator(setup.seed, name, step)
         chosen = torch.randint(len(setup.pictures), (BATCH,), generator=draw)
         labels = labels_of(setup.seed, chosen.tolist())
         x = worn(to_model(setup.pictures[chosen.numpy()]), draw).to(setup.device)
@@ -54,9 +60,9 @@ def train_classifier(setup: Setup, steps: int) -> AttributeClassifier:
         losses = [F.cross_entropy(logits[name].float(), labels[name].to(setup.device)) for name in labels]
         return torch.stack(losses).sum()
 
-    stage.run("classifier", loss_at, setup.snapshot_every, lambda: None)
+    stage.run(name, loss_at, setup.snapshot_every, lambda: None)
     stage.put(stage.ema)
-    return classifier.eval().requires_grad_(False)
+    return stage, classifier.eval().requires_grad_(False)
 
 
 def export_classifier(classifier: nn.Module, path: Path) -> None:
