@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.pocket_subjects import base_digest
 from benchmarks.records import DATA, append, load
-from oft_diffusion.evaluation.evaluate import BATCH, GUIDANCE, STEPS
 from oft_diffusion.evaluation.intervals import mean_interval
+from oft_diffusion.evaluation.measure import BATCH, GUIDANCE, STEPS
 from oft_diffusion.evaluation.prompts import held_out_prompts, prompt
 from oft_diffusion.evaluation.reading import read
 from oft_diffusion.generate import generate

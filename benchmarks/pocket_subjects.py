@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
-from oft_diffusion.evaluation.evaluate import draw_rows, prompt_sets
+from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.training import TrainConfig, train

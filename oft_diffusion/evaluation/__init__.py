@@ -6,10 +6,10 @@ fixed sets of prompts from fixed seeds with and without the adapter, and gives f
 
 from __future__ import annotations
 
-from oft_diffusion.evaluation.evaluate import Evaluation, evaluate
 from oft_diffusion.evaluation.figures import Figure, Row, figures
 from oft_diffusion.evaluation.intervals import Interval
 from oft_diffusion.evaluation.looks import Looks, looks_of
+from oft_diffusion.evaluation.measure import Evaluation, evaluate
 from oft_diffusion.evaluation.prompts import Prompt
 
 __all__ = ["Evaluation", "Figure", "Interval", "Looks", "Prompt", "Row", "evaluate", "figures", "looks_of"]

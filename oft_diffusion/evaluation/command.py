@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.evaluation.evaluate import GUIDANCE, STEPS, evaluate
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import Looks, looks_of
+from oft_diffusion.evaluation.measure import GUIDANCE, STEPS, evaluate
 from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pipeline import load_oft_weights

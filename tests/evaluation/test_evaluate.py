@@ -11,8 +11,8 @@ from oft_diffusion import inject_oft, load_oft_weights, save_oft_weights
 from oft_diffusion.cli import main
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation import evaluate, looks_of
-from oft_diffusion.evaluation.evaluate import draw_rows
 from oft_diffusion.evaluation.figures import SETS
+from oft_diffusion.evaluation.measure import draw_rows
 from oft_diffusion.evaluation.prompts import prompt
 from oft_diffusion.evaluation.reading import read
 from oft_diffusion.files import AdapterMetadata
@@ -116,7 +116,7 @@ def test_a_picture_of_the_subject_is_a_hit_and_nothing_else_is(classifier, monke
     scene = replace(SUBJECTS["bow_cat"].scene("city"), colour="green", pattern="plain")
     shown = [scene, replace(scene, hat="none"), replace(scene, object="mug"), replace(scene, background="night")]
     monkeypatch.setattr(
-        "oft_diffusion.evaluation.evaluate.generate", lambda *_, **__: [Picture(render(each), {}) for each in shown]
+        "oft_diffusion.evaluation.measure.generate", lambda *_, **__: [Picture(render(each), {}) for each in shown]
     )
     looks = looks_of(classifier, instance_images("bow_cat"))
     asked = [prompt("cat", "zwx", colour="green", background="city")] * len(shown)
@@ -152,7 +152,7 @@ def test_the_verb_prints_and_writes_the_figures(adapter, tmp_path, capsys):
 def test_bad_options_get_one_sentence(adapter, capsys, options, message):
     assert main(["evaluate", str(adapter), *options]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert "\nerror: " in f"\n{error}"
     assert message in error
     assert "Traceback" not in error
 

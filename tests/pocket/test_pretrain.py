@@ -15,7 +15,7 @@ from torch import nn
 from oft_diffusion.errors import TrainingError
 from oft_diffusion.pocket.classifier import AttributeClassifier, load_classifier
 from oft_diffusion.pocket.model import LATENT_CHANNELS, build_unet, build_vae
-from oft_diffusion.pocket.pretrain import autoencoder, denoiser, latents
+from oft_diffusion.pocket.pretrain import autoencoder, classifiers, denoiser, latents
 from oft_diffusion.pocket.pretrain.autoencoder import PictureLoss
 from oft_diffusion.pocket.pretrain.captions import NO_CAPTION, NONSENSE, training_caption
 from oft_diffusion.pocket.pretrain.classifiers import export_classifier, worn
@@ -29,6 +29,7 @@ from oft_diffusion.pocket.world import CAPTIONED, SIZE, is_held_out, render, sam
 from train_scripts import pretrain_pocket
 
 CPU = torch.device("cpu")
+SMALL = (16, 16, 16, 16)  # widths of a classifier
 
 
 def test_nonsense_words_are_put_in_before_the_object_and_in_place_of_nothing():
@@ -139,6 +140,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(denoiser, "build_unet", lambda: UNet2DConditionModel.from_config(small_unet))
     monkeypatch.setattr(autoencoder, "build_vae", small_build)
     monkeypatch.setattr(latents, "build_vae", small_build)
+    monkeypatch.setattr(classifiers, "AttributeClassifier", lambda widths: AttributeClassifier(SMALL))
     monkeypatch.setattr(Denoiser, "preview", lambda self: None)
     return small_build
 
@@ -185,7 +187,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     pipe = StableDiffusionPipeline.from_pretrained(exported / "weights")
     for name, value in pipe.unet.state_dict().items():
         assert torch.equal(value, snapshots(parts)["unet"][f"ema/unet.{name}"].half().float()), name
-    AttributeClassifier().load_state_dict(load_file(exported / "classifier.safetensors"))
+    AttributeClassifier(SMALL).load_state_dict(load_file(exported / "classifier.safetensors"))
     made = json.loads((exported / "pretraining.json").read_text())
     assert {name: stage["steps"] for name, stage in made["stages"].items()} == dict.fromkeys(pretrain_pocket.STAGES, 4)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from oft_diffusion.pocket.world import SIZE, Scene, render, sample_scene
 
+WORTH_PROCESSES = 1000  # pictures; fewer are drawn before another process has started
+
 
 def scene_at(seed: int, index: int) -> Scene:
     """The scene of one training picture."""
@@ -26,6 +28,18 @@ def _render_part(path: Path, seed: int, indices: range) -> None:
     pictures.flush()
 
 
+def _render_apart(path: Path, seed: int, count: int, processes: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    parts = [range(k, count, processes) for k in range(processes)]
+    workers = [spawn.Process(target=_render_part, args=(path, seed, part)) for part in parts]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError(f"a rendering process ended with exit code {worker.exitcode}")
+
+
 def rendered(out: Path, count: int, seed: int, processes: int = 2) -> np.ndarray:
     """All training pictures, uint8 (count, 128, 128, 3), rendered by several processes on the first call."""
     path = out / f"pictures-{count}-{seed}.npy"
@@ -33,15 +47,10 @@ def rendered(out: Path, count: int, seed: int, processes: int = 2) -> np.ndarray
         print(f"rendering {count} pictures", flush=True)
         partial = out / "pictures.partial.npy"
         np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3)).flush()
-        spawn = multiprocessing.get_context("spawn")
-        parts = [range(k, count, processes) for k in range(processes)]
-        workers = [spawn.Process(target=_render_part, args=(partial, seed, part)) for part in parts]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            if worker.exitcode:
-                raise RuntimeError(f"a rendering process ended with exit code {worker.exitcode}")
+        if count < WORTH_PROCESSES:
+            _render_part(partial, seed, range(count))
+        else:
+            _render_apart(partial, seed, count, processes)
         partial.rename(path)
     return np.load(path, mmap_mode="r")
 
