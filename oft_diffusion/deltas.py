@@ -102,7 +102,9 @@ class ConstantDeltas:
             # Outside inference mode, or the constants could never take part in a graph later.
             with torch.inference_mode(False), torch.no_grad():
                 flats = self._builder.build(stages, placement[0])
-                self._flats[placement] = [f.to(placement[1], copy=True) for f in flats]
+                # Row by row in memory, whatever they were computed as: some BLAS round a transposed matrix otherwise.
+                layout = torch.contiguous_format
+                self._flats[placement] = [f.to(placement[1], copy=True, memory_format=layout) for f in flats]
             self._builder.forget_deltas()
         return self._flats[placement]
 

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classifier-steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=1250)
     parser.add_argument("--decoder-steps", type=int, default=500)
-    parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--unet-steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32, help="of the denoiser")
     parser.add_argument("--pictures", type=int, default=40000, help="how many are rendered")
     parser.add_argument("--snapshot-every", type=int, default=500)
