@@ -25,6 +25,7 @@ def inject_oft(
     adapter_name: str = "default",
     *,
     layers: Iterable[str] | None = None,
+    hidden_state: int = -1,
 ) -> OFTBank:
     """Adapt a model's linear layers with OFTv2: a pre-hook rotates each target's input.
 
@@ -36,6 +37,8 @@ def inject_oft(
         config: settings; the defaults if None.
         adapter_name: letters, digits, '-' and '_'.
         layers: names of the layers to adapt, as a file lists them; `config.targets` is only noted down then.
+        hidden_state: for a text encoder, the last hidden state that its pipeline takes (`last_hidden_state`): layers
+            behind it could not learn, and are left out.
 
     Returns:
         The component's bank, the same one for every adapter injected. Train `bank.parameters()`; the bank is not
@@ -49,7 +52,10 @@ def inject_oft(
     config = config or OFTConfig()
     model = unwrap(model)
     check_adapter_name(adapter_name)
-    targets = find_targets(model, config.targets) if layers is None else find_layers(model, layers)
+    if layers is None:
+        targets = find_targets(model, config.targets, hidden_state=hidden_state)
+    else:
+        targets = find_layers(model, layers)
     block_size = choose_block_size(targets, config.block_size)
     bank = bank_of(model) or _new_bank(model)
     adapter = Adapter(
