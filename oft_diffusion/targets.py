@@ -32,6 +32,10 @@ _NEVER = re.compile(
     re.IGNORECASE,
 )
 
+# Projections that `share_qkv` may tie: `to_q`, `add_k_proj`, `v_proj`, `query`, `to_q_t`, ...; of one stream and kind.
+_PROJECTION = re.compile(r"(?P<stream>(to_|add_)?)(?P<role>q|k|v|query|key|value)(?P<kind>_proj|_proj_cam|_t|_img)?")
+_CROSS_ATTENTION = re.compile(r"cross|attn2$|_to_(video|audio)_")
+
 # Names of layers that other adapters put inside a target; never targets themselves.
 _FOREIGN = re.compile(r"(^|\.)(lora_[A-Za-z_]+|oft_[A-Za-z_]+)(\.|$)")
 
@@ -113,6 +117,27 @@ def find_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
             fix="use the architecture that these layers belong to",
         )
     return found
+
+
+def tied_projections(model: nn.Module, found: Iterable[Target]) -> dict[str, str]:
+    """Which layers `OFTConfig.share_qkv` gives the generator of another: each by name, with that other's name.
+
+    k and v of an attention read the same input, and so does q, except in cross-attention. Of each group that is among
+    the targets, the first in the model's order keeps the generator.
+    """
+    parents = {normalise_name(name): module for name, module in model.named_modules()}
+    first: dict[tuple[str, str, str, bool], Target] = {}
+    tied: dict[str, str] = {}
+    for target in found:
+        parent, _, leaf = target.name.rpartition(".")
+        projection = _PROJECTION.fullmatch(leaf)
+        if projection is None:
+            continue
+        apart = projection["role"][0] == "q" and _is_cross_attention(parent, parents[parent])
+        keeper = first.setdefault((parent, projection["stream"], projection["kind"] or "", apart), target)
+        if keeper is not target and keeper.in_features == target.in_features:
+            tied[target.name] = keeper.name
+    return tied
 
 
 def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto"]) -> int:
@@ -259,6 +284,12 @@ def _uses_fused_projections(module: nn.Module) -> bool:
         return False
     # diffusers' Attention keeps its flag after unfuse_qkv_projections(); there the processor decides.
     return type(module).__name__ != "Attention" or "Fused" in type(getattr(module, "processor", None)).__name__
+
+
+def _is_cross_attention(name: str, module: nn.Module) -> bool:
+    """Whether q reads another input than k and v. diffusers' older attention says so, of others the name does."""
+    told = getattr(module, "is_cross_attention", None)
+    return told if isinstance(told, bool) else _CROSS_ATTENTION.search(name.rpartition(".")[2]) is not None
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -217,6 +217,7 @@ def test_names_and_strengths_of_the_wrong_type(names: Any, strengths: Any, words
         ({"parametrisation": "exp"}, "parametrisation='exp'"),
         ({"neumann_order": 0}, "neumann_order=0"),
         ({"scaled": 1}, "scaled=1"),
+        ({"share_qkv": "q"}, "share_qkv='q'"),
         ({"coft_eps": 0.0}, "coft_eps=0.0"),
         ({"coft_eps": float("nan")}, "coft_eps=nan"),
     ],

@@ -9,106 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    EasyAnimateTransformer3DModel,
-    HunyuanVideo15Transformer3DModel,
-    JoyImageEditTransformer3DModel,
-    MochiTransformer3DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from oft_diffusion import OFTConfig, inject_oft
 from oft_diffusion.targets import architecture_of, find_layers, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
+from tests.helpers import tiny_denoisers as tiny
 from tests.library.support import excite, tiny_unet
 
-TEXT = torch.randn(1, 5, 32)
 
-
-def sd3() -> tuple[Any, dict[str, Any]]:
-    model = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
-        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=8, in_channels=4, out_channels=4,
-        dual_attention_layers=(0,),
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "encoder_hidden_states": TEXT,
-        "pooled_projections": TEXT[:, 0],
-        "timestep": torch.tensor([500.0]),
-    }
-
-
-def qwen_image() -> tuple[Any, dict[str, Any]]:
-    model = QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(8, 4, 4),
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(1, 16, 16),
-        "encoder_hidden_states": TEXT,
-        "encoder_hidden_states_mask": torch.ones(1, 5),
-        "timestep": torch.tensor([0.5]),
-        "img_shapes": [(1, 4, 4)],
-    }
-
-
-def mochi() -> tuple[Any, dict[str, Any]]:
-    model = MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=2, pooled_projection_dim=48, in_channels=4,
-        text_embed_dim=32, time_embed_dim=4, max_sequence_length=5,
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(1, 4, 2, 8, 8),
-        "encoder_hidden_states": TEXT,
-        "timestep": torch.tensor([500.0]),
-        "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
-    }
-
-
-def easy_animate() -> tuple[Any, dict[str, Any]]:
-    model = EasyAnimateTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, num_layers=2,
-        mmdit_layers=2, time_embed_dim=4, text_embed_dim=32, sample_width=8, sample_height=8,
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(1, 4, 2, 8, 8),
-        "encoder_hidden_states": TEXT,
-        "timestep": torch.tensor([500.0]),
-    }
-
-
-def hunyuan_video_15() -> tuple[Any, dict[str, Any]]:
-    model = HunyuanVideo15Transformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_refiner_layers=1, text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=32, rope_axes_dim=(4, 6, 6),
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(1, 4, 2, 4, 4),
-        "encoder_hidden_states": TEXT,
-        "encoder_attention_mask": torch.ones(1, 5),
-        "encoder_hidden_states_2": TEXT,
-        "encoder_attention_mask_2": torch.ones(1, 5),
-        "image_embeds": TEXT,
-        "timestep": torch.tensor([500.0]),
-    }
-
-
-def joy_image() -> tuple[Any, dict[str, Any]]:
-    model = JoyImageEditTransformer3DModel(
-        in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=32, num_layers=2, rope_dim_list=[4, 6, 6]
-    )
-    return model, {
-        "hidden_states": torch.randn(1, 1, 4, 1, 4, 4),
-        "encoder_hidden_states": TEXT,
-        "timestep": torch.tensor([500.0]),
-    }
-
-
-@pytest.mark.parametrize("build", [sd3, qwen_image, mochi, easy_animate, hunyuan_video_15, joy_image])
+@pytest.mark.parametrize(
+    "build", [tiny.sd3, tiny.qwen_image, tiny.mochi, tiny.easy_animate, tiny.hunyuan_video_15, tiny.joy_image]
+)
 def test_what_is_left_out_of_the_last_block_could_not_learn_and_all_else_can(
     build: Callable[[], tuple[Any, dict[str, Any]]],
 ) -> None:

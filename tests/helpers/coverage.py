@@ -318,6 +318,12 @@ TAIL = """## Layers that a pipeline never uses
 Some pipelines take a hidden state before a text encoder's last one. `HIDDEN_STATES` in `oft_diffusion/text_encoders.py`
 says which, and training leaves out the layers behind it. Where a pooled output of the last layer is used as well
 (SDXL's second text encoder, both CLIPs of SD 3, Flux's CLIP), every layer counts.
+
+## One rotation for q, k and v
+
+`OFTConfig(share_qkv=True)` gives the projections of an attention that read the same input one generator: q, k and v of
+each stream, or k and v in cross-attention, where q reads another. A runtime that fuses them into one matrix can then
+hold the adapter exactly. Files hold every layer's tensor, equal ones for tied layers, and any reader can use them.
 """
 
 

@@ -233,6 +233,7 @@ def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_pat
     [
         ({}, {"block_size": 16, "targets": "attention", "parametrisation": "cayley", "scaled": False}, 32),
         ({"scaled": True}, {"scaled": True}, 32),
+        ({"share_qkv": True}, {"share_qkv": True}, 32),
         ({"coft_eps": 1e-3}, {"coft_eps": 1e-3}, 32),
         ({"parametrisation": "cayley_neumann", "neumann_order": 4},
          {"parametrisation": "cayley_neumann", "neumann_order": 4}, 32),
