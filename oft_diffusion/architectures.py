@@ -115,7 +115,7 @@ _Z_IMAGE = row("noise_refiner layers", within("attention", _QKVO), within("feed_
 def _unet(*lists: str, added: str = "") -> Architecture:
     """UNets: lists of transformers in every resolution, or of attentions without a transformer around them."""
     places = " ".join(f"{level}.{name}" for name in lists for level in ("down_blocks.*", "mid_block", "up_blocks.*"))
-    inner = "transformer_blocks.* temporal_transformer_blocks.*"
+    inner = "transformer_blocks.* temporal_transformer_blocks.* transformers.*.transformer_blocks.*"
     return row(
         f"{places} {added}",
         f"{within(inner, _ATTN12)} {_QKVO} add_k_proj add_v_proj",
@@ -226,6 +226,7 @@ DENOISERS: dict[str, Architecture] = {
         "layers",
         within("self_attn", f"{_QKV} to_out {_ADDED}"),
         within("mlp mlp_moe_gen", _GATED),  # dense in spite of its name: the understanding and the generating half
+        idle=f"self_attn.to_q self_attn.to_out {within('mlp', _GATED)}",
     ),
     "CosmosTransformer3DModel": row(
         _DOUBLE, f"{_ATTN12} {within('attn2', 'q_img k_img v_img to_out_img.0')}", _FEED_FORWARD
@@ -262,7 +263,7 @@ DENOISERS: dict[str, Architecture] = {
     "MochiTransformer3DModel": row(
         _DOUBLE, within("attn1", _JOINT), within("ff ff_context", _FF), idle="attn1.add_q_proj"
     ),
-    "MotifVideoTransformer3DModel": _FLUX,
+    "MotifVideoTransformer3DModel": replace(_FLUX, attention=(*_FLUX.attention, *within("cross_attn", _QKVO).split())),
     "SanaVideoTransformer3DModel": row(_DOUBLE, _ATTN12),
     "SanaWMLTX2RefinerTransformer3DModel": _LTX2,
     "SanaWMTransformer3DModel": row(

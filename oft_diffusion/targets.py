@@ -27,8 +27,8 @@ _ATTENTION_LAYER = re.compile(
 _ATTENTION_PART = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP_PART = re.compile(r"(^|_)(mlp|ff|ffn|feed_?forward)($|_)|DenseReluDense", re.IGNORECASE)
 _NEVER = re.compile(
-    r"emb(ed|edd|edder|edding|edders|eddings)?s?($|_|\.)|time_|norm|mod(ulation)?($|_|\.)|adaln|(?<!noise_)refiner|router|"
-    r"(^|\.)(gate|experts?|visual)\.|(^|\.)gate$|vision|lm_head|head$|image_encoder",
+    r"embed|(^|[._])emb($|[._])|time_|norm|modulation|(^|[._])mod($|[._])|adaln|(?<!noise_)refiner|router|"
+    r"(^|\.)(gate|experts?|visual)($|\.)|vision|image_encoder|lm_head|(^|[._])head($|\.)",
     re.IGNORECASE,
 )
 

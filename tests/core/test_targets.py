@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from oft_diffusion import OFTConfig, inject_oft
 from oft_diffusion.targets import architecture_of, find_layers, find_targets
-from oft_diffusion.text_encoders import last_hidden_state
+from oft_diffusion.text_encoders import HIDDEN_STATES, last_hidden_state
 from tests.helpers import tiny_denoisers as tiny
 from tests.library.support import excite, tiny_unet
 
@@ -62,6 +64,19 @@ def test_what_is_left_out_of_the_last_block_could_not_learn_and_all_else_can(
 )
 def test_which_hidden_state_a_pipeline_takes(pipeline: str, component: str, clip_skip: int, state: int) -> None:
     assert last_hidden_state(pipeline, component, clip_skip) == state
+
+
+def test_every_row_of_hidden_states_is_about_a_pipeline_that_there_is() -> None:
+    pipelines = [name for name in dir(diffusers) if "Pipeline" in name]
+    for prefix, states in HIDDEN_STATES.items():
+        of_row = [p for p in pipelines if p.startswith(prefix) and row_of(p) == prefix]
+        assert of_row, prefix
+        for component in states:
+            assert any(component in inspect.signature(getattr(diffusers, p)).parameters for p in of_row), prefix
+
+
+def row_of(pipeline: str) -> str:
+    return max((prefix for prefix in HIDDEN_STATES if pipeline.startswith(prefix)), key=len)
 
 
 @pytest.mark.parametrize(("hidden_state", "layers"), [(-1, 4), (-2, 3), (-4, 1), (3, 3), (1, 1), (4, 4)])

@@ -63,6 +63,7 @@ BUILDS: dict[str, dict[str, Settings]] = {
     "CLIPTextModel": {"SD 1.5": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}},
     "CLIPTextModelWithProjection": {"SDXL": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}},
     "ChatGLMModel": {"": {"original_rope": True}},
+    "ConsisIDTransformer3DModel": {"": {}, "with faces": {"num_layers": 4, "is_train_face": True}},
     "CosmosTransformer3DModel": {"": {}, "with pictures": {"img_context_dim_in": 1152}},
     "DreamLiteTransformer2DModel": {"small": {**_SMALL, "cross_attention_dim": 64}},
     "EasyAnimateTransformer3DModel": {"12B": {"in_channels": 16, "out_channels": 16, "patch_size": 2}},
@@ -110,6 +111,15 @@ BUILDS: dict[str, dict[str, Settings]] = {
         }
     },
     "LuminaNextDiT2DModel": {"2B": {"num_kv_heads": 8, "num_layers": 24}},
+    "MotifVideoTransformer3DModel": {
+        "": {},
+        "with cross-attention": {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
+        },
+    },
     "OmniGenTransformer2DModel": {"v1": {"rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}},
     "SD3Transformer2DModel": {
         "SD 3 medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
