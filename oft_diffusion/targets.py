@@ -202,7 +202,7 @@ def _resolve(model: nn.Module, row: Architecture | None, targets: str | tuple[st
         UserWarning,
         stacklevel=1,  # one place for all callers, so that preflight and injection warn once together
     )
-    return tuple(re.escape(name) for name in names)
+    return ("|".join(map(re.escape, names)),)
 
 
 def _guess(model: nn.Module, target_set: str) -> list[str]:
@@ -221,7 +221,7 @@ def _guess(model: nn.Module, target_set: str) -> list[str]:
             continue
         if target_set == "all-linear" or _is_of_set(name[block.rfind(".") + 1 :], target_set):
             found.append(name)
-    return found
+    return list(dict.fromkeys(found))  # a layer that PEFT wraps is met twice
 
 
 def _is_of_set(inner: str, target_set: str) -> bool:
