@@ -43,7 +43,7 @@ class BypassAudit:
         if not self._watching or self._compiled:
             return
         self._watching = False
-        wanted = {name for stage in stages for name in stage.blocks}
+        wanted = {name for stage in stages for name in stage.layers}
         silent = sorted(name for name in wanted if not hooks[name].fired)
         if not silent:
             self._complete = True

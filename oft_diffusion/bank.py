@@ -210,13 +210,14 @@ class OFTBank(nn.Module):
         """Each layer's generator `(r, b(b-1)/2)` as files hold it, detached: `OFTConfig.scaled` folded in."""
         adapter = self.require(name)
         packed = rotation.effective_generator(self.generators[name].detach(), adapter.config)
-        return dict(zip(adapter.blocks, packed.split(list(adapter.blocks.values())), strict=True))
+        parts = dict(zip(adapter.generators, packed.split(list(adapter.generators.values())), strict=True))
+        return {layer: parts[adapter.tied.get(layer, layer)] for layer in adapter.blocks}
 
     @torch.no_grad()
     def write_generators(self, name: str, effective: Mapping[str, Tensor]) -> None:
-        """Overwrite all layers of an adapter in place (a hot swap), from what `effective_generators` returns."""
+        """Overwrite an adapter in place (a hot swap) by what `effective_generators` returns, equal for tied layers."""
         adapter = self.require(name)
-        flat = torch.cat([effective[layer].detach().to("cpu", torch.float32) for layer in adapter.blocks])
+        flat = torch.cat([effective[layer].detach().to("cpu", torch.float32) for layer in adapter.generators])
         if adapter.config.scaled:
             flat = flat * rotation.generator_divisor(flat.shape[-1])
         self.generators[name].copy_(flat)

@@ -29,6 +29,8 @@ class OFTConfig:
             of b. Files always hold the divided generator, so readers need not know.
         coft_eps: constrained OFT (arXiv 2306.07280, section 3.4): after each optimiser step the Frobenius norm of
             every block's Q is brought to at most this bound. None leaves it free.
+        share_qkv: one generator for the projections of an attention that read the same input: q, k and v, or k and v
+            where q reads another. Runtimes that fuse these projections can then hold the adapter exactly.
 
     Raises:
         ConfigError: a value is outside what is stated above.
@@ -40,6 +42,7 @@ class OFTConfig:
     neumann_order: int = 5
     scaled: bool = False
     coft_eps: float | None = None
+    share_qkv: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):
@@ -57,8 +60,11 @@ class OFTConfig:
                 expected="an integer from 1 to 32, the highest power of Q in the series",
                 fix="use 5, or PEFT's number of terms minus one",
             )
-        if not isinstance(self.scaled, bool):
-            raise ConfigError(f"scaled={self.scaled!r} is not usable", expected="true or false", fix="leave scaled out")
+        for switch in ("scaled", "share_qkv"):
+            if not isinstance(value := getattr(self, switch), bool):
+                raise ConfigError(
+                    f"{switch}={value!r} is not usable", expected="true or false", fix=f"leave {switch} out"
+                )
         if self.coft_eps is not None and not (_is_number(self.coft_eps) and 0 < self.coft_eps < float("inf")):
             raise ConfigError(
                 f"coft_eps={self.coft_eps!r} bounds nothing",

@@ -60,8 +60,8 @@ class DeltaBuilder:
         for member in stage.members:
             delta = self.adapter(member.active, device)
             if member.rows is not None:
-                identity = delta.new_zeros(stage.total_blocks, stage.block_size, stage.block_size)
-                delta = identity.index_copy(0, member.rows.to(device), delta)
+                identity = delta.new_zeros(1, stage.block_size, stage.block_size)
+                delta = torch.cat([delta, identity]).index_select(0, member.rows.to(device))
             result = delta if result is None else rotation.compose_deltas(result, delta)
         assert result is not None
         return result

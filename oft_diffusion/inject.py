@@ -14,7 +14,7 @@ from oft_diffusion.errors import AdapterError, AdapterFileError
 from oft_diffusion.hooks import LayerHook, attach, bank_of, detach, reset_compiler, unwrap
 from oft_diffusion.plan import Adapter, check_adapter_name
 from oft_diffusion.rotation import block_size_of
-from oft_diffusion.targets import canonical_name, choose_block_size, find_layers, find_targets
+from oft_diffusion.targets import canonical_name, choose_block_size, find_layers, find_targets, tied_projections
 
 KEY_SUFFIX = ".oft_R.weight"  # PEFT's name for the tensor
 
@@ -25,6 +25,7 @@ def inject_oft(
     adapter_name: str = "default",
     *,
     layers: Iterable[str] | None = None,
+    hidden_state: int = -1,
 ) -> OFTBank:
     """Adapt a model's linear layers with OFTv2: a pre-hook rotates each target's input.
 
@@ -36,6 +37,8 @@ def inject_oft(
         config: settings; the defaults if None.
         adapter_name: letters, digits, '-' and '_'.
         layers: names of the layers to adapt, as a file lists them; `config.targets` is only noted down then.
+        hidden_state: for a text encoder, the last hidden state that its pipeline takes (`last_hidden_state`): layers
+            behind it could not learn, and are left out.
 
     Returns:
         The component's bank, the same one for every adapter injected. Train `bank.parameters()`; the bank is not
@@ -49,11 +52,17 @@ def inject_oft(
     config = config or OFTConfig()
     model = unwrap(model)
     check_adapter_name(adapter_name)
-    targets = find_targets(model, config.targets) if layers is None else find_layers(model, layers)
+    if layers is None:
+        targets = find_targets(model, config.targets, hidden_state=hidden_state)
+    else:
+        targets = find_layers(model, layers)
     block_size = choose_block_size(targets, config.block_size)
     bank = bank_of(model) or _new_bank(model)
     adapter = Adapter(
-        replace(config, block_size=block_size), block_size, {t.name: t.in_features // block_size for t in targets}
+        replace(config, block_size=block_size),
+        block_size,
+        {t.name: t.in_features // block_size for t in targets},
+        tied_projections(model, targets) if config.share_qkv else {},
     )
     bank.refuse_merged(bank.merged)  # x would meet the new one first, and the order of adapters would change
     bank.add_adapter(adapter_name, adapter)
@@ -123,13 +132,14 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
-        AdapterFileError: layers or shapes differ, or a tensor is not finite; nothing is changed then.
+        AdapterFileError: layers or shapes differ, a tensor is not finite, or layers that share a generator have
+            different ones; nothing is changed then.
     """
     bank = require_bank(model)
-    blocks = bank.require(adapter_name).blocks
+    adapter = bank.require(adapter_name)
     bank.refuse_merged([adapter_name])
     width = bank.generators[adapter_name].shape[-1]
-    wanted = {canonical_name(name): (name, (count, width)) for name, count in blocks.items()}
+    wanted = {canonical_name(name): (name, (count, width)) for name, count in adapter.blocks.items()}
     given = {canonical_name(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}
     problems = [f"{wanted[k][0]} is missing" for k in wanted if k not in given]
     problems += [f"{given[k][0]} matches no layer" for k in given if k not in wanted]
@@ -148,7 +158,15 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
             expected=f"{len(wanted)} tensors of {width} columns (block size {block_size_of(width)})",
             fix="load the adapter onto the architecture and target set it was trained with",
         )
-    bank.write_generators(adapter_name, {wanted[k][0]: given[k][1] for k in wanted})
+    generators = {wanted[k][0]: given[k][1] for k in wanted}
+    for name, keeper in adapter.tied.items():
+        if not torch.equal(generators[name], generators[keeper]):
+            raise AdapterFileError(
+                f"{name} and {keeper} of {bank.component} share one generator, and theirs differ here",
+                expected="equal tensors for the layers that share_qkv ties",
+                fix="load it into an adapter of share_qkv=False",
+            )
+    bank.write_generators(adapter_name, generators)
 
 
 def _new_bank(model: nn.Module) -> OFTBank:

@@ -173,7 +173,7 @@ def _split_active(bank: OFTBank, names: Sequence[str] | None) -> tuple[tuple[Act
 
 def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
     """The weights that these stages rotate, by layer name."""
-    layers = {n: m for n, m in hooked_layers(model).items() if any(n in stage.blocks for stage in stages)}
+    layers = {n: m for n, m in hooked_layers(model).items() if any(n in stage.layers for stage in stages)}
     for name, layer in layers.items():
         _check_weight(name, layer)
     return {name: _weight(layer) for name, layer in layers.items()}

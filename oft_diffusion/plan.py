@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -23,23 +23,36 @@ STRENGTH_MODES: tuple[StrengthMode, ...] = ("rotation", "linear")
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter's settings (block size resolved to a number) and layout: blocks per layer, in the bank's order."""
+    """One adapter's settings (block size resolved to a number) and layout: blocks per layer, in the bank's order.
+
+    A tied layer has no generator of its own: `tied` says whose it uses (`OFTConfig.share_qkv`).
+    """
 
     config: OFTConfig
     block_size: int
     blocks: Mapping[str, int]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def generators(self) -> dict[str, int]:
+        """Blocks per generator, by the layer that keeps it, as the parameter holds them."""
+        return {name: count for name, count in self.blocks.items() if name not in self.tied}
 
     @property
     def total_blocks(self) -> int:
-        return sum(self.blocks.values())
+        return sum(self.generators.values())
+
+    def keeper(self, layer: str) -> str | None:
+        """The layer whose generator a layer uses, mostly its own; None where it is not adapted."""
+        return self.tied.get(layer, layer) if layer in self.blocks else None
 
     def slices(self) -> dict[str, slice]:
-        """Each layer's rows of the adapter's parameter."""
-        result, start = {}, 0
-        for name, count in self.blocks.items():
-            result[name] = slice(start, start + count)
+        """Each layer's rows of the adapter's parameter; those of tied layers coincide."""
+        rows, start = {}, 0
+        for name, count in self.generators.items():
+            rows[name] = slice(start, start + count)
             start += count
-        return result
+        return {name: rows[self.tied.get(name, name)] for name in self.blocks}
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,10 @@ class Active:
 
 @dataclass(frozen=True)
 class Member:
-    """An active adapter in a stage; `rows` are its blocks' places in the stage, None where it has all of them."""
+    """An active adapter in a stage; `rows` says which of its blocks each of the stage's is, None where all are equal.
+
+    One past its last block stands for the identity.
+    """
 
     active: Active
     rows: Tensor | None
@@ -61,19 +77,23 @@ class Member:
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive adapters of one block size, over the union of their layers."""
+    """Consecutive adapters of one block size, over the union of their layers.
+
+    `layers` says which entry of `blocks` each layer uses: layers that are tied in every member have one in common.
+    """
 
     block_size: int
     blocks: Mapping[str, int]
+    layers: Mapping[str, str]
     members: tuple[Member, ...]
 
     @property
     def total_blocks(self) -> int:
         return sum(self.blocks.values())
 
-    def structure(self) -> tuple[int, tuple[tuple[str, int], ...]]:
+    def structure(self) -> tuple[object, ...]:
         """What fixes the shapes of a stage's deltas; strengths and generators may change under it."""
-        return self.block_size, tuple(self.blocks.items())
+        return self.block_size, tuple(self.blocks.items()), tuple(self.layers.items())
 
 
 def make_stages(active: Sequence[Active], adapters: Mapping[str, Adapter]) -> tuple[Stage, ...]:
@@ -88,19 +108,28 @@ def make_stages(active: Sequence[Active], adapters: Mapping[str, Adapter]) -> tu
 
 
 def _make_stage(group: Sequence[Active], adapters: Mapping[str, Adapter]) -> Stage:
-    blocks: dict[str, int] = {}
-    for item in group:
-        blocks.update(adapters[item.name].blocks)
-    total = Adapter(OFTConfig(), adapters[group[0].name].block_size, blocks)
-    places = total.slices()
-    members = []
-    for item in group:
-        layers = adapters[item.name].blocks
-        rows = None
-        if tuple(layers) != tuple(blocks):
-            rows = torch.cat([torch.arange(places[name].start, places[name].stop) for name in layers])
-        members.append(Member(item, rows))
-    return Stage(total.block_size, blocks, tuple(members))
+    members = [adapters[item.name] for item in group]
+    counts = {name: count for member in members for name, count in member.blocks.items()}
+    entries: dict[tuple[str | None, ...], str] = {}
+    layers = {name: entries.setdefault(tuple(m.keeper(name) for m in members), name) for name in counts}
+    blocks = {name: counts[name] for name in entries.values()}
+    return Stage(
+        members[0].block_size,
+        blocks,
+        layers,
+        tuple(Member(item, _rows_in(adapters[item.name], blocks)) for item in group),
+    )
+
+
+def _rows_in(adapter: Adapter, blocks: Mapping[str, int]) -> Tensor | None:
+    if tuple(adapter.generators) == tuple(blocks):
+        return None
+    rows, identity = adapter.slices(), adapter.total_blocks
+    parts = [
+        torch.arange(rows[name].start, rows[name].stop) if name in rows else torch.full((count,), identity)
+        for name, count in blocks.items()
+    ]
+    return torch.cat(parts)
 
 
 def split_by_layer(stages: Sequence[Stage], flats: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
@@ -108,8 +137,9 @@ def split_by_layer(stages: Sequence[Stage], flats: Sequence[Tensor]) -> dict[str
     result: dict[str, tuple[Tensor, ...]] = {}
     for stage, flat in zip(stages, flats, strict=True):
         # One split: slicing layer by layer costs many times as much in backward.
-        for name, view in zip(stage.blocks, flat.split(list(stage.blocks.values())), strict=True):
-            result[name] = (*result.get(name, ()), view)
+        views = dict(zip(stage.blocks, flat.split(list(stage.blocks.values())), strict=True))
+        for name, entry in stage.layers.items():
+            result[name] = (*result.get(name, ()), views[entry])
     return result
 
 

@@ -1,53 +1,40 @@
-"""Which layers to adapt, per architecture, as a table. A new architecture is a new row.
+"""Finding the layers to adapt: by an architecture's row, by a rule where there is none, or by a user's pattern.
 
-Patterns are regular expressions matched against whole layer names, anchored to the block lists, so that nothing
-outside them (final projections, timestep and caption embedders, ...) is ever adapted.
+Patterns are regular expressions matched against whole layer names.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from oft_diffusion.architectures import DENOISERS, TARGET_SETS, Architecture
 from oft_diffusion.errors import TargetError
+from oft_diffusion.text_encoders import TEXT_ENCODERS
 
-TARGET_SETS = ("attention", "attention+mlp", "all-linear")
+ARCHITECTURES: dict[str, Architecture] = {**DENOISERS, **TEXT_ENCODERS}
 
-_UNET_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+"
-_CLIP_LAYER = r"(text_model\.)?encoder\.layers\.\d+"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row: patterns by what they add. `attention+mlp` is attention and mlp, `all-linear` all three."""
-
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...] = ()
-    other: tuple[str, ...] = ()
-
-    def patterns(self, target_set: str) -> tuple[str, ...]:
-        count = TARGET_SETS.index(target_set) + 1
-        return tuple(p for group in (self.attention, self.mlp, self.other)[:count] for p in group)
-
-
-_CLIP = Architecture(
-    attention=(rf"{_CLIP_LAYER}\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",),
-    mlp=(rf"{_CLIP_LAYER}\.mlp\.(fc1|fc2)",),
+# What the rule for architectures without a row takes, inside repeated blocks.
+_ATTENTION_LAYER = re.compile(
+    r"(to_)?(q|k|v|o|out|query|key|value)(_proj|_t)?|\w*qkv\w*|\w*(kv|query_key_value)(_proj)?|add_[qkv]_proj|"
+    r"to_add_out|to_gate|out_layer|(\w*attn_)?proj|proj_attn|dense|c_attn"
+)
+_ATTENTION_PART = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP_PART = re.compile(r"(^|_)(mlp|ff|ffn|feed_?forward)($|_)|DenseReluDense", re.IGNORECASE)
+_NEVER = re.compile(
+    r"embed|(^|[._])emb($|[._])|time_|norm|modulation|(^|[._])mod($|[._])|adaln|(?<!noise_)refiner|router|"
+    r"(^|\.)(gate|experts?|visual)($|\.)|vision|image_encoder|lm_head|(^|[._])head($|\.)",
+    re.IGNORECASE,
 )
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "UNet2DConditionModel": Architecture(
-        attention=(rf"{_UNET_BLOCK}\.transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",),
-        mlp=(rf"{_UNET_BLOCK}\.transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",),
-        other=(rf"{_UNET_BLOCK}\.(proj_in|proj_out)",),  # linear in SD 2.x; SD 1.x's are 1x1 convolutions, left alone
-    ),
-    "CLIPTextModel": _CLIP,
-    "CLIPTextModelWithProjection": _CLIP,
-}
+# Projections that `share_qkv` may tie: `to_q`, `add_k_proj`, `v_proj`, `query`, `to_q_t`, ...; of one stream and kind.
+_PROJECTION = re.compile(r"(?P<stream>(to_|add_)?)(?P<role>q|k|v|query|key|value)(?P<kind>_proj|_proj_cam|_t|_img)?")
+_CROSS_ATTENTION = re.compile(r"cross|attn2$|_to_(video|audio)_")
 
 # Names of layers that other adapters put inside a target; never targets themselves.
 _FOREIGN = re.compile(r"(^|\.)(lora_[A-Za-z_]+|oft_[A-Za-z_]+)(\.|$)")
@@ -62,23 +49,30 @@ class Target:
     in_features: int
 
 
-def find_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[Target]:
+def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, hidden_state: int = -1) -> list[Target]:
     """The layers of `model` that `targets` names, in the model's own order.
 
+    A set's name leaves out layers of the last block that a denoiser throws away. On an architecture without a row it
+    means what the names say, inside repeated blocks, and a warning says so.
+
     Args:
-        model: a diffusers or transformers component, or any module for which patterns are passed.
+        model: a diffusers or transformers component, or any module.
         targets: a set's name (`TARGET_SETS`), one regular expression, or several.
+        hidden_state: for a text encoder, the last hidden state that its pipeline takes (`last_hidden_state`); layers
+            behind it are left out.
 
     Raises:
-        TargetError: the architecture has no row and a set's name was passed; nothing matched; projections are fused;
-            a pattern is no regular expression; a matched layer is no linear layer.
+        TargetError: nothing matched; projections are fused; a pattern is no regular expression; a matched layer is no
+            linear layer.
     """
-    patterns = _compile(_resolve(model, targets))
+    row = architecture_of(model)
+    patterns = _compile(_resolve(model, row, targets))
     _refuse_fused(model)
+    unused = _unused(model, row, hidden_state, drop_idle=targets in TARGET_SETS)
     found: list[Target] = []
     for raw_name, module in model.named_modules():
         name = normalise_name(raw_name)
-        if _FOREIGN.search(raw_name) or not any(p.fullmatch(name) for p in patterns):
+        if name in unused or _FOREIGN.search(raw_name) or not any(p.fullmatch(name) for p in patterns):
             continue
         if hasattr(module, "base_layer"):  # another adapter's wrapper: the layer inside is visited under the same name
             continue
@@ -125,6 +119,27 @@ def find_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
     return found
 
 
+def tied_projections(model: nn.Module, found: Iterable[Target]) -> dict[str, str]:
+    """Which layers `OFTConfig.share_qkv` gives the generator of another: each by name, with that other's name.
+
+    k and v of an attention read the same input, and so does q, except in cross-attention. Of each group that is among
+    the targets, the first in the model's order keeps the generator.
+    """
+    parents = {normalise_name(name): module for name, module in model.named_modules()}
+    first: dict[tuple[str, str, str, bool], Target] = {}
+    tied: dict[str, str] = {}
+    for target in found:
+        parent, _, leaf = target.name.rpartition(".")
+        projection = _PROJECTION.fullmatch(leaf)
+        if projection is None:
+            continue
+        apart = projection["role"][0] == "q" and _is_cross_attention(parent, parents[parent])
+        keeper = first.setdefault((parent, projection["stream"], projection["kind"] or "", apart), target)
+        if keeper is not target and keeper.in_features == target.in_features:
+            tied[target.name] = keeper.name
+    return tied
+
+
 def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto"]) -> int:
     """The block size to use; "auto" is the largest of 64, 32 and 16 that divides every target.
 
@@ -160,19 +175,83 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _resolve(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """The row of a model's class, or of the nearest class that it derives from (FSDP2 makes subclasses)."""
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+
+
+def _resolve(model: nn.Module, row: Architecture | None, targets: str | tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(targets, str):
         return targets
     if targets not in TARGET_SETS:
         return (targets,)
-    row = ARCHITECTURES.get(type(model).__name__)
-    if row is None:
+    if row is not None:
+        return (row.pattern(targets),)
+    names = _guess(model, targets)
+    if not names:
         raise TargetError(
-            f"{type(model).__name__} has no row in the table of target sets",
-            expected=f"one of {', '.join(ARCHITECTURES)} for targets={targets!r}",
+            f"{type(model).__name__} has no row in the table of target sets, and none of its layers looks like "
+            f"targets={targets!r}",
+            expected="a model of the table, or attention projections inside repeated blocks",
             fix=f"pass a regular expression over its layer names; it has {_examples(model)}",
         )
-    return row.patterns(targets)
+    warnings.warn(
+        f"{type(model).__name__} has no row in the table of target sets: {targets!r} is taken to be its "
+        f"{len(names)} layers of that kind inside repeated blocks, such as {names[0]}",
+        UserWarning,
+        stacklevel=1,  # one place for all callers, so that preflight and injection warn once together
+    )
+    return ("|".join(map(re.escape, names)),)
+
+
+def _guess(model: nn.Module, target_set: str) -> list[str]:
+    """Layers by their names, for architectures without a row: inside repeated blocks, that is, ModuleLists."""
+    lists = {normalise_name(n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found = []
+    for raw_name, module in model.named_modules():
+        name = normalise_name(raw_name)
+        if not _is_linear(module) or _FOREIGN.search(raw_name) or _NEVER.search(name):
+            continue
+        parts = name.split(".")
+        parents = [".".join(parts[:end]) for end in range(1, len(parts))]
+        # `to_out` and `net` are ModuleLists too, of the steps of one layer.
+        block = next((p for p in parents[:-1] if p in lists and p.rpartition(".")[2] not in ("to_out", "net")), None)
+        if block is None:
+            continue
+        if target_set == "all-linear" or _is_of_set(name[block.rfind(".") + 1 :], target_set):
+            found.append(name)
+    return list(dict.fromkeys(found))  # a layer that PEFT wraps is met twice
+
+
+def _is_of_set(inner: str, target_set: str) -> bool:
+    """Whether a layer, named from its list of blocks on, belongs to "attention" or "attention+mlp"."""
+    *parents, leaf = re.sub(r"\.0$", "", inner).split(".")
+    if any(_MLP_PART.search(part) for part in parents):
+        return target_set == "attention+mlp"
+    return any(_ATTENTION_PART.search(part) for part in parents) and _ATTENTION_LAYER.fullmatch(leaf) is not None
+
+
+def _unused(model: nn.Module, row: Architecture | None, hidden_state: int, *, drop_idle: bool) -> set[str]:
+    """Layers that cannot learn: behind the last hidden state taken, or idle in the last block."""
+    if row is None or (hidden_state == -1 and not row.idle):
+        return set()
+    places = {}
+    for raw_name, module in model.named_modules():
+        name = normalise_name(raw_name)
+        if _is_linear(module) and (place := row.block_of(name)) is not None:
+            places[name] = place
+    counts: dict[str, int] = {}
+    for blocks, index in places.values():
+        counts[blocks] = max(counts.get(blocks, 0), index + 1)
+    unused = set()
+    for name, (blocks, index) in places.items():
+        count = counts[blocks]
+        used = hidden_state if hidden_state >= 0 else count + 1 + hidden_state
+        inner = name.removeprefix(f"{blocks}.{index}.")
+        if index >= used or (drop_idle and index == count - 1 and row.is_idle(inner)):
+            unused.add(name)
+    return unused
 
 
 def _compile(patterns: Iterable[str]) -> list[re.Pattern[str]]:
@@ -205,6 +284,12 @@ def _uses_fused_projections(module: nn.Module) -> bool:
         return False
     # diffusers' Attention keeps its flag after unfuse_qkv_projections(); there the processor decides.
     return type(module).__name__ != "Attention" or "Fused" in type(getattr(module, "processor", None)).__name__
+
+
+def _is_cross_attention(name: str, module: nn.Module) -> bool:
+    """Whether q reads another input than k and v. diffusers' older attention says so, of others the name does."""
+    told = getattr(module, "is_cross_attention", None)
+    return told if isinstance(told, bool) else _CROSS_ATTENTION.search(name.rpartition(".")[2]) is not None
 
 
 def _is_linear(module: nn.Module) -> bool:

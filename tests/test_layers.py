@@ -26,7 +26,7 @@ class Layer(NamedTuple):
 _HUGGING_FACE = "diffusers transformers accelerate huggingface_hub safetensors"
 _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
-_MATHS = "errors config rotation kernels targets"
+_MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
 _LIBRARY = f"{_ADAPTER} files formats images pipeline load generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
@@ -37,7 +37,9 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/config.py": Layer("errors", ""),
     "oft_diffusion/rotation.py": Layer("errors config", "torch"),
     "oft_diffusion/kernels/": Layer("errors config rotation", "torch triton"),
-    "oft_diffusion/targets.py": Layer("errors config", "torch"),
+    "oft_diffusion/architectures.py": Layer("", ""),
+    "oft_diffusion/text_encoders.py": Layer("architectures", ""),
+    "oft_diffusion/targets.py": Layer("errors architectures text_encoders", "torch"),
     "oft_diffusion/plan.py": Layer(_MATHS, "torch"),
     "oft_diffusion/deltas.py": Layer(f"{_MATHS} plan", "torch"),
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),

@@ -112,6 +112,9 @@ class TrainConfig:
     coft_eps: float | None = field(
         default=None, metadata=_about("adapter", "constrained OFT: bound on each block's Frobenius norm")
     )
+    share_qkv: bool = field(
+        default=False, metadata=_about("adapter", "one generator for q, k and v that read the same input")
+    )
     text_encoder: bool = field(default=False, metadata=_about("adapter", "adapt the text encoder too"))
     init_adapter: str | None = field(default=None, metadata=_about("adapter", "continue from this adapter file"))
 

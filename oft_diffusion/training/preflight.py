@@ -13,6 +13,7 @@ from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, is_writable, load_adapter_file
 from oft_diffusion.targets import choose_block_size, find_targets
+from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
 from oft_diffusion.training.checkpoint import (
     check_resumable,
@@ -217,7 +218,8 @@ def _adapter_bytes(config: TrainConfig, base: Base) -> int:
     """
     size = 0
     for name, settings in config.adapted.items():
-        targets = find_targets(FAMILIES[base.pipeline].skeleton(base, name), settings.targets)
+        used = last_hidden_state(base.pipeline, name)
+        targets = find_targets(FAMILIES[base.pipeline].skeleton(base, name), settings.targets, hidden_state=used)
         block_size = choose_block_size(targets, settings.block_size)
         size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
     return size

@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
+from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.class_images import class_pictures, make_class_images
@@ -132,7 +133,8 @@ def _inject(config: TrainConfig, plan: Plan, family: StableDiffusion) -> dict[st
         start = load_adapter_file(config.init_adapter).components
     for name, settings in config.adapted.items():
         component = getattr(family, name)
-        banks[name] = inject_oft(component, settings, ADAPTER)
+        used = last_hidden_state(plan.base.pipeline, name)
+        banks[name] = inject_oft(component, settings, ADAPTER, hidden_state=used)
         if start is not None:
             load_oft_state_dict(component, start[name], ADAPTER)
         if config.gradient_checkpointing:

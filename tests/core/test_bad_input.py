@@ -98,10 +98,10 @@ def test_a_layer_called_with_keywords_only_is_refused() -> None:
     assert_one_sentence(error, "layer layer was called with keyword arguments only")
 
 
-def test_an_architecture_without_a_row_says_what_to_pass() -> None:
+def test_an_architecture_without_a_row_or_attention_says_what_to_pass() -> None:
     with pytest.raises(TargetError) as error:
         inject_oft(two_layers())
-    assert_one_sentence(error, "Sequential has no row", "UNet2DConditionModel", "regular expression")
+    assert_one_sentence(error, "Sequential has no row", "looks like targets='attention'", "regular expression")
 
 
 def _without(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -217,6 +217,7 @@ def test_names_and_strengths_of_the_wrong_type(names: Any, strengths: Any, words
         ({"parametrisation": "exp"}, "parametrisation='exp'"),
         ({"neumann_order": 0}, "neumann_order=0"),
         ({"scaled": 1}, "scaled=1"),
+        ({"share_qkv": "q"}, "share_qkv='q'"),
         ({"coft_eps": 0.0}, "coft_eps=0.0"),
         ({"coft_eps": float("nan")}, "coft_eps=nan"),
     ],

@@ -71,6 +71,7 @@ def adapters(draw):
             parametrisation=draw(st.sampled_from(["cayley", "cayley_neumann"])),
             neumann_order=draw(st.integers(1, 8)),
             scaled=draw(st.booleans()),
+            share_qkv=draw(st.booleans()),
             coft_eps=draw(st.none() | st.floats(0.01, 10)),
         )
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

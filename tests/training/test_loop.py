@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import load_adapter_file
+from oft_diffusion.text_encoders import HIDDEN_STATES
 from oft_diffusion.training import TrainConfig, TrainingRun, train
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.family import StableDiffusion
@@ -232,6 +233,7 @@ def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_pat
     [
         ({}, {"block_size": 16, "targets": "attention", "parametrisation": "cayley", "scaled": False}, 32),
         ({"scaled": True}, {"scaled": True}, 32),
+        ({"share_qkv": True}, {"share_qkv": True}, 32),
         ({"coft_eps": 1e-3}, {"coft_eps": 1e-3}, 32),
         ({"parametrisation": "cayley_neumann", "neumann_order": 4},
          {"parametrisation": "cayley_neumann", "neumann_order": 4}, 32),
@@ -256,6 +258,16 @@ def test_adapter_settings_reach_the_file(
     assert isinstance(block_size, int)
     assert {tensor.shape[1] for tensor in found.values()} == {block_size * (block_size - 1) // 2}
     assert max(float(tensor.abs().max()) for tensor in found.values()) > 0
+
+
+@pytest.mark.parametrize(("state", "layers"), [(-1, {0, 1}), (-2, {0})])
+def test_text_encoder_layers_that_the_pipeline_never_uses_are_not_adapted(
+    state: int, layers: set[int], config: Config, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HIDDEN_STATES, "StableDiffusion", {"text_encoder": state})
+    _, result = run(config(text_encoder=True))
+    names = load_adapter_file(result.adapter).components["text_encoder"]
+    assert {int(name.partition("layers.")[2].partition(".")[0]) for name in names} == layers
 
 
 def test_coft_bounds_what_the_file_holds(config: Config, run: Run, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def same_adapter(a: Path, b: Path) -> bool:
 SETTINGS = [
     {},
     {"text_encoder": True, "batch_size": 2, "flip": True},
-    {"scaled": True, "accumulation": 2, "cache_latents": False},
+    {"scaled": True, "accumulation": 2, "cache_latents": False, "share_qkv": True},
     {"coft_eps": 0.01, "weight_decay": 0.1, "gradient_checkpointing": True},
 ]
 
