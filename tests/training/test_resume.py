@@ -127,7 +127,7 @@ def test_checkpoints_hold_no_pickle(config: Config, run: Run) -> None:
         config(text_encoder=True, validation_prompts=["a dog"], prior_preservation=True, num_class_images=1)
     )
     files = [p for p in result.adapter.parent.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ".toml", ".png"}
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".toml", ".png", ".html"}
     assert not [p.name for p in files if p.read_bytes()[:1] == b"\x80" or zipfile.is_zipfile(p)]
     assert sorted(p.name for p in Path(str(result.checkpoint)).iterdir()) == [
         "oft_adapter.safetensors", "state.json", "training.safetensors",
