@@ -64,7 +64,9 @@ class DeltaBuilder:
                 delta = torch.cat([delta, identity]).index_select(0, member.rows.to(device))
             result = delta if result is None else rotation.compose_deltas(result, delta)
         assert result is not None
-        return result
+        # Row by row in memory, whatever it was computed as: some BLAS round a transposed matrix otherwise, and a
+        # reloaded or unfused adapter would draw another last bit.
+        return result.contiguous()
 
     def _compute(self, active: Active, device: torch.device) -> Tensor:
         parameter, config = self._generators[active.name], self._adapters[active.name].config
@@ -102,9 +104,7 @@ class ConstantDeltas:
             # Outside inference mode, or the constants could never take part in a graph later.
             with torch.inference_mode(False), torch.no_grad():
                 flats = self._builder.build(stages, placement[0])
-                # Row by row in memory, whatever they were computed as: some BLAS round a transposed matrix otherwise.
-                layout = torch.contiguous_format
-                self._flats[placement] = [f.to(placement[1], copy=True, memory_format=layout) for f in flats]
+                self._flats[placement] = [f.to(placement[1], copy=True) for f in flats]
             self._builder.forget_deltas()
         return self._flats[placement]
 
