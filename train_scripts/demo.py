@@ -26,7 +26,7 @@ OUT = Path("runs/demo")
 GRID = "before_after.png"
 SEEDS = (1, 2, 3, 4)
 CELL = 128
-EVALUATED = 16  # pictures per figure, with and without the adapter
+EVALUATED = 10  # pictures per figure, with and without the adapter
 
 
 def main() -> int:
