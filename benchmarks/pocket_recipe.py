@@ -23,6 +23,7 @@ SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
 PICTURES = 32  # per set, subject and candidate
 
 PRIOR: dict[str, Any] = {"prior_preservation": True, "num_class_images": 64}
+TEXT: dict[str, Any] = {"text_encoder": True, "cache_text_embeddings": False}
 
 
 def _of(learning_rate: float, steps: int, **more: Any) -> dict[str, Any]:
@@ -31,20 +32,16 @@ def _of(learning_rate: float, steps: int, **more: Any) -> dict[str, Any]:
 
 # Round by round; later rounds start from what the earlier ones showed.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "attention, 4e-4, 400 steps": _of(4e-4, 400),
     "attention, 8e-4, 400 steps": _of(8e-4, 400),
     "attention, 1.6e-3, 400 steps": _of(1.6e-3, 400),
-    "attention, 8e-4, 800 steps": _of(8e-4, 800),
-    "attention, 8e-4, 400 steps, no captions": _of(8e-4, 400, captions=False),
-    "attention, 8e-4, 400 steps, text encoder": _of(8e-4, 400, text_encoder=True, cache_text_embeddings=False),
-    "attention, 8e-4, 400 steps, prior": _of(8e-4, 400, **PRIOR),
-    "attention+mlp, 4e-4, 400 steps": _of(4e-4, 400, targets="attention+mlp"),
-    "attention+mlp, 4e-4, 400 steps, prior": _of(4e-4, 400, targets="attention+mlp", **PRIOR),
+    "attention, 1.6e-3, 400 steps, no captions": _of(1.6e-3, 400, captions=False),
+    "attention, 1.6e-3, 400 steps, prior": _of(1.6e-3, 400, **PRIOR),
+    "attention, 1.6e-3, 400 steps, prior, text encoder": _of(1.6e-3, 400, **PRIOR, **TEXT),
     "attention+mlp, 8e-4, 400 steps, prior": _of(8e-4, 400, targets="attention+mlp", **PRIOR),
-    "attention, 8e-4, 400 steps, prior, text encoder": _of(
-        8e-4, 400, text_encoder=True, cache_text_embeddings=False, **PRIOR
-    ),
-    "attention, 8e-4, 400 steps, mirrored": _of(8e-4, 400, flip=True),
+    "attention+mlp, 1.6e-3, 400 steps": _of(1.6e-3, 400, targets="attention+mlp"),
+    "attention+mlp, 1.6e-3, 400 steps, prior": _of(1.6e-3, 400, targets="attention+mlp", **PRIOR),
+    "attention+mlp, 1.6e-3, 400 steps, prior, text encoder": _of(1.6e-3, 400, targets="attention+mlp", **PRIOR, **TEXT),
+    "attention+mlp, 3e-3, 400 steps, prior, text encoder": _of(3e-3, 400, targets="attention+mlp", **PRIOR, **TEXT),
 }
 
 
