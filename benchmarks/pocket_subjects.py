@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
+from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
@@ -95,8 +94,7 @@ class Bench:
             for _ in run:
                 pass
         wall = time.perf_counter() - started
-        images = [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))]
-        looks = looks_of(self.classifier, images)
+        looks = looks_of(self.classifier, instance_images(subjects_path(name)))
         sets = prompt_sets(looks, config.trigger, count, salt=group)
         how: Any = {"group": group, "steps": config.sampling_steps, "guidance": config.guidance_scale}
         rows = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)

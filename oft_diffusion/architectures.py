@@ -288,12 +288,7 @@ DENOISERS: dict[str, Architecture] = {
         within("ffn", _FF),
     ),
     "WanTransformer3DModel": _WAN,
-    "WanVACETransformer3DModel": row(
-        "blocks vace_blocks",
-        f"{_ATTN12} {within('attn2', 'add_k_proj add_v_proj')}",
-        within("ffn", _FF),
-        "proj_in proj_out",
-    ),
+    "WanVACETransformer3DModel": replace(_WAN, blocks=("blocks", "vace_blocks"), other=("proj_in", "proj_out")),
     # Sound.
     "AceStepTransformer1DModel": row("layers", within("self_attn cross_attn", _QKVO), within("mlp", _GATED)),
     "LongCatAudioDiTTransformer": row("blocks", within("self_attn cross_attn", _QKVO), within("ffn.ff", "0 3")),

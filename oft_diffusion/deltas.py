@@ -81,7 +81,8 @@ class DeltaBuilder:
                 fix='use strength 1 or mode="linear", or evaluate under torch.no_grad()',
             )
         if active.strength == 0.0:  # the base, also for a series that has no other powers
-            return torch.zeros_like(rotation.rotation_delta(packed.to(device), config))
+            size = self._adapters[active.name].block_size
+            return packed.new_zeros(len(packed), size, size, device=device)
         parts = self._spectra.get(active.name) or rotation.spectrum(packed, config)
         if not parameter.requires_grad:
             self._spectra[active.name] = parts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from oft_diffusion.architectures import Architecture, row, within
 
+_SELF_ATTENTION = within("self_attn", "q_proj k_proj v_proj o_proj")
+
 # transformers 4 has `text_model.` in CLIPTextModel, 5 has not; CLIPTextModelWithProjection has it in both.
 _CLIP = row(
     "encoder.layers text_model.encoder.layers",
@@ -18,12 +20,12 @@ _T5 = row(
 # Anchored at the start, so that the vision tower of a model that sees pictures, too, and `lm_head` stay outside.
 _LANGUAGE_MODEL = row(
     "layers model.layers language_model.layers model.language_model.layers",
-    within("self_attn", "q_proj k_proj v_proj o_proj"),
+    _SELF_ATTENTION,
     within("mlp", "gate_proj up_proj gate_up_proj down_proj"),
 )
 _T5_GEMMA = row(
     "layers encoder.layers text_model.layers encoder.text_model.layers",
-    within("self_attn", "q_proj k_proj v_proj o_proj"),
+    _SELF_ATTENTION,
     within("mlp", "gate_proj up_proj down_proj"),
 )
 _BERT = row(

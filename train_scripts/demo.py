@@ -14,6 +14,7 @@ from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
 from oft_diffusion.evaluation import Evaluation, evaluate, looks_of
 from oft_diffusion.evaluation.command import aligned
+from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
@@ -139,7 +140,7 @@ def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
 
 def _evaluated(pipe: Any, name: str, config: TrainConfig) -> Evaluation:
     classifier = load_classifier()
-    looks = looks_of(classifier, [Image.open(path) for path in sorted(subjects_path(name).glob("*.png"))])
+    looks = looks_of(classifier, instance_images(subjects_path(name)))
     how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
     return evaluate(pipe, name, classifier=classifier, looks=looks, trigger=config.trigger, count=EVALUATED, **how)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from oft_diffusion.errors import OFTError
+from oft_diffusion.files import write_atomically
 from oft_diffusion.pocket.pretrain.autoencoder import PictureLoss, cached_latents, condensed, train_decoder, train_vae
 from oft_diffusion.pocket.pretrain.classifiers import PERCEPTION_WIDTHS, export_classifier, train_classifier
 from oft_diffusion.pocket.pretrain.data import rendered
@@ -66,7 +67,7 @@ def _write_provenance(args: argparse.Namespace, stages: Sequence[Stage]) -> None
     }
     settings = {name: getattr(args, name) for name in ("pictures", "batch_size", "seed", "bf16", "device")}
     text = json.dumps({"settings": settings, "stages": made}, indent=2) + "\n"
-    (args.export / "pretraining.json").write_text(text, encoding="utf-8")
+    write_atomically(args.export / "pretraining.json", text.encode())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.figures import SETS
-from oft_diffusion.evaluation.looks import Looks, looks_of
+from oft_diffusion.evaluation.looks import Looks, instance_images, looks_of
 from oft_diffusion.evaluation.measure import GUIDANCE, STEPS, evaluate
 from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.load import load_pipeline
@@ -22,7 +22,6 @@ from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import build_tokenizer
 from oft_diffusion.training.base import find_base
-from oft_diffusion.training.data import image_files, read_picture
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,8 +103,7 @@ def _instance_images(options: argparse.Namespace) -> list[Image.Image]:
         raise ConfigError(
             "what the subject looks like is not known", expected="--subject or --instance-dir, not both", fix="give one"
         )
-    folder = options.instance_dir or subjects_path(options.subject)
-    return [read_picture(path) for path in image_files(folder, "--instance-dir")]
+    return instance_images(options.instance_dir or subjects_path(options.subject), "--instance-dir")
 
 
 def _check_base(pipe: Any, name: str) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,7 @@ from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.reading import pixels, read
 from oft_diffusion.pocket.classifier import AttributeClassifier
 from oft_diffusion.pocket.world import UNCAPTIONED
+from oft_diffusion.training.data import image_files, read_picture
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ def looks_of(classifier: AttributeClassifier, images: Sequence[Image.Image]) -> 
         backgrounds=tuple(sorted({r["background"] for r in readings})),
         images=np.stack([pixels(image) for image in images]),
     )
+
+
+def instance_images(folder: Path, name: str = "instance_dir") -> list[Image.Image]:
+    """The images in a folder, as training reads them. Errors call the folder by `name`.
+
+    Raises:
+        DataError: there is no such folder, or an image in it cannot be read.
+    """
+    return [read_picture(path) for path in image_files(folder, name)]
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:

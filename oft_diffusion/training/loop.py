@@ -302,8 +302,9 @@ class TrainingRun:
         self.console.say("drawing the report")
         try:
             sections = self.sections(result) if self.sections else ()
-            stopped = lambda: self.interrupted  # noqa: E731
-            return write_page(parts, self.config, result, self.plan.pictures, sections, stopped=stopped)
+            return write_page(
+                parts, self.config, result, self.plan.pictures, sections, stopped=lambda: self.interrupted
+            )
         except (OFTError, OSError, RuntimeError) as error:
             self.console.say(f"the adapter is saved, but its report cannot be written: {error}")
             return None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oft_diffusion.pocket.classifier import AttributeClassifier
@@ -17,7 +17,7 @@ from oft_diffusion.pocket.model import build_vae
 from oft_diffusion.pocket.pretrain.data import to_model, to_pictures
 from oft_diffusion.pocket.pretrain.latents import condense
 from oft_diffusion.pocket.pretrain.setup import Setup
-from oft_diffusion.pocket.pretrain.stage import Stage, digest, generator
+from oft_diffusion.pocket.pretrain.stage import Stage, digest, generator, write_tensors
 
 WIDE_CHANNELS = 16  # of the autoencoder while it learns: with few channels, some die and take colours with them
 BATCH = 8
@@ -102,7 +102,7 @@ def condensed(setup: Setup, wide: AutoencoderKL, of: str) -> tuple[AutoencoderKL
     vae = build_vae()
     if _noted(path) != of:
         vae = condense(wide, encoded(setup, wide, min(CONDENSED_FROM, len(setup.pictures))), POSTERIOR_DEVIATION)
-        _write(path, vae.state_dict(), of)
+        write_tensors(path, vae.state_dict(), {"of": of})
     vae.load_state_dict(load_file(path))
     return vae.to(setup.device).eval(), digest(vae.state_dict())
 
@@ -115,7 +115,7 @@ def cached_latents(setup: Setup, vae: AutoencoderKL, of: str) -> Tensor:
     path = setup.out / "latents.safetensors"
     if _noted(path) != of:
         print("encoding the pictures", flush=True)
-        _write(path, {"latents": encoded(setup, vae, len(setup.pictures)).half()}, of)
+        write_tensors(path, {"latents": encoded(setup, vae, len(setup.pictures)).half()}, {"of": of})
     latents = load_file(path)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
     return latents
@@ -127,12 +127,6 @@ def _noted(path: Path) -> str | None:
         return None
     with safe_open(path, "pt") as file:
         return (file.metadata() or {}).get("of")
-
-
-def _write(path: Path, tensors: dict[str, Tensor], of: str) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"of": of})
-    partial.replace(path)
 
 
 def train_decoder(

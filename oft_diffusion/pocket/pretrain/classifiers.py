@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oft_diffusion.pocket.classifier import WIDTHS, AttributeClassifier
 from oft_diffusion.pocket.pretrain.data import scene_at, to_model
 from oft_diffusion.pocket.pretrain.setup import Setup
-from oft_diffusion.pocket.pretrain.stage import Stage, generator
+from oft_diffusion.pocket.pretrain.stage import Stage, generator, write_tensors
 from oft_diffusion.pocket.world import ATTRIBUTES
 
 BATCH = 64
@@ -67,6 +66,4 @@ def train_classifier(
 
 def export_classifier(classifier: nn.Module, path: Path) -> None:
     """Writes the classifier as float16 safetensors."""
-    partial = path.with_suffix(".partial")
-    save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, partial)
-    partial.replace(path)
+    write_tensors(path, {k: v.half() for k, v in classifier.state_dict().items()})

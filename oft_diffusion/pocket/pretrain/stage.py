@@ -72,10 +72,9 @@ class Stage:
             tensors[f"model/{name}"] = self.parameters[name].detach()
             tensors[f"ema/{name}"] = self.ema[name]
             tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items() if key != "step"}
-        partial = self.path.with_suffix(".partial")
-        save_file(
-            {k: v.contiguous().cpu() for k, v in tensors.items()},
-            partial,
+        write_tensors(
+            self.path,
+            tensors,
             {
                 "step": str(self.step),
                 "steps": str(self.steps or self.step),
@@ -83,7 +82,6 @@ class Stage:
                 "run": self.run_settings,
             },
         )
-        partial.replace(self.path)
 
     def _load(self) -> None:
         tensors = load_file(self.path)
@@ -171,6 +169,13 @@ class Stage:
             if self.step % every == 0 or self.step == self.steps:
                 self.save()
                 snapshot()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
+    partial.replace(path)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
