@@ -20,41 +20,56 @@ from oft_diffusion.evaluation import figures
 
 FILE = DATA / "pocket_recipe.csv"
 SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
-PICTURES = 32  # per set, subject and candidate
+PICTURES = 32  # per set, subject and candidate, unless a first look takes fewer
 
-PRIOR: dict[str, Any] = {"prior_preservation": True, "num_class_images": 64}
-TEXT: dict[str, Any] = {"text_encoder": True, "cache_text_embeddings": False}
+MLP: dict[str, Any] = {"targets": "attention+mlp"}
+PLAIN: dict[str, Any] = {
+    "prior_preservation": False,
+    "text_encoder": False,
+    "cache_text_embeddings": True,
+    "text_encoder_learning_rate": None,
+}
+PLAIN |= {"prior_target": "noise", "prior_twins": 0, "adam_epsilon": 1e-8, "targets": "attention"}
+PRIOR: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
 
 
 def _of(learning_rate: float, steps: int, **more: Any) -> dict[str, Any]:
     return {"learning_rate": learning_rate, "steps": steps, **more}
 
 
-# Round by round; later rounds start from what the earlier ones showed.
+# Round by round; later rounds start from what the earlier ones showed. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "attention, 8e-4, 400 steps": _of(8e-4, 400),
-    "attention, 1.6e-3, 400 steps": _of(1.6e-3, 400),
-    "attention, 1.6e-3, 400 steps, no captions": _of(1.6e-3, 400, captions=False),
-    "attention, 1.6e-3, 400 steps, prior": _of(1.6e-3, 400, **PRIOR),
-    "attention, 1.6e-3, 400 steps, prior, text encoder": _of(1.6e-3, 400, **PRIOR, **TEXT),
-    "attention+mlp, 8e-4, 400 steps, prior": _of(8e-4, 400, targets="attention+mlp", **PRIOR),
-    "attention+mlp, 1.6e-3, 400 steps": _of(1.6e-3, 400, targets="attention+mlp"),
-    "attention+mlp, 1.6e-3, 400 steps, prior": _of(1.6e-3, 400, targets="attention+mlp", **PRIOR),
-    "attention+mlp, 1.6e-3, 400 steps, prior, text encoder": _of(1.6e-3, 400, targets="attention+mlp", **PRIOR, **TEXT),
-    "attention+mlp, 3e-3, 400 steps, prior, text encoder": _of(3e-3, 400, targets="attention+mlp", **PRIOR, **TEXT),
-}
+    "plain, attention, 8e-4": _of(8e-4, 400, **PLAIN),
+    "plain, attention, 3e-3": _of(3e-3, 400, **PLAIN),
+    "plain, attention+mlp, 3e-3": _of(3e-3, 400, **PLAIN | MLP),
+    "class images, attention+mlp, 3e-3": _of(3e-3, 300, **PLAIN | MLP | PRIOR),
+    "the chosen one": {},
+    "without twins": {"prior_twins": 0},
+    "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
+    "epsilon 1e-8, 2.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 2.5e-3, "text_encoder_learning_rate": 1e-3},
+    "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
+    "attention+mlp, 1e-2": {"learning_rate": 1e-2, **MLP},
+    "trigger zwx": {"trigger": "zwx"},
+    "prior weight 4": {"prior_weight": 4.0},
+    "prior weight 4, 2e-2": {"prior_weight": 4.0, "learning_rate": 2e-2},
+    "prior weight 4, 2.5e-2, min-SNR 5": {
+        "prior_weight": 4.0, "learning_rate": 2.5e-2, "text_encoder_learning_rate": 8e-3, "min_snr_gamma": 5.0,
+    },
+    "1e-2": {"learning_rate": 1e-2},
+    "4 + 2 images, 430 steps, prior weight 3": {"class_batch_size": 2, "steps": 430, "prior_weight": 3.0},
+}  # fmt: skip
 
 
-def measure(out: Path, only: list[str], device: str = "cpu") -> None:
+def measure(out: Path, only: list[str], subjects: list[str], count: int, device: str = "cpu") -> None:
     done, bench = {(row["setup"], row["subject"]) for row in load(FILE)}, Bench(device)
     for name, settings in CANDIDATES.items():
-        setup = setup_digest(settings, PICTURES)
-        for subject in SUBJECTS:
+        setup = setup_digest(settings, count)
+        for subject in subjects:
             if (setup, subject) in done or (only and name not in only):
                 continue
             own = dict(settings)
             captions = own.pop("captions", True)
-            found = bench.run(subject, 0, own, PICTURES, out / name.replace(" ", "-"), captions=captions)
+            found = bench.run(subject, 0, own, count, out, captions=captions)
             f = figures(found.rows, {f"{subject}/0": found.closest})
             row = {
                 "base": base_digest(),
@@ -76,7 +91,7 @@ def measure(out: Path, only: list[str], device: str = "cpu") -> None:
                 "training": f"{found.training:.0f}",
                 "wall": f"{found.wall:.0f}",
                 "megabytes": f"{found.megabytes:.2f}",
-                "pictures": PICTURES,
+                "pictures": count,
             }
             append(FILE, [shown], device)
             print(" ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
@@ -116,11 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
     parser.add_argument("--only", nargs="*", default=[], metavar="CANDIDATE", help="these alone")
+    parser.add_argument("--subjects", nargs="*", default=SUBJECTS, choices=SUBJECTS, help="on these alone")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="per set, subject and candidate")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-recipe"), help="adapters, losses and reports")
     parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     options = parser.parse_args()
     if not options.table:
-        measure(options.out, options.only, options.device)
+        measure(options.out, options.only, options.subjects, options.pictures, options.device)
     print(table())
 
 

@@ -17,9 +17,11 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
@@ -29,11 +31,18 @@ from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.training.config_io import read_toml
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
 FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
 SEEDS = (0, 1)
 PICTURES = 64  # per set and run: 768 pairs behind each line of the pooled table
+# Of the configuration, what no figure depends on.
+_NO_RECIPE = (
+    "instance_dir", "class_word", "output_dir", "validation_prompts", "validation_every", "validation_count",
+    "evaluation_count",
+)  # fmt: skip
+DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
 _COLUMNS = ("setup", "group", "set", "prompt", "seed", "adapted", "hit", "shared", "faithful", "nearest", "closest")
 
@@ -58,13 +67,13 @@ class Trained:
 
 
 class Bench:
-    """The pocket base and its classifier, loaded once."""
+    """The pocket base and its classifier, loaded once; the base's own pictures are drawn once per subject and seed."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self.pipe = pocket_pipeline().to(device)
+        self.pipe = pocket_pipeline(torch_dtype=DTYPE).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier = load_classifier(device)
+        self.base: dict[tuple[str, str, int], list[Row]] = {}
 
     def config(self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: bool) -> TrainConfig:
         """The settings of one run. Its folder is `out/name/seed`."""
@@ -78,10 +87,15 @@ class Bench:
             "class_word": SUBJECTS[name].object,
             "output_dir": str(out / name / str(seed)),
             "validation_prompts": [],
+            "evaluation_count": 0,
             "seed": seed,
             "overwrite": True,
         }
-        return TrainConfig.from_toml(CONFIG, {**own, **settings})
+        config = TrainConfig.from_toml(CONFIG, {**own, **settings})
+        if not config.prior_preservation:
+            return config
+        images = out / "class-images" / f"{name}-{seed}-{_digest(config.class_prompts)}"  # made once
+        return replace(config, class_dir=str(images))
 
     def run(
         self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: bool = True
@@ -94,12 +108,17 @@ class Bench:
             for _ in run:
                 pass
         wall = time.perf_counter() - started
+        if run.result.interrupted:  # half a training is no measurement
+            raise KeyboardInterrupt
         looks = looks_of(self.classifier, instance_images(subjects_path(name)))
         sets = prompt_sets(looks, config.trigger, count, salt=group)
         how: Any = {"group": group, "steps": config.sampling_steps, "guidance": config.guidance_scale}
-        rows = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)
+        asked = (group, config.trigger, count)
+        if asked not in self.base:  # the same for most recipes, and a search asks for it again and again
+            self.base[asked] = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)
+        rows = self.base[asked]
         load_oft_weights(self.pipe, run.result.adapter, adapter_name="subject")
-        rows += draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
+        rows = rows + draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
         megabytes = run.result.adapter.stat().st_size / 1e6
         return Trained(rows, looks.closest(), run.result.seconds, wall, megabytes)
@@ -115,8 +134,12 @@ def base_digest() -> str:
 
 def setup_digest(settings: Mapping[str, Any], count: int) -> str:
     """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures."""
-    told = repr((sorted(settings.items()), count, CONFIG.read_text(), base_digest()))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    recipe = {k: v for k, v in {**read_toml(CONFIG), **settings}.items() if k not in _NO_RECIPE}
+    return _digest((sorted(recipe.items()), count, base_digest()))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def measure(out: Path, device: str) -> None:

@@ -1,21 +1,73 @@
-"""Picture grids with labels, and generation settings inside PNG files."""
+"""Pictures: read from files and folders, put into labelled grids, written with generation settings inside."""
 
 from __future__ import annotations
 
 import bisect
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import DataError, OFTError
 from oft_diffusion.files import write_atomically
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_KINDS = "PNG, JPEG or WebP"
 
 _KEY = "oft_diffusion"
 _PAPER, _INK, _GAP = (255, 255, 255), (24, 24, 27), 6
+
+
+def image_files(folder: Path, knob: str) -> list[Path]:
+    """Image files directly in a folder, by name.
+
+    Raises:
+        DataError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{knob} = {str(folder)!r} is no folder",
+            expected="a folder with images",
+            fix="correct the path; relative ones start at the working directory",
+        )
+    visible = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode an image: upright by its EXIF orientation, RGB, transparency on white.
+
+    Raises:
+        DataError: it cannot be decoded, or is larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                image = ImageOps.exif_transpose(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(
+            f"{path.name} has more pixels than {Image.MAX_IMAGE_PIXELS:,}",
+            expected="a photograph",
+            fix="scale it down first",
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path.name} cannot be decoded ({error})", expected=f"a whole {IMAGE_KINDS} image", fix="replace it"
+        ) from error
+    if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip instead of scale
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def labelled_grid(

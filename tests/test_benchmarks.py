@@ -81,17 +81,15 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
 
 
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"steps": 1, "sampling_steps": 1}
+    quick = {"steps": 1, "sampling_steps": 1, "num_class_images": 1}
     monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": False}})
-    monkeypatch.setattr(pocket_recipe, "SUBJECTS", ("dozy_house",))
-    monkeypatch.setattr(pocket_recipe, "PICTURES", 1)
-    pocket_recipe.measure(files / "runs", ["one"])
+    pocket_recipe.measure(files / "runs", ["one"], ["dozy_house"], 1)
     first = records.load(files / "recipe.csv")
-    pocket_recipe.measure(files / "runs", [])
+    pocket_recipe.measure(files / "runs", [], ["dozy_house"], 1)
     assert records.load(files / "recipe.csv")[:1] == first
     assert [row["candidate"] for row in records.load(files / "recipe.csv")] == ["one", "two, no captions"]
     assert len(pocket_recipe.table().splitlines()) == 4
-    assert not list((files / "runs" / "two,-no-captions").rglob("0*.txt"))
+    assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))
 
 
 def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:

@@ -17,13 +17,13 @@ from oft_diffusion.pocket import SUBJECTS
 from oft_diffusion.training.loop import TrainingRun
 from train_scripts import demo, demo_photographs, render_subjects
 
-QUICK = {"steps": 2, "sampling_steps": 2, "validation_prompts": []}
+QUICK = {
+    "steps": 2, "sampling_steps": 2, "validation_prompts": [], "num_class_images": 1, "prior_twins": 1,
+    "evaluation_count": 1,
+}  # fmt: skip
 
 
-def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "EVALUATED", 1)
+def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     for steps in (3, 2):
         assert demo.run_demo("party_car", out, **{**QUICK, "steps": steps, "overwrite": True}) == 0
@@ -78,7 +78,7 @@ def test_demo_that_is_interrupted_claims_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_photographs_reach_a_grid_as_jpeg_views(tmp_path: Path) -> None:
-    assert demo_photographs.run(tmp_path, ["cat", "rocket"], **QUICK) == 0
+    assert demo_photographs.run(tmp_path, ["cat", "rocket"], **QUICK | {"evaluation_count": 0}) == 0
     views = sorted((tmp_path / "cat" / "views").glob("*.jpg"))
     assert len(views) == demo_photographs.VIEWS
     with Image.open(views[0]) as view:

@@ -12,14 +12,10 @@ from PIL import Image
 
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
-from oft_diffusion.evaluation import Evaluation, evaluate, looks_of
-from oft_diffusion.evaluation.command import aligned
-from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
-from oft_diffusion.pocket.classifier import load_classifier
-from oft_diffusion.report import Pictures, Section, Table
+from oft_diffusion.report import Pictures, Section
 from oft_diffusion.training import TrainConfig, TrainResult, train
 
 CONFIG = Path(__file__).parent / "configs" / "pocket.toml"
@@ -27,7 +23,6 @@ OUT = Path("runs/demo")
 GRID = "before_after.png"
 SEEDS = (1, 2, 3, 4)
 CELL = 128
-EVALUATED = 10  # pictures per figure, with and without the adapter
 
 
 def main() -> int:
@@ -70,7 +65,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     }
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
-    print(f"1/3  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
+    print(f"1/2  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
     with train(config, sections=lambda result: _sections(name, config, result)) as run:
         for _ in run:
             pass
@@ -86,32 +81,20 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
 
 
 def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Section]:
-    """What the demo adds to the run's page: its own grid, and the figures."""
+    """What the demo adds to the run's page: its own grid."""
     out = Path(config.output_dir)
     pipe = pocket_pipeline()
     pipe.set_progress_bar_config(disable=True)
     load_oft_weights(pipe, result.adapter, adapter_name=name)
-    print("2/3  drawing the same prompts before and after", flush=True)
+    print("2/2  drawing the same prompts before and after, and measuring", flush=True)
     grid = _before_and_after(pipe, name, config)
     save_png(grid, out / GRID)
-    print("3/3  measuring: is the subject learnt, is the rest kept", flush=True)
-    found = _evaluated(pipe, name, config)
-    found.save(out / "evaluation.json")
-    header, *rows = found.table()
-    print(aligned([header, *rows]))
     return [
         Pictures(
             "More prompts",
             f"{len(SEEDS)} seeds each, left of the middle the base, right of it the base with the adapter. The last "
             "row does not name the subject, and should not change much.",
             {"Grid of prompts before and after": grid},
-        ),
-        Table(
-            "Figures",
-            f"Read by a classifier in {EVALUATED} pictures per line and side; per cent, with 95 % intervals, which are "
-            "wide for so few pictures. docs/evaluation.md says what each line means.",
-            header,
-            rows,
         ),
     ]
 
@@ -136,13 +119,6 @@ def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
     )
     labels = [f"{len(SEEDS)} x before"] + [""] * (len(SEEDS) - 1) + [f"{len(SEEDS)} x after"]
     return labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
-
-
-def _evaluated(pipe: Any, name: str, config: TrainConfig) -> Evaluation:
-    classifier = load_classifier()
-    looks = looks_of(classifier, instance_images(subjects_path(name)))
-    how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
-    return evaluate(pipe, name, classifier=classifier, looks=looks, trigger=config.trigger, count=EVALUATED, **how)
 
 
 if __name__ == "__main__":

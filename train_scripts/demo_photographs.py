@@ -64,6 +64,7 @@ def run(out: Path, names: Sequence[str] = tuple(PHOTOGRAPHS), **settings: Any) -
             "class_word": class_word,
             "output_dir": str(out / name),
             "overwrite": True,
+            "evaluation_count": 0,  # the classifier reads the pocket world alone
             **settings,
         }
         config = TrainConfig.from_toml(CONFIG, overrides)

@@ -20,7 +20,7 @@ from oft_diffusion.load import load_pipeline
 from oft_diffusion.pipeline import load_oft_weights
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
-from oft_diffusion.pocket.vocabulary import build_tokenizer
+from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
 from oft_diffusion.training.base import find_base
 
 
@@ -67,16 +67,10 @@ def main(argv: Sequence[str]) -> int:
             on_picture=bar.update,
         )
     print("per cent of pictures, with 95 % intervals:")
-    print(aligned(found.table()))
+    print(found.text())
     if options.out:
         print(f"written to {found.save(options.out)}")
     return 0
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,8 +102,7 @@ def _instance_images(options: argparse.Namespace) -> list[Image.Image]:
 
 def _check_base(pipe: Any, name: str) -> None:
     """The classifier reads drawings of the pocket world; anything else it would read wrongly, with confidence."""
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is None or tokenizer.get_vocab() != build_tokenizer().get_vocab():
+    if not is_pocket_tokenizer(getattr(pipe, "tokenizer", None)):
         raise ConfigError(
             f"{name} is no base of the pocket world",
             expected="the shipped one, or one that train_scripts/pretrain_pocket.py made",

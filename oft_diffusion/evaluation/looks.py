@@ -13,9 +13,9 @@ from PIL import Image
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.reading import pixels, read
+from oft_diffusion.images import image_files, read_picture
 from oft_diffusion.pocket.classifier import AttributeClassifier
 from oft_diffusion.pocket.world import UNCAPTIONED
-from oft_diffusion.training.data import image_files, read_picture
 
 
 @dataclass(frozen=True)

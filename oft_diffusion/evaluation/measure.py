@@ -56,6 +56,12 @@ class Evaluation:
             lines.append([name, *shown, str(figure.adapted.pictures)])
         return lines
 
+    def text(self) -> str:
+        """`table` in columns, for a terminal."""
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
 
 def prompt_sets(looks: Looks, trigger: str, count: int, salt: str = "") -> dict[str, list[Prompt]]:
     """The `count` prompts of each of `figures.SETS`.

@@ -13,7 +13,7 @@ from oft_diffusion.pocket.world import BACKGROUNDS, CAPTIONED, COLOURS, OBJECTS,
 
 T = TypeVar("T")
 
-OTHER_TRIGGERS = ("vqk", "zwq", "ohx", "bzw")  # which nobody trained; some near to the usual ones
+OTHER_TRIGGERS = ("vqk", "ohx", "bzw")  # which nobody trained
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,15 @@ def class_prompts(kind: str, count: int, salt: str = "") -> list[Prompt]:
 
 def other_trigger_prompts(kind: str, trigger: str, count: int, salt: str = "") -> list[Prompt]:
     """The class word with triggers that nobody trained."""
-    words = [word for word in OTHER_TRIGGERS if word != trigger.lower()]
+    words = [word for word in (*OTHER_TRIGGERS, near(trigger)) if word != trigger.lower()]
     chosen = _several(list(product(words, [None, *BACKGROUNDS])), count, f"other trigger/{salt}")
     return [prompt(kind, word, background=place) for word, place in chosen]
+
+
+def near(trigger: str) -> str:
+    """A word that shares the first two thirds of a trigger's letters: zwx -> zwq."""
+    kept = trigger.lower()[: len(trigger) * 2 // 3]
+    return kept + "".join("q" if letter != "q" else "k" for letter in trigger.lower()[len(kept) :])
 
 
 def _several(values: Sequence[T], count: int, seed: str) -> list[T]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -78,3 +79,8 @@ def build_tokenizer() -> CLIPTokenizer:
     vocabulary, merges = build_vocabulary([*_world_words(), *COMMON_WORDS])
     # The annotation says strings; the BPE model underneath takes pairs.
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
+
+
+def is_pocket_tokenizer(tokenizer: Any) -> bool:
+    """Whether a base's tokenizer knows the pocket world's words and no others, by which such a base is known."""
+    return tokenizer is not None and tokenizer.get_vocab() == build_tokenizer().get_vocab()

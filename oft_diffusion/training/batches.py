@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class Batch:
 class Batches:
     """All batches of a run, by number.
 
-    Batch m of process p holds the samples `(m P + p) B ... + B - 1` of P processes and batch size B, so that what is
-    learned from does not depend on how it is cut.
+    Batch m of process p holds the samples `(m P + p) B ... + B - 1` of P processes, where B is the batch size, or the
+    class images' own, so that what is learned from does not depend on how it is cut.
     """
 
     def __init__(
@@ -52,15 +53,15 @@ class Batches:
         self.family = family
         self.pictures = {stream: list(found) for stream, found in pictures.items() if found}
         self.device = device
-        self._posteriors: dict[tuple[str, int, bool], Posterior] = {}
+        self._posteriors: dict[tuple[Path, bool], Posterior] = {}
         self._texts: dict[str, Text] = {}
 
     def fill_caches(self, progress: Progress) -> None:
         """Encode once what the config says. Afterwards the VAE, or the text encoder, is not needed for batches."""
         if self.config.cache_latents:
             flips = (False, True) if self.config.flip else (False,)
-            keys = [(s, i, f) for s, found in self.pictures.items() for i in range(len(found)) for f in flips]
-            for key in progress(keys, "encoding pictures"):
+            paths = dict.fromkeys(p.path for found in self.pictures.values() for p in found)
+            for key in progress([(path, flip) for path in paths for flip in flips], "encoding pictures"):
                 self._posteriors[key] = Posterior(*(part.cpu() for part in self._encode(*key)))
         if self.config.cache_text_embeddings:
             with torch.no_grad():
@@ -70,11 +71,12 @@ class Batches:
 
     def at(self, number: int, process: int = 0, processes: int = 1) -> Batch:
         """Batch `number` of a process."""
-        first = (number * processes + process) * self.config.batch_size
+        sizes = {"instance": self.config.batch_size, "class": self.config.class_batch_size or self.config.batch_size}
+        place = number * processes + process
         samples = [
             (stream, self._draw(stream, n))
             for stream in self.pictures
-            for n in range(first, first + self.config.batch_size)
+            for n in range(place * sizes[stream], (place + 1) * sizes[stream])
         ]
         latents = [
             self.family.latents(self._posterior(stream, d), d.posterior_noise).to(self.device) for stream, d in samples
@@ -93,11 +95,11 @@ class Batches:
         return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape, self.family.timesteps)
 
     def _posterior(self, stream: str, d: Draw) -> Posterior:
-        key = (stream, d.index, d.flip and self.config.flip)
+        key = (self.pictures[stream][d.index].path, d.flip and self.config.flip)
         return self._posteriors[key] if key in self._posteriors else self._encode(*key)
 
-    def _encode(self, stream: str, index: int, flip: bool) -> Posterior:
-        pixels = read_pixels(self.pictures[stream][index].path, self.config.resolution)
+    def _encode(self, path: Path, flip: bool) -> Posterior:
+        pixels = read_pixels(path, self.config.resolution)
         return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))
 
     def _text(self, prompt: str) -> Text:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -28,7 +28,11 @@ _NEEDS = {"text_encoder_learning_rate": "text_encoder", "class_dir": "prior_pres
 # keep them while a switch is turned off: hence a note, no error. Prompts are templates, and harmless.
 _IDLE: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
     (("neumann_order",), "parametrisation = 'cayley_neumann'", lambda c: c.parametrisation == "cayley_neumann"),
-    (("prior_weight", "num_class_images"), "prior_preservation = true", lambda c: c.prior_preservation),
+    (
+        ("prior_weight", "prior_target", "class_batch_size", "num_class_images"),
+        "prior_preservation = true",
+        lambda c: c.prior_preservation,
+    ),
     (("validation_every",), "validation_prompts", lambda c: bool(c.validation_prompts)),
     (("config_dir",), "a single-file model", lambda c: Path(c.model).suffix == ".safetensors"),
 )
@@ -112,8 +116,11 @@ def _schedule_problems(config: TrainConfig) -> Iterator[Problem]:
 
 
 def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
-    prompts = {"instance_prompt": config.instance_prompt, "class_prompt": config.class_prompt}
-    prompts |= {f"validation_prompts[{i}]": prompt for i, prompt in enumerate(config.validation_prompts)}
+    prompts = {
+        "instance_prompt": config.instance_prompt,
+    }
+    for knob in ("class_prompts", "validation_prompts"):
+        prompts |= {f"{knob}[{i}]": prompt for i, prompt in enumerate(getattr(config, knob))}
     words: dict[str, list[str]] = {}
     for place, prompt in prompts.items():
         try:
@@ -135,13 +142,33 @@ def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
             fix='use "a photo of {trigger} {class_word}"',
         )
         yield Problem(("instance_prompt",), problem)
-    elif config.prior_preservation and contains(words.get("class_prompt", []), trigger):
+    yield from _class_prompt_problems(config, words)
+    if config.prior_twins and not (config.prior_preservation and config.prior_target == "base"):
         problem = ConfigError(
-            f"class_prompt = {config.class_prompt!r} holds the trigger {config.trigger!r}",
-            expected="a prompt for the class in general",
-            fix='use "a photo of {class_word}"',
+            f"prior_twins = {config.prior_twins} would teach that the pictures do not show the subject",
+            expected='prior_preservation = true and prior_target = "base", so that they teach what the base answers',
+            fix="set both, or leave prior_twins out",
         )
-        yield Problem(("class_prompt",), problem)
+        yield Problem(("prior_twins",), problem)
+
+
+def _class_prompt_problems(config: TrainConfig, words: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    if not config.prior_preservation:
+        return
+    if not config.class_prompts:
+        problem = ConfigError(
+            "prior_preservation has no class_prompts", expected="one or more", fix='use ["a photo of {class_word}"]'
+        )
+        yield Problem(("class_prompts",), problem)
+    trigger = config.trigger.lower().split()
+    for place, said in words.items():
+        if place.startswith("class_prompts") and contains(said, trigger):
+            problem = ConfigError(
+                f"{place} = {' '.join(said)!r} holds the trigger {config.trigger!r}",
+                expected="a prompt for the class in general, or for anything else that shall stay as it is",
+                fix='use "a photo of {class_word}"',
+            )
+            yield Problem(("class_prompts",), problem)
 
 
 def contains(words: Sequence[str], part: Sequence[str]) -> bool:
@@ -149,14 +176,14 @@ def contains(words: Sequence[str], part: Sequence[str]) -> bool:
     return any(list(words[i : i + len(part)]) == list(part) for i in range(len(words) - len(part) + 1))
 
 
-_PROMPTS = ("instance_prompt", "class_prompt", "validation_prompts")
+_PROMPTS = ("instance_prompt", "class_prompts", "validation_prompts")
 
 # (check, the knobs that must be of the right type for it)
 _CONTRADICTIONS = (
     (_adapter_problems, tuple(f.name for f in fields(OFTConfig))),
     (_unused_or_exclusive, (*_NEEDS, *_NEEDS.values(), *(knob for row in _EXCLUSIVE for knob in row[:2]))),
     (_schedule_problems, ("warmup_steps", "steps")),
-    (_prompt_problems, ("trigger", "class_word", "prior_preservation", *_PROMPTS)),
+    (_prompt_problems, ("trigger", "class_word", "prior_preservation", "prior_target", "prior_twins", *_PROMPTS)),
 )
 
 
@@ -168,7 +195,7 @@ def _check_knob(f: Field[Any], value: Any) -> ConfigError | None:
     bounds += [f"above {above:g}"] if above is not None else []
     bounds += [f"at most {high}"] if high is not None else []
     expected = " ".join([_describe(hint), " and ".join(bounds)]).strip()
-    if not _fits(value, hint):
+    if not _fits(value, hint, blank=limits.get("blank", False)):
         shown = nearest(value, get_args(hint)) if get_origin(hint) is Literal and isinstance(value, str) else value
         shown = shown if isinstance(shown, str) and shown != value else repr(value)
         return ConfigError(f"{name} = {shown} is not usable", expected=expected, fix=f"correct {name}")
@@ -180,14 +207,15 @@ def _check_knob(f: Field[Any], value: Any) -> ConfigError | None:
     return None
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Any, hint: Any, *, blank: bool = False) -> bool:
+    """Whether a value is of a knob's type; `blank`: whether a list's texts may be empty."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, h) for h in get_args(hint))
     if origin is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(v, str) and v.strip() for v in value)
+        return isinstance(value, tuple) and all(isinstance(v, str) and (blank or v.strip()) for v in value)
     if hint is float:
         return isinstance(value, float) and math.isfinite(value)
     if hint is int:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from oft_diffusion.errors import DataError
 from oft_diffusion.files import write_atomically
+from oft_diffusion.images import image_files, read_picture
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import Picture, image_files, read_picture
+from oft_diffusion.training.data import Picture, read_caption
 from oft_diffusion.training.family import AT_ONCE, StableDiffusion
 
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
 RECORD = "class_images.json"
 
 
@@ -30,12 +34,14 @@ class ClassImages:
 
     Attributes:
         paths: every image of the full set, made or not.
+        prompts: of each of them: the user's captions, or `class_prompts` in turn.
         missing: indices into `paths` of those still to be made.
         own: whether they are the user's, not ours.
         record: what `class_images.json` says, or shall say.
     """
 
     paths: tuple[Path, ...]
+    prompts: tuple[str, ...]
     missing: tuple[int, ...]
     own: bool
     record: dict[str, Any]
@@ -46,11 +52,11 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
 
     Raises:
         DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken; it
-            is the instance images' folder, or some of the user's own images cannot be decoded.
+            is the instance images' folder, or some of the user's own images or captions cannot be read.
     """
     folder = config.class_folder
-    record = {
-        "prompt": config.fill(config.class_prompt),
+    record: dict[str, Any] = {
+        "prompts": [config.fill(prompt) for prompt in config.class_prompts],
         "base": base.fingerprint(),
         "seed": config.seed,
         "resolution": config.resolution,
@@ -68,12 +74,14 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
         )
     if present and not (folder / RECORD).is_file():
         _decode_all(present)
-        return ClassImages(tuple(present), (), own=True, record=record)
+        own = tuple(read_caption(path.with_suffix(".txt")) or record["prompts"][0] for path in present)
+        return ClassImages(tuple(present), own, (), own=True, record=record)
     if present:
         _compare(folder, record)
     paths = tuple(folder / f"class_{i:05d}.png" for i in range(config.num_class_images))
+    prompts = tuple(islice(cycle(record["prompts"]), len(paths)))
     missing = tuple(i for i, path in enumerate(paths) if not path.is_file())
-    return ClassImages(paths, missing, own=False, record=record)
+    return ClassImages(paths, prompts, missing, own=False, record=record)
 
 
 def _decode_all(paths: list[Path]) -> None:
@@ -132,10 +140,10 @@ def make_class_images(
         write_atomically(images.paths[0].parent / RECORD, json.dumps(record, indent=1).encode())
     mine = list(images.missing[process::processes])
     chunks = [mine[i : i + AT_ONCE] for i in range(0, len(mine), AT_ONCE)]
-    for chunk in progress(chunks, f"class images ({record['prompt']!r})"):
+    for chunk in progress(chunks, "class images"):
         seeds = [random.Random(f"{record['seed']} class image {i}").getrandbits(32) for i in chunk]
         made = family.sample(
-            [record["prompt"]] * len(chunk), seeds, record["resolution"], record["sampling_steps"],
+            [images.prompts[i] for i in chunk], seeds, record["resolution"], record["sampling_steps"],
             record["guidance_scale"],
         )  # fmt: skip
         for index, image in zip(chunk, made, strict=True):
@@ -145,5 +153,20 @@ def make_class_images(
 
 
 def class_pictures(images: ClassImages) -> list[Picture]:
-    """The class images with their prompt."""
-    return [Picture(path, images.record["prompt"]) for path in images.paths]
+    """The class images with their prompts."""
+    return [Picture(path, prompt) for path, prompt in zip(images.paths, images.prompts, strict=True)]
+
+
+def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Picture]:
+    """The instance images under `prior_twins` other prompts each: without the trigger, then with made-up words for it.
+
+    With what the base answers as their target, nothing but the trigger can tell the subject from the rest.
+    """
+    rng = random.Random(f"{config.seed} twins")
+    trigger = re.compile(rf"\b{re.escape(config.trigger)}\b", re.IGNORECASE)
+    twins = []
+    for picture in instances:
+        for i in range(config.prior_twins):
+            word = "".join(rng.choices(_CONSONANTS, k=rng.choice((2, 3, 3, 4)))) if i else ""
+            twins.append(Picture(picture.path, " ".join(trigger.sub(word, picture.prompt).split())))
+    return twins

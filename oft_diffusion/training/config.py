@@ -18,11 +18,15 @@ from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import config_io
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
+PriorTarget = Literal["noise", "base"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 def _about(group: str, about: str, **limits: Any) -> dict[str, Any]:
-    """A knob's group, help text and limits: minimum, above (exclusive), maximum; `free` = a resume may change it."""
+    """A knob's group, help text and limits: minimum, above (exclusive), maximum.
+
+    `free`: a resume may change it. `blank`: texts in it may be empty.
+    """
     return {"group": group, "about": about, **limits}
 
 
@@ -80,8 +84,34 @@ class TrainConfig:
     prior_weight: float = field(
         default=1.0, metadata=_about("prior preservation", "weight of the class images' loss", above=0.0)
     )
-    class_prompt: str = field(
-        default="a photo of {class_word}", metadata=_about("prior preservation", "prompt of the class images")
+    prior_target: PriorTarget = field(
+        default="noise",
+        metadata=_about(
+            "prior preservation",
+            "what class images teach: their noise, or what the base itself answers, which keeps more at a forward more",
+        ),
+    )
+    class_prompts: tuple[str, ...] = field(
+        default=("a photo of {class_word}",),
+        metadata=_about(
+            "prior preservation", 'prompts of the class images, in turn; "" is no prompt, as guidance uses', blank=True
+        ),
+    )
+    prior_twins: int = field(
+        default=0,
+        metadata=_about(
+            "prior preservation",
+            "class images that are the instance images under so many other prompts each: without the trigger, and with "
+            "made-up words for it; needs prior_target base",
+            minimum=0,
+            maximum=64,
+        ),
+    )
+    class_batch_size: int | None = field(
+        default=None,
+        metadata=_about(
+            "prior preservation", "class images per forward and process; as many as instance images if None", minimum=1
+        ),
     )
     class_dir: str | None = field(
         default=None,
@@ -128,9 +158,7 @@ class TrainConfig:
     steps: int = field(default=500, metadata=_about("optimisation", "optimizer steps", minimum=1, free=True))
     batch_size: int = field(
         default=1,
-        metadata=_about(
-            "optimisation", "instance images per forward and process; prior preservation doubles it", minimum=1
-        ),
+        metadata=_about("optimisation", "instance images per forward and process; class images come on top", minimum=1),
     )
     accumulation: int = field(default=1, metadata=_about("optimisation", "forwards per optimizer step", minimum=1))
     lr_schedule: Schedule = field(
@@ -142,6 +170,12 @@ class TrainConfig:
     weight_decay: float = field(
         default=0.0,
         metadata=_about("optimisation", "AdamW's decay; it pulls rotations back to the identity", minimum=0.0),
+    )
+    adam_epsilon: float = field(
+        default=1e-8,
+        metadata=_about(
+            "optimisation", "AdamW's epsilon; above most gradients (1e-3), what has none but noise stays put", above=0.0
+        ),
     )
     max_grad_norm: float = field(
         default=1.0, metadata=_about("optimisation", "gradients are clipped to this norm", above=0.0)
@@ -198,6 +232,17 @@ class TrainConfig:
     guidance_scale: float = field(
         default=7.5,
         metadata=_about("pictures on the way", "guidance for grids and class images", minimum=0.0, free=True),
+    )
+
+    evaluation_count: int = field(
+        default=0,
+        metadata=_about(
+            "pictures on the way",
+            "pictures behind each figure in the report; only for the pocket base and subjects of its world",
+            minimum=0,
+            maximum=1000,
+            free=True,
+        ),
     )
 
     checkpoint_every: int = field(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,11 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from oft_diffusion.errors import DataError
+from oft_diffusion.images import IMAGE_KINDS, IMAGE_SUFFIXES, image_files, read_picture
 from oft_diffusion.training.checks import contains
 from oft_diffusion.training.config import TrainConfig
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_IMAGE_KINDS = "PNG, JPEG or WebP"
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def instance_pictures(config: TrainConfig) -> tuple[list[Picture], list[str]]:
     if not paths:
         raise DataError(
             f"{folder} holds no images{_others(folder)}",
-            expected=f"3 to 8 pictures of the subject ({_IMAGE_KINDS})",
+            expected=f"3 to 8 pictures of the subject ({IMAGE_KINDS})",
             fix="put them into that folder, or correct instance_dir",
         )
     if len(paths) == 1:
@@ -60,7 +57,7 @@ def instance_pictures(config: TrainConfig) -> tuple[list[Picture], list[str]]:
         )
     notes = [f"{folder} holds two images; from 3 to 8 the subject is learned better"] if len(paths) == 2 else []
     if ignored := _ignored(folder):
-        notes.append(f"not {_IMAGE_KINDS}, hence ignored: {', '.join(ignored)}")
+        notes.append(f"not {IMAGE_KINDS}, hence ignored: {', '.join(ignored)}")
     problems, small = [], []
     for path in paths:
         try:
@@ -75,29 +72,13 @@ def instance_pictures(config: TrainConfig) -> tuple[list[Picture], list[str]]:
     if problems:
         raise DataError(
             f"{len(problems)} of {len(paths)} images in {folder} cannot be used: {'; '.join(problems)}",
-            expected=f"whole {_IMAGE_KINDS} images of at least {config.resolution // 2} pixels (half the resolution)",
+            expected=f"whole {IMAGE_KINDS} images of at least {config.resolution // 2} pixels (half the resolution)",
             fix="replace or delete them, or lower the resolution if all are small",
         )
     if small:
         notes.append(f"enlarged to {config.resolution} pixels, hence soft: {', '.join(small)}")
     pictures, caption_notes = _with_prompts(paths, config)
     return pictures, notes + caption_notes
-
-
-def image_files(folder: Path, knob: str) -> list[Path]:
-    """Image files directly in a folder, by name.
-
-    Raises:
-        DataError: the folder is missing.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"{knob} = {str(folder)!r} is no folder",
-            expected="a folder with images",
-            fix="correct the path; relative ones start at the working directory",
-        )
-    visible = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _ignored(folder: Path) -> list[str]:
@@ -118,7 +99,7 @@ def _with_prompts(paths: Sequence[Path], config: TrainConfig) -> tuple[list[Pict
     default = config.fill(config.instance_prompt)
     pictures, placed, empty = [], [], []
     for path in paths:
-        caption = _read_caption(path.with_suffix(".txt"))
+        caption = read_caption(path.with_suffix(".txt"))
         if caption == "":
             empty.append(path.with_suffix(".txt").name)
         prompt = place_trigger(caption, config.trigger, config.class_word) if caption else default
@@ -133,7 +114,12 @@ def _with_prompts(paths: Sequence[Path], config: TrainConfig) -> tuple[list[Pict
     return pictures, notes
 
 
-def _read_caption(path: Path) -> str | None:
+def read_caption(path: Path) -> str | None:
+    """A caption's text in one line, or None where there is no such file.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
     if not path.is_file():
         return None
     try:
@@ -156,37 +142,6 @@ def place_trigger(caption: str, trigger: str, class_word: str) -> str:
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Decode an image: upright by its EXIF orientation, RGB, transparency on white.
-
-    Raises:
-        DataError: it cannot be decoded, or is larger than Pillow's limit against decompression bombs.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.load()
-                image = ImageOps.exif_transpose(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(
-            f"{path.name} has more pixels than {Image.MAX_IMAGE_PIXELS:,}",
-            expected="a photograph",
-            fix="scale it down first",
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path.name} cannot be decoded ({error})", expected=f"a whole {_IMAGE_KINDS} image", fix="replace it"
-        ) from error
-    if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip instead of scale
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def read_pixels(path: Path, resolution: int) -> Tensor:

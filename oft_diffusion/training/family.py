@@ -204,15 +204,7 @@ class StableDiffusion:
         A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
         are there again afterwards.
         """
-        pipeline_class: Any = StableDiffusionPipeline
-        pipeline = pipeline_class(
-            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=type(self.sampler).from_config(self.sampler.config), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-        pipeline.set_progress_bar_config(disable=True)
-        device = next(self.unet.parameters()).device
-        with _evaluating(self.unet, self.text_encoder), _visiting(device, self.vae, self.text_encoder):
+        with self.pipeline() as pipeline:
             scale, decoded = self.vae.config.scaling_factor, []
             for first in range(0, len(prompts), AT_ONCE):
                 few = slice(first, first + AT_ONCE)
@@ -222,8 +214,22 @@ class StableDiffusion:
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[few]],
                 ).images  # fmt: skip
                 decoded += [self.vae.decode(one[None].to(self.vae.dtype) / scale).sample.cpu() for one in latents]
-        images: list[Image.Image] = pipeline.image_processor.postprocess(torch.cat(decoded), output_type="pil")
+            images: list[Image.Image] = pipeline.image_processor.postprocess(torch.cat(decoded), output_type="pil")
         return images
+
+    @contextmanager
+    def pipeline(self) -> Iterator[Any]:
+        """The base with its adapters as a pipeline, all of it on the UNet's device and without dropout meanwhile."""
+        pipeline_class: Any = StableDiffusionPipeline
+        pipeline = pipeline_class(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=type(self.sampler).from_config(self.sampler.config), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        device = next(self.unet.parameters()).device
+        with _evaluating(self.unet, self.text_encoder), _visiting(device, self.vae, self.text_encoder):
+            yield pipeline
 
     # -- what the adapter file says ----------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -28,14 +27,14 @@ from oft_diffusion.errors import OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, save_adapter_file
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.report import Section
-from oft_diffusion.training.batches import Batch
 from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, restore_rng, rng_states, save_checkpoint
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.interrupts import on_interrupt
+from oft_diffusion.training.losses import losses
 from oft_diffusion.training.page import write_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, prepare
-from oft_diffusion.training.results import GRIDS, PAGE, SETTINGS, Console, History, TrainResult, TrainStep
+from oft_diffusion.training.results import EVALUATION, GRIDS, PAGE, SETTINGS, Console, History, TrainResult, TrainStep
 from oft_diffusion.training.state import adapter_metadata, adapter_tensors, restore, snapshot
 from oft_diffusion.training.watch import LossGuard, SilentLayers
 
@@ -176,7 +175,7 @@ class TrainingRun:
             batch = parts.batches.at(number, accelerator.process_index, accelerator.num_processes)
             last = i == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(parts.model):
-                instance, prior = self._losses(batch)
+                instance, prior = losses(parts, batch, config)
                 loss = instance + config.prior_weight * prior
                 accelerator.backward(loss / config.accumulation)
             totals += torch.stack([loss, instance, prior]).detach() / config.accumulation
@@ -199,18 +198,6 @@ class TrainingRun:
             seconds_per_step=seconds,
             seconds_left=seconds * (config.steps - self.step),
         )
-
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss over the instance images and over the class images (zero where there are none)."""
-        parts = self._require_parts()
-        family = parts.family
-        noisy = family.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = parts.model(noisy, batch.timesteps, batch.text)
-        target = family.target(batch.latents, batch.noise, batch.timesteps)
-        per_sample = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-        per_sample = per_sample * family.loss_weight(batch.timesteps, self.config.min_snr_gamma)
-        instance, prior = per_sample[: batch.instances], per_sample[batch.instances :]
-        return instance.mean(), prior.mean() if len(prior) else torch.zeros_like(instance[0])
 
     def _descend(self, loss: float) -> tuple[float, bool]:
         """Clip and apply the gradients, unless they or the loss are not finite. Returns their norm and whether."""
@@ -296,15 +283,17 @@ class TrainingRun:
 
     def _write_page(self, parts: Parts, result: TrainResult) -> Path | None:
         """The page about the run, unless it was interrupted. Training is over and saved: nothing here may undo that."""
-        (self.output_dir / PAGE).unlink(missing_ok=True)
+        for name in (PAGE, EVALUATION):
+            (self.output_dir / name).unlink(missing_ok=True)
         if self.interrupted:
             return None
         self.console.say("drawing the report")
         try:
             sections = self.sections(result) if self.sections else ()
             return write_page(
-                parts, self.config, result, self.plan.pictures, sections, stopped=lambda: self.interrupted
-            )
+                parts, self.config, result, self.plan.pictures, sections,
+                looks=self.plan.looks, console=self.console, stopped=lambda: self.interrupted,
+            )  # fmt: skip
         except (OFTError, OSError, RuntimeError) as error:
             self.console.say(f"the adapter is saved, but its report cannot be written: {error}")
             return None

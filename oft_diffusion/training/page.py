@@ -9,13 +9,16 @@ from pathlib import Path
 from PIL import Image
 
 from oft_diffusion.errors import AdapterError, OFTError
-from oft_diffusion.images import labelled_grid, read_settings
-from oft_diffusion.report import Pictures, Section, write_report
+from oft_diffusion.evaluation import Looks, evaluate
+from oft_diffusion.evaluation.figures import SETS
+from oft_diffusion.images import labelled_grid, read_picture, read_settings
+from oft_diffusion.pocket.classifier import load_classifier
+from oft_diffusion.report import Pictures, Section, Table, write_report
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import Picture, read_picture
+from oft_diffusion.training.data import Picture
 from oft_diffusion.training.model import ADAPTER
 from oft_diffusion.training.prepare import Parts
-from oft_diffusion.training.results import PAGE, TrainResult
+from oft_diffusion.training.results import EVALUATION, PAGE, Console, TrainResult
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 _SWEEP_SEEDS = 2
@@ -29,9 +32,11 @@ def write_page(
     instances: Sequence[Picture],
     sections: Sequence[Section] = (),
     *,
-    stopped: Callable[[], bool] = lambda: False,
+    looks: Looks | None,
+    console: Console,
+    stopped: Callable[[], bool],
 ) -> Path:
-    """Write `report.html` into output_dir.
+    """Write `report.html` into output_dir, and `evaluation.json` where there are figures.
 
     Args:
         parts: of the run, still loaded.
@@ -39,7 +44,9 @@ def write_page(
         result: what it left.
         instances: the instance images with their prompts.
         sections: more of them, before the loss curve.
-        stopped: asked between pictures; once it is true, the sweep is left out.
+        looks: the subject's, for figures; none if None.
+        console: shows a bar while pictures are measured, and the figures.
+        stopped: asked between pictures; once it is true, the sweep and the figures are left out.
 
     Returns:
         The page's path.
@@ -54,6 +61,7 @@ def write_page(
         prompt = config.fill(config.validation_prompts[0])
         text = f"“{prompt}” with the rotations raised to a power: 0 is the base, 1 as trained, -1 the inverse."
         shown.append(Pictures("Strength", text, {"The prompt at strengths from -1 to 1.5": sheet}))
+    figures = _figures(parts, config, looks, console, stopped) if looks else []
     parameters = sum(p.numel() for bank in parts.banks.values() for p in bank.parameters())
     error = max(bank.orthogonality_error(ADAPTER) for bank in parts.banks.values())
     return write_report(
@@ -63,7 +71,7 @@ def write_page(
             f"OFTv2 taught the base the words “{words}” from {len(instances)} pictures. The base's weights are as they "
             "were: the adapter rotates what flows into its layers."
         ),
-        sections=[*shown, *sections],
+        sections=[*shown, *sections, *figures],
         losses=result.losses,
         facts={
             "adapter size": f"{result.adapter.stat().st_size / 1e6:.2f} MB",
@@ -102,6 +110,44 @@ def strength_sweep(
             bank.set_adapters([ADAPTER])
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     return labelled_grid(rows, column_labels=[f"strength {s:g}" for s in columns], cell=_cell(config))
+
+
+def _figures(
+    parts: Parts, config: TrainConfig, looks: Looks, console: Console, stopped: Callable[[], bool]
+) -> list[Section]:
+    """The evaluation's table, whose rows go to `evaluation.json`; nothing where `stopped` said so."""
+    count = config.evaluation_count
+    bar = iter(console.track(range(2 * count * len(SETS)), "measuring"))
+
+    def on_picture() -> None:
+        next(bar, None)
+        if stopped():
+            raise _StopError
+
+    try:
+        with parts.family.pipeline() as pipe:
+            found = evaluate(
+                pipe, ADAPTER, classifier=load_classifier(str(pipe.device)), looks=looks, trigger=config.trigger,
+                count=count, steps=config.sampling_steps, guidance=config.guidance_scale, on_picture=on_picture,
+            )  # fmt: skip
+    except _StopError:
+        return []
+    finally:
+        for bank in parts.banks.values():
+            bank.set_adapters([ADAPTER])
+    next(bar, None)  # lets the bar go
+    console.say(found.text())
+    found.save(Path(config.output_dir) / EVALUATION)
+    header, *rows = found.table()
+    text = (
+        f"Read by a classifier in {count} pictures per line and side; per cent, with 95 % intervals, which are wide "
+        "for so few pictures. docs/evaluation.md says what each line means."
+    )
+    return [Table("Figures", text, header, rows)]
+
+
+class _StopError(Exception):
+    """Ctrl-C while pictures are measured."""
 
 
 def _instances(instances: Sequence[Picture], words: str) -> Pictures:

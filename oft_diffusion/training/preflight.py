@@ -11,7 +11,11 @@ import torch
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
+from oft_diffusion.evaluation import Looks, looks_of
 from oft_diffusion.files import FILE_NAME, is_writable, load_adapter_file
+from oft_diffusion.images import read_picture
+from oft_diffusion.pocket.classifier import load_classifier
+from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
@@ -39,6 +43,7 @@ class Plan:
         base: the model on disk.
         pictures: instance images with their prompts.
         class_images: None without prior preservation.
+        looks: the subject's, where the report is to have figures.
         resume_from: checkpoint folder, or None.
         notes: sentences that the user should read, none of which stops the run.
     """
@@ -46,6 +51,7 @@ class Plan:
     base: Base
     pictures: list[Picture]
     class_images: ClassImages | None
+    looks: Looks | None
     resume_from: Path | None
     notes: list[str]
 
@@ -81,12 +87,13 @@ def preflight(config: TrainConfig) -> Plan:
         model = attempt(lambda: download_base(config.model), "model")
     attempt(lambda: _check_name(config), "model")
     base: Base | None = attempt(lambda: find_base(model, config.config_dir, config.model), "model", "config_dir")
-    class_images, tokenizer, adapter_bytes = None, None, 0
+    class_images, tokenizer, looks, adapter_bytes = None, None, None, 0
     if base is not None:
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
         tokenizer = attempt(lambda: load_tokenizer(base))
         if tokenizer is not None:
             attempt(lambda: check_trigger(tokenizer, config.trigger), "trigger")
+            looks = attempt(lambda: _looks(config, tokenizer, data), "evaluation_count", "instance_dir")
         adapter_bytes = attempt(lambda: _adapter_bytes(config, base), "text_encoder", *_ADAPTER_KNOBS) or 0
         if config.prior_preservation is True:
             knobs = ("class_dir", "output_dir", "instance_dir", *_CLASS_KNOBS)
@@ -98,16 +105,16 @@ def preflight(config: TrainConfig) -> Plan:
     pictures, notes = data
     prompts = {p.prompt for p in pictures} | {config.fill(prompt) for prompt in config.validation_prompts}
     if class_images is not None:
-        prompts.add(class_images.record["prompt"])
+        prompts |= set(class_images.prompts)
     cut = [prompt for prompt in sorted(prompts) if too_long(tokenizer, prompt)]
     notes += [f"longer than the text encoder reads, and cut: {prompt!r}" for prompt in cut]
     notes += _class_notes(config, class_images) + idle_notes(config)
-    return Plan(base, pictures, class_images, resume_from, notes)
+    return Plan(base, pictures, class_images, looks, resume_from, notes)
 
 
 _PROMPT_KNOBS = ("trigger", "class_word", "instance_prompt")
 _CLASS_KNOBS = (
-    "class_prompt",
+    "class_prompts",
     "class_word",
     "resolution",
     "num_class_images",
@@ -118,6 +125,19 @@ _CLASS_KNOBS = (
 # What commands hand to `command.main` as shipped, and how Python finds it; this package may not import that.
 _COMMAND_LINE_NAMES = {"pocket": "oft_diffusion.pocket.pocket_path()"}
 _ADAPTER_KNOBS = tuple(f.name for f in fields(OFTConfig))
+
+
+def _looks(config: TrainConfig, tokenizer: Any, data: tuple[list[Picture], list[str]] | None) -> Looks | None:
+    """What the figures need to know of the subject; None where there are to be none."""
+    if config.evaluation_count == 0 or data is None:
+        return None
+    if not is_pocket_tokenizer(tokenizer):
+        raise ConfigError(
+            f"evaluation_count = {config.evaluation_count}, but {config.model} is no base of the pocket world",
+            expected="the shipped base, whose pictures a classifier of ours can read",
+            fix="leave evaluation_count out",
+        )
+    return looks_of(load_classifier(), [read_picture(picture.path) for picture in data[0]])
 
 
 def _check_name(config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.checkpoint import list_checkpoints
-from oft_diffusion.training.class_images import class_pictures, make_class_images
+from oft_diffusion.training.class_images import class_pictures, make_class_images, twin_pictures
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
 from oft_diffusion.training.family import FAMILIES, StableDiffusion
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.preflight import Plan
-from oft_diffusion.training.results import GRIDS, LOSSES, PAGE, SETTINGS, Console
+from oft_diffusion.training.results import EVALUATION, GRIDS, LOSSES, PAGE, SETTINGS, Console
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,6 +53,17 @@ class Parts:
     schedule: Any
     identity: Mapping[str, Any]
 
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base as it was, and back. At strength 0, so that the layout stays and nothing is compiled anew."""
+        try:
+            for bank in self.banks.values():
+                bank.set_adapters([ADAPTER], 0.0)
+            yield
+        finally:
+            for bank in self.banks.values():
+                bank.set_adapters([ADAPTER])
+
 
 def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: Console) -> Parts:
     """Build everything, in this order, since class images and caches want the base as it is.
@@ -72,6 +84,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     adamw = torch.optim.AdamW(
         [{"params": list(banks[name].parameters()), "lr": rate} for name, rate in _rates(config)],
         weight_decay=config.weight_decay,
+        eps=config.adam_epsilon,
     )
     wrapped, optimizer = accelerator.prepare(model, adamw)
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
@@ -100,7 +113,7 @@ def _prepare_output(config: TrainConfig) -> None:
     if config.overwrite:
         for path in (*list_checkpoints(folder), folder / GRIDS):
             shutil.rmtree(path, ignore_errors=True)
-        for name in (FILE_NAME, LOSSES, PAGE, SETTINGS):
+        for name in (FILE_NAME, LOSSES, PAGE, EVALUATION, SETTINGS):
             (folder / name).unlink(missing_ok=True)
     settings = replace(config, resume=None, overwrite=False).to_toml()
     write_atomically(folder / SETTINGS, settings.encode())
@@ -113,7 +126,7 @@ def _class_images(
         return []
     make_class_images(plan.class_images, family, console.track, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    return class_pictures(plan.class_images)
+    return class_pictures(plan.class_images) + twin_pictures(plan.pictures, config)
 
 
 def _park(config: TrainConfig, family: StableDiffusion) -> None:

@@ -17,6 +17,7 @@ LOSSES = "losses.json"
 SETTINGS = "config.toml"
 GRIDS = "samples"
 PAGE = "report.html"
+EVALUATION = "evaluation.json"
 
 _HISTORY = ("step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad_norm", "applied")
 

@@ -5,6 +5,7 @@ from oft_diffusion.evaluation.prompts import (
     OTHER_TRIGGERS,
     class_prompts,
     held_out_prompts,
+    near,
     other_prompts,
     other_trigger_prompts,
     recoloured_prompts,
@@ -55,8 +56,15 @@ def test_another_trigger_is_never_the_trained_one():
     for trigger in OTHER_TRIGGERS:
         texts = [p.text for p in other_trigger_prompts("cat", trigger.upper(), 40)]
         assert all(f" {trigger} " not in text for text in texts)
-        assert all(any(f" {other} cat" in text for other in OTHER_TRIGGERS) for text in texts)
+        assert all(any(f" {other} cat" in text for other in (*OTHER_TRIGGERS, near(trigger))) for text in texts)
     assert not any(word in p.text.split() for p in class_prompts("cat", 40) for word in OTHER_TRIGGERS)
+
+
+@pytest.mark.parametrize(("trigger", "word"), [("zwx", "zwq"), ("ZWQ", "zwk"), ("qzxjkv", "qzxjqq"), ("sks", "skq")])
+def test_a_quarter_of_the_other_triggers_is_near_to_the_trained_one(trigger, word):
+    assert near(trigger) == word
+    texts = [p.text for p in other_trigger_prompts("cat", trigger, 36)]
+    assert sum(f" {word} cat" in text for text in texts) == 9
 
 
 def test_runs_of_other_salts_have_other_prompts():

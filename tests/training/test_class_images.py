@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from oft_diffusion.errors import DataError
+from oft_diffusion.evaluation.prompts import OTHER_TRIGGERS, near
+from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.training import TrainConfig, preflight
-from oft_diffusion.training.class_images import RECORD
+from oft_diffusion.training.class_images import RECORD, twin_pictures
+from oft_diffusion.training.data import instance_pictures
 from tests.helpers.tiny_sd import RESOLUTION, draw_pictures, write_tiny_sd
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]
+POCKET = Path(__file__).parents[2] / "train_scripts" / "configs" / "pocket.toml"
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def test_made_once_and_reused(prior: Config, run: Run, tmp_path: Path) -> None:
     times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "class").iterdir())]
     run(prior(learning_rate=1e-2))
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "class").iterdir())] == times
-    assert json.loads((tmp_path / "class" / RECORD).read_text())["prompt"] == "a photo of mug"
+    assert json.loads((tmp_path / "class" / RECORD).read_text())["prompts"] == ["a photo of mug"]
 
 
 def test_a_set_grows_and_is_completed(prior: Config, run: Run, tmp_path: Path) -> None:
@@ -74,6 +80,55 @@ def test_own_images_are_used_as_they_are(prior: Config, run: Run, tmp_path: Path
     assert contents(tmp_path / "class") == {}
 
 
+def test_prompts_take_turns(prior: Config, run: Run, tmp_path: Path) -> None:
+    run(prior(class_prompts=("a {class_word}",)))
+    alone = contents(tmp_path / "class")
+    folder = str(tmp_path / "several")
+    settings = prior(class_prompts=("a {class_word}", "a cat"), class_dir=folder)
+    plan = preflight(settings)
+    assert plan.class_images is not None
+    assert plan.class_images.prompts == ("a mug", "a cat", "a mug")
+    run(settings)
+    several = contents(tmp_path / "several")
+    assert [several[name] == alone[name] for name in sorted(several)] == [True, False, True]  # of the same seeds
+
+
+def test_own_captions_are_used(prior: Config, tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "class", count=2)
+    (tmp_path / "class" / "picture_1.txt").write_text("a blue\nboat")
+    plan = preflight(prior(class_prompts=("a {class_word}", "a cat")))
+    assert plan.class_images is not None
+    assert plan.class_images.prompts == ("a mug", "a blue boat")
+    (tmp_path / "class" / "picture_0.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match=r"picture_0.txt is not UTF-8"):
+        preflight(prior())
+
+
+def test_twins_are_the_instance_images_without_their_trigger(prior: Config, run: Run, pictures: Path) -> None:
+    settings = prior(prior_target="base", prior_twins=3)
+    instances = preflight(settings).pictures
+    twins = twin_pictures(instances, settings)
+    assert [t.path for t in twins] == [p.path for p in instances for _ in range(3)]
+    assert [t.prompt for t in twins[::3]] == ["a photo of mug"] * len(instances)
+    words = [re.fullmatch(r"a photo of ([a-z]{2,4}) mug", t.prompt) for i, t in enumerate(twins) if i % 3]
+    assert all(words)
+    assert len({match[1] for match in words if match}) > 1
+    assert twins == twin_pictures(instances, settings)
+    assert twins != twin_pictures(instances, prior(prior_target="base", prior_twins=3, seed=1))
+    steps, _ = run(settings)
+    assert steps[0].prior_loss is not None
+
+
+def test_twins_of_the_shipped_subjects_never_wear_a_trigger_that_the_evaluation_asks_with() -> None:
+    for name, seed in product(SUBJECTS, (0, 1)):
+        own = {"instance_dir": str(subjects_path(name)), "class_word": SUBJECTS[name].object, "seed": seed}
+        settings = TrainConfig.from_toml(POCKET, own)
+        twins = twin_pictures(instance_pictures(settings)[0], settings)
+        assert len(twins) == 5 * settings.prior_twins
+        said = {word for twin in twins for word in twin.prompt.split()}
+        assert not said & {*OTHER_TRIGGERS, near(settings.trigger), settings.trigger}, name
+
+
 def test_own_images_are_looked_at_first(prior: Config, tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "class", count=3)
     (folder / "picture_1.png").write_bytes((folder / "picture_1.png").read_bytes()[:40])
@@ -91,7 +146,7 @@ def test_the_subject_is_no_class_image(prior: Config, pictures: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"class_prompt": "a red mug"}, "prompt 'a photo of mug', now 'a red mug'"),
+        ({"class_prompts": ("a red mug",)}, "prompts ['a photo of mug'], now ['a red mug']"),
         ({"seed": 4}, "seed 0, now 4"),
         ({"resolution": RESOLUTION + 2}, "resolution 16, now 18"),
         ({"guidance_scale": 1.0, "sampling_steps": 5}, "sampling_steps 2, now 5; guidance_scale 7.5, now 1.0"),

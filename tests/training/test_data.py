@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from oft_diffusion.errors import DataError
+from oft_diffusion.images import read_picture
 from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.data import (
     draw,
@@ -21,7 +22,6 @@ from oft_diffusion.training.data import (
     instance_pictures,
     normalise,
     place_trigger,
-    read_picture,
     read_pixels,
 )
 from tests.helpers.tiny_sd import draw_pictures

@@ -1,4 +1,4 @@
-"""docs/training.md says what is so: every setting with its default, options that exist, code that runs."""
+"""The guide and settings.md say what is so: every setting with its default, options that exist, code that runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from oft_diffusion.training.command import main
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
 def shown(default: Any) -> str:
@@ -27,7 +28,9 @@ def shown(default: Any) -> str:
 
 
 def test_every_setting_is_in_the_table_as_it_is() -> None:
-    rows = {name: (star, default) for name, star, default in re.findall(r"^\| `(\w+)`( \*)? \| (.*?) ?\|", GUIDE, re.M)}
+    rows = {
+        name: (star, default) for name, star, default in re.findall(r"^\| `(\w+)`( \*)? \| (.*?) ?\|", SETTINGS, re.M)
+    }
     assert rows.keys() == {f.name for f in fields(TrainConfig)}
     for f in fields(TrainConfig):
         assert rows[f.name] == (" *" if f.metadata.get("free") else "", shown(f.default).strip()), f.name
@@ -38,11 +41,11 @@ def test_options_exist_and_files_too(capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     options = capsys.readouterr().out
     known = ("--adapter", "--guidance", "--multi_gpu", "--num_processes", "--no-")  # of `generate` and of accelerate
-    for option in set(re.findall(r"--[a-z][a-z_-]+", GUIDE)) - set(known):
+    for option in set(re.findall(r"--[a-z][a-z_-]+", GUIDE + SETTINGS)) - set(known):
         assert option in options, option
     for file in set(re.findall(r"train_scripts/[\w./]*\w", GUIDE)):
         assert (ROOT / file).exists(), file
-    for name in re.findall(r"\]\(([^)]+)\)", GUIDE):
+    for name in re.findall(r"\]\(([^)#]+)", GUIDE + SETTINGS):
         assert name.startswith("https://arxiv.org/") or (ROOT / "docs" / name).is_file(), name
     assert GUIDE.count("\n") <= 200
 

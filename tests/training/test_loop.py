@@ -20,6 +20,7 @@ from oft_diffusion.text_encoders import HIDDEN_STATES
 from oft_diffusion.training import TrainConfig, TrainingRun, train
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.family import StableDiffusion
+from oft_diffusion.training.losses import losses
 from oft_diffusion.training.model import ADAPTER
 from tests.helpers.tiny_sd import draw_pictures
 from tests.training.conftest import Run
@@ -36,7 +37,7 @@ def test_it_learns_and_leaves_the_base_alone(config: Config) -> None:
     def fresh_loss(run: TrainingRun) -> float:
         assert run.parts is not None
         with torch.no_grad():  # on draws that training does not see
-            return sum(float(run._losses(run.parts.batches.at(n + 10**6))[0]) for n in range(20)) / 20
+            return sum(float(losses(run.parts, run.parts.batches.at(n + 10**6), run.config)[0]) for n in range(20)) / 20
 
     with train(config(steps=100, learning_rate=1e-2, batch_size=2), progress=False) as run:
         assert run.parts is not None
@@ -218,6 +219,50 @@ def test_prior_preservation_weighs_the_class_images(config: Config, run: Run, tm
     assert heavy[0].prior_loss == steps[0].prior_loss
     assert heavy[0].grad_norm > 2 * steps[0].grad_norm  # before clipping
     assert heavy[-1].instance_loss != steps[-1].instance_loss
+
+
+def test_fewer_class_images_than_instance_images_per_step(config: Config, run: Run, tmp_path: Path) -> None:
+    class_dir = draw_pictures(tmp_path / "class", count=2)
+    knobs = {"prior_preservation": True, "class_dir": str(class_dir), "batch_size": 2, "overwrite": True, "steps": 2}
+    both, _ = run(config(**knobs))
+    same, _ = run(config(**knobs, class_batch_size=2))
+    fewer, _ = run(config(**knobs, class_batch_size=1))
+    assert [s.loss for s in same] == [s.loss for s in both]
+    assert fewer[0].instance_loss == pytest.approx(both[0].instance_loss)
+    assert fewer[0].prior_loss != both[0].prior_loss
+    # two steps of one class image see, together, what one step of two sees
+    with train(config(**knobs, class_batch_size=1, learning_rate=1e-12), progress=False) as still:
+        apart = [step.prior_loss for step in still]
+    assert None not in apart
+    assert sum(x for x in apart if x is not None) / 2 == pytest.approx(both[0].prior_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_the_base_itself_as_the_class_images_target(
+    config: Config, run: Run, tmp_path: Path, *, text_encoder: bool
+) -> None:
+    class_dir = draw_pictures(tmp_path / "class", count=2)
+    knobs = {"prior_preservation": True, "class_dir": str(class_dir), "text_encoder": text_encoder, "overwrite": True}
+    noise, _ = run(config(**knobs, learning_rate=1e-2, steps=3))
+    base, _ = run(config(**knobs, learning_rate=1e-2, steps=3, prior_target="base"))
+    assert base[0].prior_loss is not None
+    assert base[-1].prior_loss is not None
+    assert noise[-1].prior_loss is not None
+    assert base[0].prior_loss < 1e-10  # the adapter starts as the identity
+    assert base[0].instance_loss == noise[0].instance_loss
+    assert 0 < base[-1].prior_loss < noise[-1].prior_loss / 10  # what the adapter changed, and no noise
+    assert base[-1].instance_loss != noise[-1].instance_loss
+
+
+def test_a_large_epsilon_slows_what_has_small_gradients_most(config: Config, run: Run, tmp_path: Path) -> None:
+    _, usual = run(config(steps=1))
+    _, large = run(config(steps=1, adam_epsilon=1e-3, output_dir=str(tmp_path / "large")))
+    before, after = ({n: t.abs().flatten() for n, t in tensors(r.adapter).items()} for r in (usual, large))
+    moved = {n: b > 0.9e-3 for n, b in before.items()}  # by the whole learning rate, as Adam's first step does
+    slowed = torch.cat([after[n][moved[n]] / before[n][moved[n]] for n in before])
+    assert len(slowed) > 1000
+    assert slowed.max() < 1
+    assert slowed.quantile(0.9) > 3 * slowed.quantile(0.1)
 
 
 def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_path: Path) -> None:

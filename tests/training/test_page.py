@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.images import labelled_grid
+from oft_diffusion.pocket import pocket_path, subjects_path
 from oft_diffusion.report import Section, Table
-from oft_diffusion.training import TrainConfig, TrainResult, train
+from oft_diffusion.training import TrainConfig, TrainResult, preflight, train
 from oft_diffusion.training.family import StableDiffusion
 from oft_diffusion.training.model import ADAPTER
 from oft_diffusion.training.page import STRENGTHS, strength_sweep, write_page
@@ -99,7 +104,9 @@ def test_strengths_that_a_series_does_not_know_are_left_out(config: Config) -> N
         part = strength_sweep(run.parts, settings)
         [active] = run.parts.banks["unet"].active
         assert active.strength == 1
-        assert write_page(run.parts, settings, run.result, run.plan.pictures).exists()
+        page = run._write_page(run.parts, run.result)
+        assert page is not None
+        assert page.exists()
     assert whole is not None
     assert part is not None
     assert part.width == whole.width * 2 // len(STRENGTHS) + 4  # strengths 0 and 1, and the margin
@@ -125,6 +132,59 @@ def test_a_page_that_cannot_be_made_costs_a_note_and_not_the_run(config: Config)
     assert run.result.adapter.exists()
     assert run.result.report is None
     assert any("out of memory" in note for note in notes)
+
+
+@pytest.fixture
+def pocket(tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**knobs: object) -> TrainConfig:
+        own = {
+            "model": str(pocket_path()), "instance_dir": str(subjects_path("party_car")), "trigger": "zwx",
+            "class_word": "car", "output_dir": str(tmp_path / "run"), "resolution": 128, "steps": 1,
+            "sampling_steps": 1, "evaluation_count": 1,
+        }  # fmt: skip
+        return TrainConfig.from_dict(own | knobs)
+
+    return make
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_figures_of_the_pocket_base_are_on_the_page(
+    pocket: Callable[..., TrainConfig], run: Run, *, text_encoder: bool
+) -> None:
+    _, result = run(pocket(text_encoder=text_encoder))
+    assert result.report is not None
+    page = result.report.read_text(encoding="utf-8")
+    assert all(name in page for name in ("Figures", "subject hit", "preservation", "leakage, class word"))
+    rows = json.loads((result.report.parent / "evaluation.json").read_text())["rows"]
+    assert len(rows) == 10
+
+
+def test_a_stop_leaves_the_figures_out(pocket: Callable[..., TrainConfig]) -> None:
+    with train(pocket(), progress=False) as running:
+        for _ in running:
+            pass
+        assert running.parts is not None
+        path = write_page(
+            running.parts, running.config, running.result, running.plan.pictures,
+            looks=running.plan.looks, console=running.console, stopped=lambda: True,
+        )  # fmt: skip
+        [active] = running.parts.banks["unet"].active
+        assert active.strength == 1
+    assert "subject hit" not in path.read_text(encoding="utf-8")
+
+
+def test_figures_are_refused_where_nothing_can_read_the_pictures(
+    config: Config, pocket: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is no base of the pocket world"):
+        preflight(config(evaluation_count=4))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("party_car", "bow_cat", "cosy_robot"):
+        shutil.copy(subjects_path(name) / "01.png", photos / f"{name}.png")
+    with pytest.raises(ConfigError, match="do not show one subject of the pocket world"):
+        preflight(pocket(instance_dir=str(photos)))
+    preflight(pocket(instance_dir=str(photos), evaluation_count=0))
 
 
 def test_sections_of_the_caller_are_on_the_page(config: Config) -> None:
