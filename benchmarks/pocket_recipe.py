@@ -29,7 +29,15 @@ PLAIN: dict[str, Any] = {
     "cache_text_embeddings": True,
     "text_encoder_learning_rate": None,
 }
-PLAIN |= {"prior_target": "noise", "prior_twins": 0, "adam_epsilon": 1e-8, "targets": "attention"}
+PLAIN |= {
+    "lr_schedule": "cosine",
+    "warmup_steps": 0,
+    "prior_target": "noise",
+    "prior_twins": 0,
+    "adam_epsilon": 1e-8,
+    "targets": "attention",
+}
+COSINE: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 0}
 PRIOR: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
 
 
@@ -50,13 +58,17 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
     "attention+mlp, 1e-2": {"learning_rate": 1e-2, **MLP},
     "trigger zwx": {"trigger": "zwx"},
-    "prior weight 4": {"prior_weight": 4.0},
-    "prior weight 4, 2e-2": {"prior_weight": 4.0, "learning_rate": 2e-2},
-    "prior weight 4, 2.5e-2, min-SNR 5": {
-        "prior_weight": 4.0, "learning_rate": 2.5e-2, "text_encoder_learning_rate": 8e-3, "min_snr_gamma": 5.0,
+    "cosine": COSINE,
+    "cosine, 1e-2": {"learning_rate": 1e-2, **COSINE},
+    "cosine, 480 steps in bfloat16": {"steps": 480, "mixed_precision": "bf16", **COSINE},
+    "cosine, prior weight 4": {"prior_weight": 4.0, **COSINE},
+    "cosine, prior weight 4, 2e-2": {"prior_weight": 4.0, "learning_rate": 2e-2, **COSINE},
+    "cosine, prior weight 4, 2.5e-2, min-SNR 5": {
+        "prior_weight": 4.0, "learning_rate": 2.5e-2, "text_encoder_learning_rate": 8e-3, "min_snr_gamma": 5.0, **COSINE
     },
-    "1e-2": {"learning_rate": 1e-2},
-    "4 + 2 images, 430 steps, prior weight 3": {"class_batch_size": 2, "steps": 430, "prior_weight": 3.0},
+    "cosine, 4 + 2 images, 430 steps, prior weight 3": {
+        "class_batch_size": 2, "steps": 430, "prior_weight": 3.0, **COSINE
+    },
 }  # fmt: skip
 
 

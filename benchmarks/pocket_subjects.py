@@ -17,7 +17,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.training import TrainConfig, train
-from oft_diffusion.training.config_io import read_toml
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
 FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
@@ -133,9 +132,16 @@ def base_digest() -> str:
 
 
 def setup_digest(settings: Mapping[str, Any], count: int) -> str:
-    """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures."""
-    recipe = {k: v for k, v in {**read_toml(CONFIG), **settings}.items() if k not in _NO_RECIPE}
-    return _digest((sorted(recipe.items()), count, base_digest()))
+    """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures.
+
+    Settings at their defaults do not count, so that a new one changes no digest.
+    """
+    own = dict(settings)
+    captions = own.pop("captions", True)
+    config = TrainConfig.from_toml(CONFIG, own)
+    recipe = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _NO_RECIPE}
+    changed = {name: value for name, value in recipe.items() if value != getattr(TrainConfig, name, None)}
+    return _digest((sorted(changed.items()), captions, count, base_digest()))
 
 
 def _digest(value: object) -> str:
