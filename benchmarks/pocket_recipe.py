@@ -129,7 +129,8 @@ def table() -> str:
         share = mean("fidelity") / max(1e-9, mean("base fidelity"))
         more = (mean("leakage, class word"), mean("hit and fidelity"), mean("attribute drift"), mean("memorisation"))
         cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *more)]
-        line = f"| {name} | {' | '.join(cells)} | {mean('training'):.0f} | {mean('megabytes'):.2f} | {len(own)} |"
+        cells += [f"{mean('training'):.0f}", f"{mean('megabytes'):.2f}", ", ".join(row["subject"] for row in own)]
+        line = f"| {name} | {' | '.join(cells)} |"
         ranked.append((score(hit, share, preserved, leaked), line))
     columns = (
         "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, class word",
