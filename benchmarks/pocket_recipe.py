@@ -22,54 +22,42 @@ FILE = DATA / "pocket_recipe.csv"
 SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
 PICTURES = 32  # per set, subject and candidate, unless a first look takes fewer
 
-MLP: dict[str, Any] = {"targets": "attention+mlp"}
 PLAIN: dict[str, Any] = {
     "prior_preservation": False,
-    "text_encoder": False,
-    "cache_text_embeddings": True,
-    "text_encoder_learning_rate": None,
-}
-PLAIN |= {
-    "lr_schedule": "cosine",
-    "warmup_steps": 0,
     "prior_target": "noise",
     "prior_twins": 0,
+    "text_encoder": False,
+    "text_encoder_learning_rate": None,
+    "cache_text_embeddings": True,
     "adam_epsilon": 1e-8,
-    "targets": "attention",
+    "targets": "attention+mlp",
+    "learning_rate": 3e-3,
+    "min_crop": 1.0,
+    "flip": False,
+    "max_timestep": None,
 }
-COSINE: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 0}
-PRIOR: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
+CLASS_IMAGES: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
 
-
-def _of(learning_rate: float, steps: int, **more: Any) -> dict[str, Any]:
-    return {"learning_rate": learning_rate, "steps": steps, **more}
-
-
-# Round by round; later rounds start from what the earlier ones showed. "plain" is DreamBooth without any prior.
+# What each part of the recipe is worth, and its neighbours. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "plain, attention, 8e-4": _of(8e-4, 400, **PLAIN),
-    "plain, attention, 3e-3": _of(3e-3, 400, **PLAIN),
-    "plain, attention+mlp, 3e-3": _of(3e-3, 400, **PLAIN | MLP),
-    "class images, attention+mlp, 3e-3": _of(3e-3, 300, **PLAIN | MLP | PRIOR),
     "the chosen one": {},
+    "plain": PLAIN,
+    "plain, class images": PLAIN | CLASS_IMAGES,
+    "without crops and mirroring": {"min_crop": 1.0, "flip": False},
     "without twins": {"prior_twins": 0},
     "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
-    "epsilon 1e-8, 2.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 2.5e-3, "text_encoder_learning_rate": 1e-3},
+    "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
+    "all timesteps": {"max_timestep": None},
+    "epsilon 1e-8, 1.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 1.5e-3, "text_encoder_learning_rate": 5e-4},
     "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
-    "attention+mlp, 1e-2": {"learning_rate": 1e-2, **MLP},
-    "trigger zwx": {"trigger": "zwx"},
-    "cosine": COSINE,
-    "cosine, 1e-2": {"learning_rate": 1e-2, **COSINE},
-    "cosine, 480 steps in bfloat16": {"steps": 480, "mixed_precision": "bf16", **COSINE},
-    "cosine, prior weight 4": {"prior_weight": 4.0, **COSINE},
-    "cosine, prior weight 4, 2e-2": {"prior_weight": 4.0, "learning_rate": 2e-2, **COSINE},
-    "cosine, prior weight 4, 2.5e-2, min-SNR 5": {
-        "prior_weight": 4.0, "learning_rate": 2.5e-2, "text_encoder_learning_rate": 8e-3, "min_snr_gamma": 5.0, **COSINE
-    },
-    "cosine, 4 + 2 images, 430 steps, prior weight 3": {
-        "class_batch_size": 2, "steps": 430, "prior_weight": 3.0, **COSINE
-    },
-}  # fmt: skip
+    "trigger of six letters": {"trigger": "qzxjkv"},
+    "prior weight 3": {"prior_weight": 3.0},
+    "constant to the end": {"decay_steps": 0},
+    "cosine": {"lr_schedule": "cosine", "decay_steps": 0},
+    "300 steps in float32": {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},
+    "7e-3": {"learning_rate": 7e-3, "text_encoder_learning_rate": 2.3e-3},
+    "1e-2": {"learning_rate": 1e-2, "text_encoder_learning_rate": 3.5e-3},
+}
 
 
 def measure(out: Path, only: list[str], subjects: list[str], count: int, device: str = "cpu") -> None:

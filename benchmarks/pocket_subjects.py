@@ -35,7 +35,7 @@ from oft_diffusion.training import TrainConfig, train
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
 FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
 SEEDS = (0, 1)
-PICTURES = 64  # per set and run: 768 pairs behind each line of the pooled table
+PICTURES = 48  # per set and run: 576 pairs behind each line of the pooled table
 # Of the configuration, what no figure depends on.
 _NO_RECIPE = (
     "instance_dir", "class_word", "output_dir", "validation_prompts", "validation_every", "validation_count",

@@ -81,7 +81,7 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
 
 
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"steps": 1, "warmup_steps": 0, "sampling_steps": 1, "num_class_images": 1}
+    quick = {"steps": 1, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 1, "num_class_images": 1}
     monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": False}})
     pocket_recipe.measure(files / "runs", ["one"], ["dozy_house"], 1)
     first = records.load(files / "recipe.csv")

@@ -18,8 +18,8 @@ from oft_diffusion.training.loop import TrainingRun
 from train_scripts import demo, demo_photographs, render_subjects
 
 QUICK = {
-    "steps": 2, "warmup_steps": 0, "sampling_steps": 2, "validation_prompts": [], "num_class_images": 1,
-    "prior_twins": 1, "evaluation_count": 1,
+    "steps": 2, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 2, "validation_prompts": [],
+    "num_class_images": 1, "prior_twins": 1, "evaluation_count": 1, "min_crop": 1.0,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from oft_diffusion import load_oft_weights
@@ -63,6 +64,8 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         "class_word": subject.object,
         "output_dir": str(out),
     }
+    if not _computes_in_bfloat16():
+        own["mixed_precision"] = "no"
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
     print(f"1/2  teaching the pocket base {title}, a {subject.object}, from five pictures", flush=True)
@@ -78,6 +81,14 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     prompt = f"a {config.trigger} {subject.object} in the forest"
     print(f'more     {command} generate "{prompt}" --adapter {out} --guidance {config.guidance_scale}')
     return 0
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether this machine has instructions for it; emulated, it is several times slower than float32."""
+    if torch.cuda.is_available():
+        return True
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+    return any(able for name, able in known.items() if "bf16" in name)
 
 
 def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Section]:

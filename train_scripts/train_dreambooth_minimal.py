@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> list[float]:
             sampled = torch.randn(posterior.mean.shape, generator=generator).to(device)
             latents = (posterior.mean + posterior.std * sampled) * pipe.vae.config.scaling_factor
             noise = torch.randn(latents.shape, generator=generator).to(device)
-            timestep = torch.randint(schedule.config.num_train_timesteps, (1,), generator=generator).to(device)
+            # Four samples in a row have timesteps in all four quarters of the schedule.
+            place = (step % 4 + torch.rand(1, generator=generator, dtype=torch.float64)) / 4
+            timestep = (place * schedule.config.num_train_timesteps).long().to(device)
             samples.append((latents, noise, timestep, tokens[stream]))
         latents, noise, timesteps, ids = (torch.cat(parts) for parts in zip(*samples, strict=True))
 

@@ -88,6 +88,21 @@ class Base:
                 fix=f"use {below or below + factor} or {below + factor}",
             )
 
+    def check_timesteps(self, lowest: int, end: int | None) -> None:
+        """Refuse a range of timesteps, `end` excluded, that reaches beyond the model's.
+
+        Raises:
+            ConfigError: with how many there are.
+        """
+        known = int(self.scheduler.get("num_train_timesteps", 1000))
+        if lowest >= known or (end or 0) > known:
+            raise ConfigError(
+                f"timesteps from {lowest} to below {known if end is None else end} are asked for, but {self.name} has "
+                f"{known}",
+                expected=f"min_timestep below {known}, and max_timestep of at most {known}",
+                fix="correct them, or leave them out",
+            )
+
     def fingerprint(self) -> str:
         """SHA-256 over the configs, the tokenizer, and every tensor's name, type, shape and bytes from all over it.
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import Draw, Picture, draw, normalise, read_pixels
+from oft_diffusion.training.data import Crop, Draw, Picture, crops, draw, normalise, read_pixels
 from oft_diffusion.training.family import Posterior, StableDiffusion, Text
 
+View = tuple[Path, Crop, bool]  # of a picture: which part, and whether mirrored
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -53,7 +54,8 @@ class Batches:
         self.family = family
         self.pictures = {stream: list(found) for stream, found in pictures.items() if found}
         self.device = device
-        self._posteriors: dict[tuple[Path, bool], Posterior] = {}
+        self._posteriors: dict[View, Posterior] = {}
+        self._crops: dict[Path, list[Crop]] = {}
         self._texts: dict[str, Text] = {}
 
     def fill_caches(self, progress: Progress) -> None:
@@ -61,8 +63,9 @@ class Batches:
         if self.config.cache_latents:
             flips = (False, True) if self.config.flip else (False,)
             paths = dict.fromkeys(p.path for found in self.pictures.values() for p in found)
-            for key in progress([(path, flip) for path in paths for flip in flips], "encoding pictures"):
-                self._posteriors[key] = Posterior(*(part.cpu() for part in self._encode(*key)))
+            views = [(path, crop, flip) for path in paths for crop in self._crops_of(path) for flip in flips]
+            for view in progress(views, "encoding pictures"):
+                self._posteriors[view] = Posterior(*(part.cpu() for part in self._encode(*view)))
         if self.config.cache_text_embeddings:
             with torch.no_grad():
                 for prompt in sorted({p.prompt for found in self.pictures.values() for p in found}):
@@ -79,7 +82,8 @@ class Batches:
             for n in range(place * sizes[stream], (place + 1) * sizes[stream])
         ]
         latents = [
-            self.family.latents(self._posterior(stream, d), d.posterior_noise).to(self.device) for stream, d in samples
+            self.family.latents(self._posterior(self._view(stream, d)), d.posterior_noise).to(self.device)
+            for stream, d in samples
         ]
         texts = [self._text(self.pictures[stream][d.index].prompt) for stream, d in samples]
         return Batch(
@@ -92,14 +96,26 @@ class Batches:
 
     def _draw(self, stream: str, number: int) -> Draw:
         shape = self.family.latent_shape(self.config.resolution)
-        return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape, self.family.timesteps)
+        timesteps = range(self.family.timesteps)[self.config.min_timestep : self.config.max_timestep]
+        return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape, timesteps)
 
-    def _posterior(self, stream: str, d: Draw) -> Posterior:
-        key = (self.pictures[stream][d.index].path, d.flip and self.config.flip)
-        return self._posteriors[key] if key in self._posteriors else self._encode(*key)
+    def _view(self, stream: str, d: Draw) -> View:
+        path = self.pictures[stream][d.index].path
+        found = self._crops_of(path)
+        return path, found[int(d.crop * len(found))], d.flip and self.config.flip
 
-    def _encode(self, path: Path, flip: bool) -> Posterior:
-        pixels = read_pixels(path, self.config.resolution)
+    def _posterior(self, view: View) -> Posterior:
+        return self._posteriors[view] if view in self._posteriors else self._encode(*view)
+
+    def _crops_of(self, path: Path) -> list[Crop]:
+        """An instance image's crops; class images show enough as they are."""
+        if path not in self._crops:
+            own = any(picture.path == path for picture in self.pictures["instance"])
+            self._crops[path] = crops(self.config.seed, path, self.config.min_crop if own else 1.0)
+        return self._crops[path]
+
+    def _encode(self, path: Path, crop: Crop, flip: bool) -> Posterior:
+        pixels = read_pixels(path, self.config.resolution, crop)
         return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))
 
     def _text(self, prompt: str) -> Text:

@@ -187,7 +187,7 @@ def check_resumable(state: Mapping[str, Any], config: TrainConfig) -> None:
     """
     saved, now = state["config"], config.to_dict()
     fixed = [f.name for f in fields(TrainConfig) if not f.metadata.get("free")]
-    if config.lr_schedule != "constant":
+    if config.lr_schedule != "constant" or config.decay_steps:
         fixed.append("steps")  # the course of the learning rate depends on it
     changed = [f"{k} was {saved.get(k)!r}, now {now[k]!r}" for k in fixed if saved.get(k) != now[k]]
     if changed:

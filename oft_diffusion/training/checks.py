@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.training.config import TrainConfig, hints, nearest
+from oft_diffusion.training.config import TrainConfig, hints
+from oft_diffusion.training.config_io import nearest
 
 
 class Problem(NamedTuple):
@@ -113,6 +114,31 @@ def _schedule_problems(config: TrainConfig) -> Iterator[Problem]:
             fix=f"use warmup_steps = {config.steps // 10}, or more steps",
         )
         yield Problem(("warmup_steps",), problem)
+    elif config.warmup_steps + config.decay_steps > config.steps:
+        problem = ConfigError(
+            f"warmup_steps = {config.warmup_steps} and decay_steps = {config.decay_steps} are more than "
+            f"steps = {config.steps}",
+            expected="no more than steps together",
+            fix=f"use decay_steps = {config.steps - config.warmup_steps}, or more steps",
+        )
+        yield Problem(("decay_steps",), problem)
+    if config.decay_steps and config.lr_schedule != "constant":
+        problem = ConfigError(
+            f"decay_steps = {config.decay_steps} with lr_schedule = {config.lr_schedule!r}, which falls all the way",
+            expected='decay_steps with lr_schedule = "constant" alone',
+            fix="leave one of them out",
+        )
+        yield Problem(("decay_steps",), problem)
+
+
+def _timestep_problems(config: TrainConfig) -> Iterator[Problem]:
+    if config.max_timestep is not None and config.min_timestep >= config.max_timestep:
+        problem = ConfigError(
+            f"min_timestep = {config.min_timestep} is not below max_timestep = {config.max_timestep}",
+            expected="a range with timesteps in it",
+            fix="correct one of them, or leave both out",
+        )
+        yield Problem(("min_timestep", "max_timestep"), problem)
 
 
 def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
@@ -182,7 +208,8 @@ _PROMPTS = ("instance_prompt", "class_prompts", "validation_prompts")
 _CONTRADICTIONS = (
     (_adapter_problems, tuple(f.name for f in fields(OFTConfig))),
     (_unused_or_exclusive, (*_NEEDS, *_NEEDS.values(), *(knob for row in _EXCLUSIVE for knob in row[:2]))),
-    (_schedule_problems, ("warmup_steps", "steps")),
+    (_schedule_problems, ("warmup_steps", "decay_steps", "lr_schedule", "steps")),
+    (_timestep_problems, ("min_timestep", "max_timestep")),
     (_prompt_problems, ("trigger", "class_word", "prior_preservation", "prior_target", "prior_twins", *_PROMPTS)),
 )
 

@@ -160,13 +160,25 @@ def class_pictures(images: ClassImages) -> list[Picture]:
 def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Picture]:
     """The instance images under `prior_twins` other prompts each: without the trigger, then with made-up words for it.
 
-    With what the base answers as their target, nothing but the trigger can tell the subject from the rest.
+    With what the base answers as their target, nothing but the trigger can tell the subject from the rest. Every
+    second word begins as the trigger does, or a part of it would be enough.
     """
     rng = random.Random(f"{config.seed} twins")
     trigger = re.compile(rf"\b{re.escape(config.trigger)}\b", re.IGNORECASE)
     twins = []
     for picture in instances:
         for i in range(config.prior_twins):
-            word = "".join(rng.choices(_CONSONANTS, k=rng.choice((2, 3, 3, 4)))) if i else ""
+            word = _made_up(rng, config.trigger if i % 2 == 0 else "") if i else ""
             twins.append(Picture(picture.path, " ".join(trigger.sub(word, picture.prompt).split())))
     return twins
+
+
+def _made_up(rng: random.Random, trigger: str) -> str:
+    """A word that means nothing: a few consonants, or a trigger with its last letters changed."""
+    if not trigger:
+        return "".join(rng.choices(_CONSONANTS, k=rng.choice((2, 3, 3, 4))))
+    kept = rng.randrange(len(trigger) // 2, len(trigger))
+    while True:
+        word = trigger[:kept] + "".join(rng.choices(_CONSONANTS, k=len(trigger) - kept))
+        if word.lower() != trigger.lower():
+            return word

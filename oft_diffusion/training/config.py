@@ -7,8 +7,7 @@ A `TrainConfig` may hold nonsense until someone asks: `checks.py` finds everythi
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -72,6 +71,14 @@ class TrainConfig:
             "subject", "side of the square that pictures are resized and cropped to", minimum=16, maximum=4096
         ),
     )
+    min_crop: float = field(
+        default=1.0,
+        metadata=_about(
+            "subject",
+            "smallest part of the square's side that a random crop keeps: each picture gets a few; 1 for none",
+            above=0.0, maximum=1.0,
+        ),
+    )  # fmt: skip
     flip: bool = field(
         default=False,
         metadata=_about("subject", "mirror half of the pictures; not for subjects with lettering or a left side"),
@@ -167,6 +174,12 @@ class TrainConfig:
     warmup_steps: int = field(
         default=0, metadata=_about("optimisation", "steps over which the learning rate rises from zero", minimum=0)
     )
+    decay_steps: int = field(
+        default=0,
+        metadata=_about(
+            "optimisation", "steps at the end over which a constant learning rate falls to zero, as a cosine", minimum=0
+        ),
+    )
     weight_decay: float = field(
         default=0.0,
         metadata=_about("optimisation", "AdamW's decay; it pulls rotations back to the identity", minimum=0.0),
@@ -182,6 +195,17 @@ class TrainConfig:
     )
     min_snr_gamma: float | None = field(
         default=None, metadata=_about("optimisation", "min-SNR loss weighting (arXiv 2303.09556), usually 5", above=0.0)
+    )
+    min_timestep: int = field(
+        default=0, metadata=_about("optimisation", "lowest timestep that images are noised to", minimum=0)
+    )
+    max_timestep: int | None = field(
+        default=None,
+        metadata=_about(
+            "optimisation",
+            "timestep below which images are noised; the highest decide the composition. Default: all",
+            minimum=1,
+        ),
     )
     seed: int = field(  # torch takes 64 bits, and grids count up from it
         default=0, metadata=_about("optimisation", "all randomness follows from it", minimum=0, maximum=2**62)
@@ -332,7 +356,7 @@ class TrainConfig:
         """
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in data if key not in known]:
-            guesses = [nearest(key, known) for key in unknown]
+            guesses = [config_io.nearest(key, known) for key in unknown]
             raise ConfigError(
                 f"{source} holds unknown setting(s): {', '.join(guesses)}",
                 expected="names that `train --help` lists",
@@ -388,9 +412,3 @@ REQUIRED = ("model", "instance_dir", "trigger", "class_word", "output_dir")
 def hints() -> dict[str, Any]:
     """Knob name to its type."""
     return get_type_hints(TrainConfig)
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The name, quoted, with a known one that resembles it."""
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)

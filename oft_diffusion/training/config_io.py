@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -125,3 +126,9 @@ def _metavar(choices: tuple[Any, ...]) -> str:
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The name, quoted, with a known one that resembles it."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)

@@ -18,13 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from oft_diffusion.errors import DataError
 from oft_diffusion.images import IMAGE_KINDS, IMAGE_SUFFIXES, image_files, read_picture
 from oft_diffusion.training.checks import contains
 from oft_diffusion.training.config import TrainConfig
+
+_STRATA = 4  # of timesteps
+_CROPS = 8  # of each picture
 
 
 @dataclass(frozen=True)
@@ -144,14 +147,38 @@ def place_trigger(caption: str, trigger: str, class_word: str) -> str:
 # -- pixels ------------------------------------------------------------------------------------------------------------
 
 
-def read_pixels(path: Path, resolution: int) -> Tensor:
-    """An image's central square, resized, uint8 `(3, resolution, resolution)`.
+Crop = tuple[float, float, float]  # left, top and side, as parts of the central square's side
+WHOLE: Crop = (0.0, 0.0, 1.0)
+
+
+def read_pixels(path: Path, resolution: int, crop: Crop = WHOLE) -> Tensor:
+    """A part of an image's central square, resized, uint8 `(3, resolution, resolution)`.
 
     Raises:
         DataError: as `read_picture`.
     """
-    image = ImageOps.fit(read_picture(path), (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    image = read_picture(path)
+    left, top, part = crop
+    side = min(image.size)
+    x, y = (image.width - side) / 2 + left * side, (image.height - side) / 2 + top * side
+    box = (x, y, x + part * side, y + part * side)
+    resized = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def crops(seed: int, path: Path, smallest: float) -> list[Crop]:
+    """The crops of one picture that a run learns from: the whole square, and a few random ones beside it.
+
+    A fixed few, so that their latents can be cached. `smallest` bounds their sides from below; 1 is the whole alone.
+    """
+    if smallest == 1.0:
+        return [WHOLE]
+    rng = random.Random(f"{seed} crops {path.name}")
+    found = [WHOLE]
+    for _ in range(_CROPS - 1):
+        side = rng.uniform(smallest, 1.0)
+        found.append((rng.uniform(0.0, 1.0 - side), rng.uniform(0.0, 1.0 - side), side))
+    return found
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -171,6 +198,7 @@ class Draw:
         posterior_noise, noise: float32 of the latents' shape; for the VAE's posterior, and for diffusion.
         timestep: int64 scalar.
         flip: whether the picture is mirrored.
+        crop: which of its crops is taken, as a place in their list from 0 to below 1.
     """
 
     index: int
@@ -178,12 +206,14 @@ class Draw:
     noise: Tensor
     timestep: Tensor
     flip: bool
+    crop: float
 
 
-def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int], timesteps: int) -> Draw:
+def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int], timesteps: range) -> Draw:
     """The draw of sample `number`: pictures in a new order every epoch, the rest from a generator of its own.
 
-    The generator's numbers are taken in this order: posterior noise, noise, timestep, flip.
+    The generator's numbers are taken in this order: posterior noise, noise, timestep, flip, crop. Timesteps are uniform
+    and stratified: any four samples in a row have one in each quarter of the range, so that batches differ less.
     """
     epoch, place = divmod(number, pictures)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {stream} {number}").getrandbits(63))
@@ -191,9 +221,15 @@ def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int
         index=epoch_order(seed, stream, epoch, pictures)[place],
         posterior_noise=torch.randn(*shape, generator=generator),
         noise=torch.randn(*shape, generator=generator),
-        timestep=torch.randint(timesteps, (), generator=generator),
+        timestep=_timestep(number, timesteps, generator),
         flip=bool(torch.rand((), generator=generator) < 0.5),
+        crop=float(torch.rand((), generator=generator)),
     )
+
+
+def _timestep(number: int, timesteps: range, generator: torch.Generator) -> Tensor:
+    place = (number % _STRATA + torch.rand((), generator=generator, dtype=torch.float64)) / _STRATA
+    return (timesteps.start + place * len(timesteps)).long()
 
 
 @lru_cache(maxsize=8)

@@ -90,6 +90,7 @@ def preflight(config: TrainConfig) -> Plan:
     class_images, tokenizer, looks, adapter_bytes = None, None, None, 0
     if base is not None:
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
+        attempt(lambda: base.check_timesteps(config.min_timestep, config.max_timestep), "min_timestep", "max_timestep")
         tokenizer = attempt(lambda: load_tokenizer(base))
         if tokenizer is not None:
             attempt(lambda: check_trigger(tokenizer, config.trigger), "trigger")

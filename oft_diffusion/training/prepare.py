@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
+from transformers import get_scheduler, get_wsd_schedule
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
@@ -87,8 +87,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         eps=config.adam_epsilon,
     )
     wrapped, optimizer = accelerator.prepare(model, adamw)
-    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-    schedule = get_scheduler(name, adamw, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
+    schedule = _schedule(config, adamw)
     identity = {
         "base model": plan.base.fingerprint(),
         "instance images or captions": pictures_digest(pictures["instance"]),
@@ -99,6 +98,12 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         _prepare_output(config)
     accelerator.wait_for_everyone()
     return Parts(family, batches, banks, wrapped, optimizer, adamw, schedule, identity)
+
+
+def _schedule(config: TrainConfig, adamw: torch.optim.AdamW) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.lr_schedule == "constant":
+        return get_wsd_schedule(adamw, config.warmup_steps, config.decay_steps, config.steps)
+    return get_scheduler(config.lr_schedule, adamw, config.warmup_steps, config.steps)
 
 
 def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:

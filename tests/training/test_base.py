@@ -30,6 +30,11 @@ def test_what_is_found(model: Path) -> None:
     base.check_resolution(16)
     with pytest.raises(ConfigError, match=r"resolution = 17 is no multiple of 2.*use 16 or 18"):
         base.check_resolution(17)
+    base.check_timesteps(999, 1000)
+    base.check_timesteps(0, None)
+    for lowest, end in ((1000, None), (0, 1001)):
+        with pytest.raises(ConfigError, match=r"timesteps from .* are asked for, but .* has 1000"):
+            base.check_timesteps(lowest, end)
 
 
 def test_fingerprint_knows_copies(model: Path, tmp_path: Path) -> None:

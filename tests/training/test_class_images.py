@@ -110,9 +110,13 @@ def test_twins_are_the_instance_images_without_their_trigger(prior: Config, run:
     twins = twin_pictures(instances, settings)
     assert [t.path for t in twins] == [p.path for p in instances for _ in range(3)]
     assert [t.prompt for t in twins[::3]] == ["a photo of mug"] * len(instances)
-    words = [re.fullmatch(r"a photo of ([a-z]{2,4}) mug", t.prompt) for i, t in enumerate(twins) if i % 3]
-    assert all(words)
-    assert len({match[1] for match in words if match}) > 1
+    words = [match[1] if (match := re.fullmatch(r"a photo of (\w+) mug", t.prompt)) else "" for t in twins]
+    rare, near = words[1::3], words[2::3]
+    assert all(2 <= len(word) <= 4 for word in rare)
+    assert len(set(rare)) > 1
+    # words that begin as the trigger does must not do, either
+    assert all(len(word) == 3 and word[0] == "s" and word != "sks" for word in near)
+    assert len(set(near)) > 1
     assert twins == twin_pictures(instances, settings)
     assert twins != twin_pictures(instances, prior(prior_target="base", prior_twins=3, seed=1))
     steps, _ = run(settings)

@@ -121,6 +121,10 @@ def test_missing_file_broken_toml_and_missing_knobs(tmp_path: Path) -> None:
         ({"class_dir": "x"}, "prior_preservation is off, so it would do nothing"),
         ({"resume": "latest", "overwrite": True}, "resume and overwrite are both set"),
         ({"warmup_steps": 500}, "takes up all of steps = 500"),
+        ({"warmup_steps": 300, "decay_steps": 201}, "more than steps = 500"),
+        ({"decay_steps": 10, "lr_schedule": "linear"}, "lr_schedule = 'linear', which falls all the way"),
+        ({"min_crop": 0.0}, "min_crop = 0.0 is out of range"),
+        ({"min_timestep": 500, "max_timestep": 500}, "min_timestep = 500 is not below max_timestep = 500"),
         ({"coft_eps": -1.0}, "coft_eps=-1.0 bounds nothing"),
     ],
 )

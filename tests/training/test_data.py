@@ -17,6 +17,8 @@ from oft_diffusion.errors import DataError
 from oft_diffusion.images import read_picture
 from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.data import (
+    WHOLE,
+    crops,
     draw,
     epoch_order,
     instance_pictures,
@@ -205,13 +207,14 @@ def test_captions_beside_the_pictures(config: Config, tmp_path: Path) -> None:
 def test_an_epoch_shows_every_picture_once(seed: int, pictures: int, epoch: int) -> None:
     order = epoch_order(seed, "instance", epoch, pictures)
     assert sorted(order) == list(range(pictures))
-    indices = [draw(seed, "instance", epoch * pictures + i, pictures, (1, 2, 2), 10).index for i in range(pictures)]
+    numbers = [epoch * pictures + i for i in range(pictures)]
+    indices = [draw(seed, "instance", n, pictures, (1, 2, 2), range(10)).index for n in numbers]
     assert tuple(indices) == order
 
 
 def test_draws_depend_on_seed_stream_and_number_only() -> None:
     def one(seed: int = 1, stream: str = "instance", number: int = 5) -> torch.Tensor:
-        return draw(seed, stream, number, 3, (4, 8, 8), 1000).noise
+        return draw(seed, stream, number, 3, (4, 8, 8), range(1000)).noise
 
     torch.manual_seed(0)
     first = one()
@@ -222,10 +225,36 @@ def test_draws_depend_on_seed_stream_and_number_only() -> None:
         assert abs(float((first * other).mean())) < 0.3
 
 
+def test_crops_lie_within_the_square_and_depend_on_seed_and_name_only() -> None:
+    assert crops(0, Path("a.png"), 1.0) == [WHOLE]
+    found = crops(0, Path("a.png"), 0.7)
+    assert found[0] == WHOLE
+    assert len(set(found)) == 8
+    for left, top, side in found:
+        assert 0.7 <= side <= 1.0
+        assert min(left, top) >= 0.0
+        assert max(left, top) + side <= 1.0 + 1e-9
+    assert found == crops(0, Path("elsewhere/a.png"), 0.7)
+    assert found[1:] != crops(1, Path("a.png"), 0.7)[1:]
+    assert found[1:] != crops(0, Path("b.png"), 0.7)[1:]
+
+
+def test_a_crop_is_that_part_of_the_central_square(tmp_path: Path) -> None:
+    columns = np.arange(64, dtype=np.uint8) * 4
+    Image.fromarray(np.stack([np.tile(columns, (32, 1))] * 3, axis=-1)).save(tmp_path / "wide.png")
+    whole = read_pixels(tmp_path / "wide.png", 32)
+    assert whole[0, 0].tolist() == columns[16:48].tolist()
+    part = read_pixels(tmp_path / "wide.png", 16, (0.25, 0.0, 0.5))
+    assert part[0, 0].tolist() == columns[24:40].tolist()
+
+
 def test_draws_are_distributed_as_they_should() -> None:
-    draws = [draw(0, "instance", n, 3, (1, 2, 2), 1000) for n in range(3000)]
+    draws = [draw(0, "instance", n, 3, (1, 2, 2), range(1000)) for n in range(3000)]
     counts = Counter(int(d.timestep) // 100 for d in draws)
     assert all(230 < counts[bucket] < 370 for bucket in range(10))
+    quarters = [int(d.timestep) // 250 for d in draws]
+    assert all(sorted(quarters[i : i + 4]) == [0, 1, 2, 3] for i in range(0, 200, 3))
+    assert {int(draw(0, "class", n, 3, (1, 2, 2), range(10, 14)).timestep) for n in range(40)} == {10, 11, 12, 13}
     noise = torch.stack([d.noise for d in draws])
     assert abs(float(noise.mean())) < 0.05
     assert abs(float(noise.std()) - 1) < 0.05

@@ -165,6 +165,7 @@ def test_a_resumed_run_needs_its_first_adapter_no_more(config: Config, run: Run,
         ({"block_size": 8}, "block_size was 16, now 8"),
         ({"steps": 2}, r"at step 3, past steps = 2"),
         ({"lr_schedule": "cosine", "steps": 9}, "lr_schedule was 'constant', now 'cosine'; steps was 3, now 9"),
+        ({"decay_steps": 1, "steps": 9}, "decay_steps was 0, now 1; steps was 3, now 9"),
     ],
 )
 def test_changed_settings_are_refused_by_name(
