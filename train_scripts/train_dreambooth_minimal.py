@@ -92,9 +92,8 @@ def main(argv: list[str] | None = None) -> list[float]:
             sampled = torch.randn(posterior.mean.shape, generator=generator).to(device)
             latents = (posterior.mean + posterior.std * sampled) * pipe.vae.config.scaling_factor
             noise = torch.randn(latents.shape, generator=generator).to(device)
-            # Four samples in a row have timesteps in all four quarters of the schedule.
-            place = (step % 4 + torch.rand(1, generator=generator, dtype=torch.float64)) / 4
-            timestep = (place * schedule.config.num_train_timesteps).long().to(device)
+            quarter = (step % 4 + torch.rand(1, generator=generator, dtype=torch.float64)) / 4  # each in turn
+            timestep = (quarter * schedule.config.num_train_timesteps).long().to(device)
             samples.append((latents, noise, timestep, tokens[stream]))
         latents, noise, timesteps, ids = (torch.cat(parts) for parts in zip(*samples, strict=True))
 
@@ -112,7 +111,6 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         print(f"step {step + 1} of {args.steps}  loss {losses[-1]:.4f}", flush=True)
-
     save_oft_weights(pipe, args.output_dir, adapter_name="default")
     return losses
 

@@ -219,7 +219,10 @@ class StableDiffusion:
 
     @contextmanager
     def pipeline(self) -> Iterator[Any]:
-        """The base with its adapters as a pipeline, all of it on the UNet's device and without dropout meanwhile."""
+        """The base with its adapters as a pipeline, all of it on the UNet's device and without dropout meanwhile.
+
+        The VAE decodes in float32, whatever dtype the UNet's latents have.
+        """
         pipeline_class: Any = StableDiffusionPipeline
         pipeline = pipeline_class(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
@@ -228,8 +231,13 @@ class StableDiffusion:
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         device = next(self.unet.parameters()).device
-        with _evaluating(self.unet, self.text_encoder), _visiting(device, self.vae, self.text_encoder):
-            yield pipeline
+        entrance = self.vae.post_quant_conv or self.vae.decoder
+        hook = entrance.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        try:
+            with _evaluating(self.unet, self.text_encoder), _visiting(device, self.vae, self.text_encoder):
+                yield pipeline
+        finally:
+            hook.remove()
 
     # -- what the adapter file says ----------------------------------------------------------------------------------
 

@@ -101,9 +101,10 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
 
 
 def _schedule(config: TrainConfig, adamw: torch.optim.AdamW) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.lr_schedule == "constant":
+    if config.decay_steps:
         return get_wsd_schedule(adamw, config.warmup_steps, config.decay_steps, config.steps)
-    return get_scheduler(config.lr_schedule, adamw, config.warmup_steps, config.steps)
+    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    return get_scheduler(name, adamw, config.warmup_steps, config.steps)
 
 
 def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:

@@ -147,11 +147,11 @@ def pocket(tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("knobs", [{}, {"text_encoder": True}, {"mixed_precision": "bf16"}], ids=str)
 def test_figures_of_the_pocket_base_are_on_the_page(
-    pocket: Callable[..., TrainConfig], run: Run, *, text_encoder: bool
+    pocket: Callable[..., TrainConfig], run: Run, knobs: dict[str, object]
 ) -> None:
-    _, result = run(pocket(text_encoder=text_encoder))
+    _, result = run(pocket(**knobs))
     assert result.report is not None
     page = result.report.read_text(encoding="utf-8")
     assert all(name in page for name in ("Figures", "subject hit", "preservation", "leakage, class word"))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError, TrainingError
 from oft_diffusion.pocket import pocket_path
 from oft_diffusion.training import TrainConfig, preflight, train
+from oft_diffusion.training.base import find_base
 from oft_diffusion.training.family import StableDiffusion
 from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_file
 from tests.training.conftest import Run
@@ -217,6 +218,14 @@ def test_single_file_checkpoint_trains(config: Config, run: Run, tiny_sd: Path, 
     file = write_single_file(tiny_pipeline(tmp_path), tmp_path / "tiny.safetensors")
     assert "needs configs" in refused(config(model=str(file))).problem
     assert "pickled" in refused(config(model=str(tmp_path / "sd.ckpt"), config_dir=str(tiny_sd))).problem
+    bases = [find_base(str(file), str(tiny_sd)), find_base(str(tiny_sd))]
+    one, other = (StableDiffusion.load(base, torch.float32) for base in bases)
+    for component in ("unet", "text_encoder", "vae"):
+        found = getattr(other, component).state_dict()
+        own = getattr(one, component).state_dict()
+        assert own.keys() == found.keys()
+        assert all(own[name].equal(found[name]) for name in found)
     _, from_file = run(config(model=str(file), config_dir=str(tiny_sd)))
     _, from_folder = run(config(overwrite=True))
-    assert from_file.losses == from_folder.losses
+    # Equal weights at addresses of another alignment: the processor may add up in another order.
+    assert from_file.losses == pytest.approx(from_folder.losses, rel=1e-6)
