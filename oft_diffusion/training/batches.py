@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from oft_diffusion.images import read_picture
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.data import Crop, Draw, Picture, crops, draw, normalise, read_pixels
+from oft_diffusion.training.data import WHOLE, Crop, Draw, Picture, crops, draw, normalise, square_pixels
 from oft_diffusion.training.family import Posterior, StableDiffusion, Text
 
 View = tuple[Path, Crop, bool]  # of a picture: which part, and whether mirrored
@@ -55,7 +58,7 @@ class Batches:
         self.pictures = {stream: list(found) for stream, found in pictures.items() if found}
         self.device = device
         self._posteriors: dict[View, Posterior] = {}
-        self._crops: dict[Path, list[Crop]] = {}
+        self._crops = {p.path: crops(config.seed, p.path, config.min_crop) for p in self.pictures["instance"]}
         self._texts: dict[str, Text] = {}
 
     def fill_caches(self, progress: Progress) -> None:
@@ -63,9 +66,11 @@ class Batches:
         if self.config.cache_latents:
             flips = (False, True) if self.config.flip else (False,)
             paths = dict.fromkeys(p.path for found in self.pictures.values() for p in found)
-            views = [(path, crop, flip) for path in paths for crop in self._crops_of(path) for flip in flips]
-            for view in progress(views, "encoding pictures"):
-                self._posteriors[view] = Posterior(*(part.cpu() for part in self._encode(*view)))
+            for path in progress(list(paths), "encoding pictures"):
+                image = read_picture(path)  # once, however many views it has
+                for crop, flip in product(self._crops_of(path), flips):
+                    posterior = self._encode(image, crop, flip=flip)
+                    self._posteriors[path, crop, flip] = Posterior(*(part.cpu() for part in posterior))
         if self.config.cache_text_embeddings:
             with torch.no_grad():
                 for prompt in sorted({p.prompt for found in self.pictures.values() for p in found}):
@@ -105,17 +110,16 @@ class Batches:
         return path, found[int(d.crop * len(found))], d.flip and self.config.flip
 
     def _posterior(self, view: View) -> Posterior:
-        return self._posteriors[view] if view in self._posteriors else self._encode(*view)
+        if view in self._posteriors:
+            return self._posteriors[view]
+        path, crop, flip = view
+        return self._encode(read_picture(path), crop, flip=flip)
 
     def _crops_of(self, path: Path) -> list[Crop]:
-        """An instance image's crops; class images show enough as they are."""
-        if path not in self._crops:
-            own = any(picture.path == path for picture in self.pictures["instance"])
-            self._crops[path] = crops(self.config.seed, path, self.config.min_crop if own else 1.0)
-        return self._crops[path]
+        return self._crops.get(path, [WHOLE])  # class images show enough as they are
 
-    def _encode(self, path: Path, crop: Crop, flip: bool) -> Posterior:
-        pixels = read_pixels(path, self.config.resolution, crop)
+    def _encode(self, image: Image.Image, crop: Crop, *, flip: bool) -> Posterior:
+        pixels = square_pixels(image, self.config.resolution, crop)
         return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))
 
     def _text(self, prompt: str) -> Text:

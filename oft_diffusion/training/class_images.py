@@ -168,17 +168,24 @@ def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Pic
     twins = []
     for picture in instances:
         for i in range(config.prior_twins):
-            word = _made_up(rng, config.trigger if i % 2 == 0 else "") if i else ""
+            if i == 0:
+                word = ""
+            elif i % 2:
+                word = _letters(rng, rng.choice((2, 3, 3, 4)))
+            else:
+                word = _resembling(rng, config.trigger)
             twins.append(Picture(picture.path, " ".join(trigger.sub(word, picture.prompt).split())))
     return twins
 
 
-def _made_up(rng: random.Random, trigger: str) -> str:
-    """A word that means nothing: a few consonants, or a trigger with its last letters changed."""
-    if not trigger:
-        return "".join(rng.choices(_CONSONANTS, k=rng.choice((2, 3, 3, 4))))
+def _resembling(rng: random.Random, trigger: str) -> str:
+    """A trigger with its last letters changed."""
     kept = rng.randrange(len(trigger) // 2, len(trigger))
     while True:
-        word = trigger[:kept] + "".join(rng.choices(_CONSONANTS, k=len(trigger) - kept))
+        word = trigger[:kept] + _letters(rng, len(trigger) - kept)
         if word.lower() != trigger.lower():
             return word
+
+
+def _letters(rng: random.Random, count: int) -> str:
+    return "".join(rng.choices(_CONSONANTS, k=count))

@@ -151,13 +151,8 @@ Crop = tuple[float, float, float]  # left, top and side, as parts of the central
 WHOLE: Crop = (0.0, 0.0, 1.0)
 
 
-def read_pixels(path: Path, resolution: int, crop: Crop = WHOLE) -> Tensor:
-    """A part of an image's central square, resized, uint8 `(3, resolution, resolution)`.
-
-    Raises:
-        DataError: as `read_picture`.
-    """
-    image = read_picture(path)
+def square_pixels(image: Image.Image, resolution: int, crop: Crop = WHOLE) -> Tensor:
+    """A part of an image's central square, resized, uint8 `(3, resolution, resolution)`."""
     left, top, part = crop
     side = min(image.size)
     x, y = (image.width - side) / 2 + left * side, (image.height - side) / 2 + top * side

@@ -24,7 +24,7 @@ from oft_diffusion.training.data import (
     instance_pictures,
     normalise,
     place_trigger,
-    read_pixels,
+    square_pixels,
 )
 from tests.helpers.tiny_sd import draw_pictures
 
@@ -95,7 +95,7 @@ def test_pixels_are_the_central_square(tmp_path_factory, width: int, height: int
     left, top = (width - side) // 2, (height - side) // 2
     image.paste((255, 255, 255), (left, top, left + side, top + side))
     image.save(path)
-    pixels = read_pixels(path, 16)
+    pixels = square_pixels(read_picture(path), 16)
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == torch.uint8
     assert (pixels[:, 3:-3, 3:-3] > 240).all()
@@ -242,9 +242,10 @@ def test_crops_lie_within_the_square_and_depend_on_seed_and_name_only() -> None:
 def test_a_crop_is_that_part_of_the_central_square(tmp_path: Path) -> None:
     columns = np.arange(64, dtype=np.uint8) * 4
     Image.fromarray(np.stack([np.tile(columns, (32, 1))] * 3, axis=-1)).save(tmp_path / "wide.png")
-    whole = read_pixels(tmp_path / "wide.png", 32)
+    image = read_picture(tmp_path / "wide.png")
+    whole = square_pixels(image, 32)
     assert whole[0, 0].tolist() == columns[16:48].tolist()
-    part = read_pixels(tmp_path / "wide.png", 16, (0.25, 0.0, 0.5))
+    part = square_pixels(image, 16, (0.25, 0.0, 0.5))
     assert part[0, 0].tolist() == columns[24:40].tolist()
 
 

@@ -194,32 +194,6 @@ def test_a_constant_rate_may_fall_at_the_end(config: Config, run: Run) -> None:
     assert [s.learning_rate for s in steps] == pytest.approx([rate * 1e-3 for rate in (0, 1, 1, *falling)])
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_crops_of_instance_images(cached: bool, config: Config, run: Run, tmp_path: Path) -> None:
-    settings = {"steps": 2, "batch_size": 4, "prior_preservation": True, "num_class_images": 2}
-    with train(config(min_crop=0.5, cache_latents=cached, **settings), progress=False) as running:
-        assert running.parts is not None
-        batches = running.parts.batches
-        drawn = [(stream, batches._draw(stream, n)) for stream in ("instance", "class") for n in range(200)]
-        views = {batches._view(stream, d)[:2] for stream, d in drawn}
-        losses = [step.loss for step in running]
-    per_picture = Counter(path for path, _ in views)
-    assert sorted(per_picture.values()) == [1, 1, 8, 8, 8]
-    other = config(min_crop=0.5, cache_latents=not cached, output_dir=str(tmp_path / "other"), **settings)
-    assert losses == [step.loss for step in run(other)[0]]
-    assert losses != [step.loss for step in run(config(output_dir=str(tmp_path / "whole"), **settings))[0]]
-
-
-def test_timesteps_stay_in_their_range(config: Config) -> None:
-    settings = {"prior_preservation": True, "prior_target": "base", "batch_size": 4, "num_class_images": 4}
-    with train(config(min_timestep=100, max_timestep=200, **settings), progress=False) as running:
-        assert running.parts is not None
-        drawn = torch.stack([running.parts.batches.at(i).timesteps for i in range(12)])
-    assert drawn.shape == (12, 8)
-    assert 100 <= int(drawn.min()) < 110
-    assert 190 < int(drawn.max()) < 200
-
-
 def test_min_snr_weighs_the_loss(config: Config, run: Run, tmp_path: Path) -> None:
     with train(config(min_snr_gamma=0.004, steps=1), progress=False) as running:
         assert running.parts is not None
@@ -448,8 +422,10 @@ def test_the_callers_randomness_goes_on_as_if_nothing_had_been(ending: str, conf
 
 
 def test_runs_of_different_precision_in_one_process(config: Config, run: Run) -> None:
-    run(config(steps=1, mixed_precision="bf16", overwrite=True))
-    run(config(steps=1, mixed_precision="no", overwrite=True))
+    [half], _ = run(config(steps=1, mixed_precision="bf16", overwrite=True))
+    [full], _ = run(config(steps=1, mixed_precision="no", overwrite=True))
+    assert half.loss != full.loss
+    assert half.loss == pytest.approx(full.loss, rel=0.05)
 
 
 def test_sampling_in_between_changes_nothing(config: Config, run: Run, tmp_path: Path) -> None:
