@@ -34,7 +34,6 @@ PLAIN: dict[str, Any] = {
     "learning_rate": 3e-3,
     "min_crop": 1.0,
     "flip": False,
-    "max_timestep": None,
 }
 CLASS_IMAGES: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
 
@@ -47,11 +46,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "without twins": {"prior_twins": 0},
     "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
     "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
-    "all timesteps": {"max_timestep": None},
+    "timesteps below 850": {"max_timestep": 850},
     "epsilon 1e-8, 1.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 1.5e-3, "text_encoder_learning_rate": 5e-4},
     "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
     "trigger of six letters": {"trigger": "qzxjkv"},
     "prior weight 3": {"prior_weight": 3.0},
+    "class batches of two, 680 steps": {"class_batch_size": 2, "steps": 680, "decay_steps": 272},
     "constant to the end": {"decay_steps": 0},
     "cosine": {"lr_schedule": "cosine", "decay_steps": 0},
     "300 steps in float32": {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},

@@ -266,6 +266,10 @@ class OFTBank(nn.Module):
         self._constants.clear()
         self._placement = placement
         self._in_grad_forward = torch.is_grad_enabled()
+        if self._is_base() and not self._in_grad_forward and not torch.compiler.is_compiling():
+            for hook in self.hooks.values():
+                hook.eval_deltas = ()  # the base's answers, which training on a prior asks for in every step
+            return
         flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         if self._in_grad_forward and not torch.compiler.is_compiling():
             flats = self._mark.tie(flats, self._active, self.component)
@@ -336,6 +340,9 @@ class OFTBank(nn.Module):
 
     def _trainable(self) -> bool:
         return any(self._builder.trainable(a.name) for a in self._active)
+
+    def _is_base(self) -> bool:
+        return all(a.strength == 0.0 for a in self._active)
 
     def _use(self, active: tuple[Active, ...]) -> None:
         stages = make_stages(active, self.adapters)

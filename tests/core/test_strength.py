@@ -154,6 +154,23 @@ def test_a_trainable_adapter_at_a_fractional_strength_is_refused_under_grad_only
     assert gradient.abs().max() > 0
 
 
+def test_a_trainable_adapter_at_strength_0_costs_no_rotation_and_is_back_afterwards() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    with torch.no_grad():
+        base = unet(**inputs).sample
+    bank = inject_oft(unet, OFTConfig(block_size=8))
+    excite(bank)
+    with torch.no_grad(), torch.profiler.profile() as idle:
+        bank.set_adapters("default", 0.0)
+        assert torch.equal(unet(**inputs).sample, base)
+    bank.set_adapters("default")
+    with torch.no_grad(), torch.profiler.profile() as busy:
+        assert relative(unet(**inputs).sample, base) > 1e-3
+    assert "oft_diffusion::block_rotate" not in {e.key for e in idle.key_averages()}
+    assert "oft_diffusion::block_rotate" in {e.key for e in busy.key_averages()}
+
+
 @pytest.mark.parametrize(
     ("names", "strengths", "message"),
     [
