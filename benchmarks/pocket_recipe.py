@@ -103,12 +103,18 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 
 
 def table() -> str:
-    """One line per candidate, means over subjects, best first; on the newest base alone."""
+    """One line per candidate, means over subjects, best first; on the newest base alone.
+
+    A candidate is what pocket.toml said when it was measured, changed as its name says: where that file or the
+    candidate says otherwise today, the line is called earlier.
+    """
     rows, ranked = load(FILE), []
     rows = [row for row in rows if row["base"] == rows[-1]["base"]]
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
-        name = own[0]["candidate"]
+        name, count = own[0]["candidate"], int(own[0]["pictures"])
+        if name not in CANDIDATES or setup_digest(CANDIDATES[name], count) != setup:
+            name += " (earlier)"
 
         def mean(key: str, own: list[dict[str, str]] = own) -> float:
             return sum(float(row[key]) for row in own) / len(own)

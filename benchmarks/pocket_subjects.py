@@ -16,6 +16,7 @@ import csv
 import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
+from oft_diffusion.pocket.world import PATTERNS
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
@@ -212,7 +214,7 @@ def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bound
     for key, figure in figures(rows, closest).items():
         shown = figure.difference if key in ("preservation", "attribute drift") else figure.adapted
         text = f"{100 * shown.mean:.1f}"
-        if shown is figure.adapted and key != "memorisation":
+        if shown is figure.adapted:
             text += f" / {100 * figure.base.mean:.1f}"
         cells.append(text + (f" ({100 * shown.low:.1f} to {100 * shown.high:.1f})" if bounds else ""))
     return f"| {name} | {' | '.join(cells)} |"
@@ -230,12 +232,26 @@ def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Ma
             f"Prompt fidelity is {100 * ratio.mean:.1f} % ({100 * ratio.low:.1f} to {100 * ratio.high:.1f}) of the "
             f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
         )
+    lines.append(_lost(rows))
     longest = {key: max(float(run[key]) for run in runs) for key in ("training", "wall", "megabytes")}
     lines.append(
         f"At most {longest['training']:.0f} s of training, {longest['wall']:.0f} s with loading and caching, on "
         f"{runs[-1]['hardware']}; adapters of at most {longest['megabytes']:.2f} MB."
     )
     return lines
+
+
+def _lost(rows: Sequence[Row]) -> str:
+    """What preservation loses and wins, by the pattern that the prompt names."""
+    others = {(r.group, r.prompt, r.seed, r.adapted): r.faithful for r in rows if r.set == "other"}
+    lost, won, asked = Counter[str](), Counter[str](), Counter[str]()
+    for (group, prompt, seed, adapted), faithful in others.items():
+        pattern = next((p for p in PATTERNS if p in prompt.split()), "no")
+        asked[pattern] += adapted
+        if adapted and faithful != others[group, prompt, seed, False]:
+            (won if faithful else lost)[pattern] += 1
+    told = "; ".join(f"{p} pattern: {lost[p]} lost, {won[p]} won of {n}" for p, n in asked.most_common())
+    return f"Preservation by the pattern that the prompt names: {told}."
 
 
 def main() -> None:

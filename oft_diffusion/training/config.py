@@ -187,7 +187,9 @@ class TrainConfig:
     adam_epsilon: float = field(
         default=1e-8,
         metadata=_about(
-            "optimisation", "AdamW's epsilon; above most gradients (1e-3), what has none but noise stays put", above=0.0
+            "optimisation",
+            "AdamW's epsilon; above most gradients (3e-4 for the pocket base), what has none but noise stays put",
+            above=0.0,
         ),
     )
     max_grad_norm: float = field(
