@@ -25,6 +25,7 @@ from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.inject import KEY_SUFFIX, inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
 from oft_diffusion.plan import StrengthMode, as_names, check_adapter_name, make_active
+from oft_diffusion.prediction import prediction_type
 
 _HUB_OPTIONS = (
     "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version",
@@ -345,8 +346,8 @@ def _component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.
 def _check_prediction(pipe: DiffusionPipeline, file: AdapterFile) -> None:
     """SD 2.1 and its base differ in nothing else; an adapter of the one makes noise of the other's pictures."""
     trained = file.metadata.base.get("prediction_type")
-    config = getattr(getattr(pipe, "scheduler", None), "config", {})
-    here = config.get("prediction_type")
+    scheduler = getattr(pipe, "scheduler", None)
+    here = prediction_type({"_class_name": type(scheduler).__name__, **getattr(scheduler, "config", {})})
     if trained is not None and here is not None and trained != here:
         raise AdapterFileError(
             f"{file.path.name} was trained on a model that predicts {trained!r}, but this pipeline's scheduler says "

@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} files formats images pipeline load generate report"
+_LIBRARY = f"{_ADAPTER} prediction files formats images pipeline load generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -39,6 +39,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/kernels/": Layer("errors config rotation", "torch triton"),
     "oft_diffusion/architectures.py": Layer("", ""),
     "oft_diffusion/text_encoders.py": Layer("architectures", ""),
+    "oft_diffusion/prediction.py": Layer("", ""),
     "oft_diffusion/targets.py": Layer("errors architectures text_encoders", "torch"),
     "oft_diffusion/plan.py": Layer(_MATHS, "torch"),
     "oft_diffusion/deltas.py": Layer(f"{_MATHS} plan", "torch"),
@@ -50,7 +51,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/files.py": Layer(_ADAPTER, "torch safetensors"),
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} files", "torch safetensors"),
     "oft_diffusion/images.py": Layer("errors files", "numpy PIL"),
-    "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} files formats", f"torch PIL {_HUGGING_FACE}"),
+    "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} prediction files formats", f"torch PIL {_HUGGING_FACE}"),
     "oft_diffusion/load.py": Layer("errors", "torch diffusers"),
     "oft_diffusion/generate.py": Layer(f"{_ADAPTER} files formats images pipeline", "torch PIL diffusers"),
     "oft_diffusion/report.py": Layer("errors files images", "PIL"),

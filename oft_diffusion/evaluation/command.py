@@ -21,7 +21,7 @@ from oft_diffusion.pipeline import load_oft_weights
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
-from oft_diffusion.training.base import find_base
+from oft_diffusion.training.find import find_base
 
 
 def main(argv: Sequence[str]) -> int:

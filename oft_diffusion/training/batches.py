@@ -15,7 +15,9 @@ from torch import Tensor
 from oft_diffusion.images import read_picture
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import WHOLE, Crop, Draw, Picture, crops, draw, normalise, square_pixels
-from oft_diffusion.training.family import Posterior, StableDiffusion, Text
+from oft_diffusion.training.families import Family, Posterior
+from oft_diffusion.training.families.recording import Conditioning, move
+from oft_diffusion.training.noise import spread
 
 View = tuple[Path, Crop, bool]  # of a picture: which part, and whether mirrored
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -27,15 +29,17 @@ class Batch:
 
     Attributes:
         latents, noise: float32 `(B, C, h, w)`.
-        timesteps: int64 `(B,)`.
-        text: tokens, or conditioning where text embeddings are cached.
+        levels: of noise, int64 `(B,)`.
+        prompts: B of them.
+        encoded: each prompt's conditioning where text embeddings are cached, else None.
         instances: how many of the B are instance images.
     """
 
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
-    text: Text
+    levels: Tensor
+    prompts: tuple[str, ...]
+    encoded: tuple[Conditioning, ...] | None
     instances: int
 
 
@@ -49,7 +53,7 @@ class Batches:
     def __init__(
         self,
         config: TrainConfig,
-        family: StableDiffusion,
+        family: Family,
         pictures: Mapping[str, Sequence[Picture]],
         device: torch.device,
     ) -> None:
@@ -59,7 +63,7 @@ class Batches:
         self.device = device
         self._posteriors: dict[View, Posterior] = {}
         self._crops = {p.path: crops(config.seed, p.path, config.min_crop) for p in self.pictures["instance"]}
-        self._texts: dict[str, Text] = {}
+        self._texts: dict[str, Conditioning] = {}
 
     def fill_caches(self, progress: Progress) -> None:
         """Encode once what the config says. Afterwards the VAE, or the text encoder, is not needed for batches."""
@@ -72,10 +76,10 @@ class Batches:
                     posterior = self._encode(image, crop, flip=flip)
                     self._posteriors[path, crop, flip] = Posterior(*(part.cpu() for part in posterior))
         if self.config.cache_text_embeddings:
+            self.family.stacking(self.config.resolution)  # now, while the text encoders are at hand
             with torch.no_grad():
                 for prompt in sorted({p.prompt for found in self.pictures.values() for p in found}):
-                    encoded = self.family.encode_text(self.family.tokenize([prompt]))
-                    self._texts[prompt] = {name: tensor.cpu() for name, tensor in encoded.items()}
+                    self._texts[prompt] = move(self.family.encode_text([prompt], self.config.resolution), "cpu")
 
     def at(self, number: int, process: int = 0, processes: int = 1) -> Batch:
         """Batch `number` of a process."""
@@ -90,19 +94,26 @@ class Batches:
             self.family.latents(self._posterior(self._view(stream, d)), d.posterior_noise).to(self.device)
             for stream, d in samples
         ]
-        texts = [self._text(self.pictures[stream][d.index].prompt) for stream, d in samples]
+        prompts = tuple(self.pictures[stream][d.index].prompt for stream, d in samples)
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack([d.noise for _, d in samples]).to(self.device),
-            timesteps=torch.stack([d.timestep for _, d in samples]).to(self.device),
-            text={name: torch.cat([text[name] for text in texts]).to(self.device) for name in texts[0]},
+            levels=torch.tensor([self._level(d.time) for _, d in samples], device=self.device),
+            prompts=prompts,
+            encoded=tuple(self._texts[prompt] for prompt in prompts) if self._texts else None,
             instances=self.config.batch_size,
         )
 
     def _draw(self, stream: str, number: int) -> Draw:
         shape = self.family.latent_shape(self.config.resolution)
-        timesteps = range(self.family.timesteps)[self.config.min_timestep : self.config.max_timestep]
-        return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape, timesteps)
+        return draw(self.config.seed, stream, number, len(self.pictures[stream]), shape)
+
+    def _level(self, time: float) -> int:
+        c = self.config
+        levels = range(self.family.base.timesteps)[c.min_timestep : c.max_timestep]
+        density = c.timestep_density or ("logit-normal" if self.family.FLOW else "uniform")
+        place = float(spread(torch.tensor(time, dtype=torch.float64), density, c.logit_mean, c.logit_std, c.mode_scale))
+        return levels[min(int(place * len(levels)), len(levels) - 1)]
 
     def _view(self, stream: str, d: Draw) -> View:
         path = self.pictures[stream][d.index].path
@@ -121,8 +132,3 @@ class Batches:
     def _encode(self, image: Image.Image, crop: Crop, *, flip: bool) -> Posterior:
         pixels = square_pixels(image, self.config.resolution, crop)
         return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))
-
-    def _text(self, prompt: str) -> Text:
-        if prompt not in self._texts:  # token ids are cached always: they are small, and never change
-            self._texts[prompt] = self.family.tokenize([prompt])
-        return self._texts[prompt]

@@ -22,7 +22,7 @@ from oft_diffusion.images import image_files, read_picture
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, read_caption
-from oft_diffusion.training.family import AT_ONCE, StableDiffusion
+from oft_diffusion.training.families import AT_ONCE, Family
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
 RECORD = "class_images.json"
@@ -125,7 +125,7 @@ def _compare(folder: Path, record: dict[str, Any]) -> None:
 
 
 def make_class_images(
-    images: ClassImages, family: StableDiffusion, progress: Callable[[Iterable[list[int]], str], Iterable[list[int]]],
+    images: ClassImages, family: Family, progress: Callable[[Iterable[list[int]], str], Iterable[list[int]]],
     process: int = 0, processes: int = 1,
 ) -> None:  # fmt: skip
     """Make this process's share of the missing images. Each has its own seed, so the set can grow or be cut short.

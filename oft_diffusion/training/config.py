@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from oft_diffusion.config import OFTConfig, Parametrisation
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import config_io
+from oft_diffusion.training.noise import FlowWeighting, TimestepDensity
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 PriorTarget = Literal["noise", "base"]
@@ -152,7 +153,9 @@ class TrainConfig:
     share_qkv: bool = field(
         default=False, metadata=_about("adapter", "one generator for q, k and v that read the same input")
     )
-    text_encoder: bool = field(default=False, metadata=_about("adapter", "adapt the text encoder too"))
+    text_encoder: bool = field(
+        default=False, metadata=_about("adapter", "adapt the text encoders too: the CLIPs, or where there is none, all")
+    )
     init_adapter: str | None = field(default=None, metadata=_about("adapter", "continue from this adapter file"))
 
     learning_rate: float = field(
@@ -208,6 +211,33 @@ class TrainConfig:
             "timestep below which images are noised; the highest decide the composition. Default: all",
             minimum=1,
         ),
+    )
+    timestep_density: TimestepDensity | None = field(
+        default=None,
+        metadata=_about(
+            "optimisation",
+            "how noise levels are drawn (arXiv 2403.03206, section 3.1); default: logit-normal for flow models, "
+            "uniform for the others",
+        ),
+    )
+    logit_mean: float = field(
+        default=0.0, metadata=_about("optimisation", "of logit-normal levels; above 0 for more noise")
+    )
+    logit_std: float = field(default=1.0, metadata=_about("optimisation", "of logit-normal levels", above=0.0))
+    mode_scale: float = field(
+        default=1.29, metadata=_about("optimisation", "of mode levels: how many lie in the middle", maximum=1.75)
+    )
+    timestep_shift: float | None = field(
+        default=None,
+        metadata=_about(
+            "optimisation",
+            "flow models: factor by which noise levels are shifted towards noise, 1 for none; default: as the base's "
+            "scheduler shifts them, by the resolution where it does so",
+            above=0.0,
+        ),
+    )
+    flow_weighting: FlowWeighting = field(
+        default="none", metadata=_about("optimisation", "flow models: weighting of the loss over noise levels")
     )
     seed: int = field(  # torch takes 64 bits, and grids count up from it
         default=0, metadata=_about("optimisation", "all randomness follows from it", minimum=0, maximum=2**62)
@@ -313,14 +343,9 @@ class TrainConfig:
 
     @property
     def text_encoder_oft(self) -> OFTConfig:
-        """The text encoder's: the same, but regular expressions are the UNet's, so there "attention" stands."""
+        """Text encoders': the same, but regular expressions are the denoiser's, so there "attention" stands."""
         own = self.oft.to_dict()
         return OFTConfig.from_dict(own if isinstance(self.targets, str) else own | {"targets": "attention"})
-
-    @property
-    def adapted(self) -> dict[str, OFTConfig]:
-        """The components that carry an adapter, each with the adapter's settings."""
-        return {"unet": self.oft} | ({"text_encoder": self.text_encoder_oft} if self.text_encoder else {})
 
     @property
     def class_folder(self) -> Path:

@@ -26,7 +26,7 @@ from oft_diffusion.images import IMAGE_KINDS, IMAGE_SUFFIXES, image_files, read_
 from oft_diffusion.training.checks import contains
 from oft_diffusion.training.config import TrainConfig
 
-_STRATA = 4  # of timesteps
+_STRATA = 4  # of times
 _CROPS = 8  # of each picture
 
 
@@ -191,7 +191,7 @@ class Draw:
     Attributes:
         index: which picture.
         posterior_noise, noise: float32 of the latents' shape; for the VAE's posterior, and for diffusion.
-        timestep: int64 scalar.
+        time: from 0 (a picture) to below 1 (noise), uniform.
         flip: whether the picture is mirrored.
         crop: which of its crops is taken, as a place in their list from 0 to below 1.
     """
@@ -199,16 +199,16 @@ class Draw:
     index: int
     posterior_noise: Tensor
     noise: Tensor
-    timestep: Tensor
+    time: float
     flip: bool
     crop: float
 
 
-def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int], timesteps: range) -> Draw:
+def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int]) -> Draw:
     """The draw of sample `number`: pictures in a new order every epoch, the rest from a generator of its own.
 
-    The generator's numbers are taken in this order: posterior noise, noise, timestep, flip, crop. Timesteps are uniform
-    and stratified: any four samples in a row have one in each quarter of the range, so that batches differ less.
+    The generator's numbers are taken in this order: posterior noise, noise, time, flip, crop. Times are stratified: any
+    four samples in a row have one in each quarter, so that batches differ less.
     """
     epoch, place = divmod(number, pictures)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {stream} {number}").getrandbits(63))
@@ -216,15 +216,14 @@ def draw(seed: int, stream: str, number: int, pictures: int, shape: Sequence[int
         index=epoch_order(seed, stream, epoch, pictures)[place],
         posterior_noise=torch.randn(*shape, generator=generator),
         noise=torch.randn(*shape, generator=generator),
-        timestep=_timestep(number, timesteps, generator),
+        time=_time(number, generator),
         flip=bool(torch.rand((), generator=generator) < 0.5),
         crop=float(torch.rand((), generator=generator)),
     )
 
 
-def _timestep(number: int, timesteps: range, generator: torch.Generator) -> Tensor:
-    place = (number % _STRATA + torch.rand((), generator=generator, dtype=torch.float64)) / _STRATA
-    return (timesteps.start + place * len(timesteps)).long()
+def _time(number: int, generator: torch.Generator) -> float:
+    return (number % _STRATA + float(torch.rand((), generator=generator, dtype=torch.float64))) / _STRATA
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """DreamBooth with OFT, from top to bottom: `train(config)` gives a run; entering it loads, iterating it learns.
 
 One step is: take a batch by its number, add noise, ask the adapted denoiser, compare, descend. What comes before the
-first step is in `prepare.py`; what is family-specific in `family.py`, what is random in `data.py`, what a checkpoint
+first step is in `prepare.py`; what is family-specific in `families/`, what is random in `data.py`, what a checkpoint
 holds in `state.py`.
 """
 

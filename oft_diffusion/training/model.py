@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
-from oft_diffusion.training.family import StableDiffusion, Text
+from oft_diffusion.training.families import Family
+from oft_diffusion.training.families.recording import Conditioning
 
 ADAPTER = "default"
 
@@ -19,14 +22,29 @@ class AdaptedModel(nn.Module):
     through this container, as ordinary parameters.
     """
 
-    def __init__(self, family: StableDiffusion, banks: Mapping[str, OFTBank], *, text_is_encoded: bool) -> None:
+    def __init__(self, family: Family, banks: Mapping[str, OFTBank], resolution: int) -> None:
         super().__init__()
-        self.components = nn.ModuleDict({name: getattr(family, name) for name in banks})
+        self.components = nn.ModuleDict({name: family.module(name) for name in banks})
         self.banks = nn.ModuleDict(banks)
-        self.text_is_encoded = text_is_encoded
+        self.resolution = resolution
         self.family = family  # no module, hence not registered
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
-        """The denoiser's answer `(B, C, h, w)` to noisy latents, at timesteps `(B,)`, on tokens or conditioning."""
-        conditioning = text if self.text_is_encoded else self.family.encode_text(text)
-        return self.family.predict(noisy, timesteps, conditioning)
+    def forward(
+        self, noisy: Tensor, times: Tensor, prompts: Sequence[str], encoded: Sequence[Conditioning] | None
+    ) -> Tensor:
+        """The denoiser's answer, packed, to noisy latents `(B, C, h, w)` at the scheduler's timesteps `(B,)`.
+
+        `encoded` is the conditioning of each prompt, or None where prompts are to be encoded here.
+        """
+        if encoded is None:
+            return self.family.predict(noisy, times, self.family.encode_text(prompts, self.resolution))
+        stacking = self.family.stacking(self.resolution)
+        groups: dict[Any, list[int]] = {}  # of prompts that are equally long, where the family does not pad them
+        for i, conditioning in enumerate(encoded):
+            groups.setdefault(stacking.shape(conditioning), []).append(i)
+        answers = [
+            self.family.predict(noisy[rows], times[rows], stacking.join([encoded[i] for i in rows]))
+            for rows in groups.values()
+        ]
+        order = torch.tensor([i for rows in groups.values() for i in rows]).argsort()
+        return torch.cat(answers)[order.to(noisy.device)]

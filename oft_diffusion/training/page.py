@@ -16,6 +16,7 @@ from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.report import Pictures, Section, Table, write_report
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture
+from oft_diffusion.training.families import Family
 from oft_diffusion.training.model import ADAPTER
 from oft_diffusion.training.prepare import Parts
 from oft_diffusion.training.results import EVALUATION, PAGE, Console, TrainResult
@@ -81,7 +82,7 @@ def write_page(
             "orthogonality error": f"{error:.0e}",
         },
         settings=config.to_dict(),
-        usage=_usage(config, result.adapter),
+        usage=_usage(config, parts.family, result.adapter),
     )
 
 
@@ -179,19 +180,21 @@ def _cell(config: TrainConfig) -> int:
     return min(max(config.resolution, _CELLS[0]), _CELLS[1])
 
 
-def _usage(config: TrainConfig, adapter: Path) -> str:
+def _usage(config: TrainConfig, family: Family, adapter: Path) -> str:
+    kind = family.base.pipeline
     single = Path(config.model).suffix == ".safetensors"
     load = (
         f"from_single_file({config.model!r}, config={config.config_dir!r})"
         if single
         else f"from_pretrained({config.model!r})"
     )
+    told = "".join(f", {name}={value!r}" for name, value in family.guided(config.guidance_scale).items())
     return (
-        "from diffusers import StableDiffusionPipeline\n"
+        f"from diffusers import {kind}\n"
         "from oft_diffusion import load_oft_weights, set_oft_adapters\n\n"
-        f"pipe = StableDiffusionPipeline.{load}\n"
+        f"pipe = {kind}.{load}\n"
         f'load_oft_weights(pipe, {str(adapter)!r}, adapter_name="mine")\n'
         f"prompt = {config.fill(config.instance_prompt)!r}\n"
-        f"image = pipe(prompt, guidance_scale={config.guidance_scale}).images[0]\n"
+        f"image = pipe(prompt=prompt{told}).images[0]\n"
         'set_oft_adapters(pipe, ["mine"], [0.7])  # weaker; 0 is the base\n'
     )

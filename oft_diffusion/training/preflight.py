@@ -18,7 +18,7 @@ from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
-from oft_diffusion.training.base import Base, download_base, find_base, is_hub_id
+from oft_diffusion.training.base import Base
 from oft_diffusion.training.checkpoint import (
     check_resumable,
     find_checkpoint,
@@ -30,7 +30,9 @@ from oft_diffusion.training.checks import idle_notes, raise_problems, settings_p
 from oft_diffusion.training.class_images import ClassImages, look_at_class_images
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, instance_pictures
-from oft_diffusion.training.family import FAMILIES, check_trigger, load_tokenizer, too_long
+from oft_diffusion.training.find import download_base, find_base, is_hub_id
+from oft_diffusion.training.skeleton import adapted, skeleton
+from oft_diffusion.training.tokens import check_trigger, load_tokenizer, most_tokens, too_long
 
 _SPARE_BYTES = 64_000_000  # for grids, losses and whatever else writes there
 
@@ -80,7 +82,6 @@ def preflight(config: TrainConfig) -> Plan:
     data = attempt(lambda: instance_pictures(config), "instance_dir", "resolution", *_PROMPT_KNOBS)
     resume_from = attempt(lambda: _check_resume(config), "resume", "output_dir", "steps")
     attempt(lambda: _check_output(config), "output_dir", "resume", "overwrite")
-    attempt(lambda: _check_init_adapter(config), "init_adapter", "text_encoder", *_ADAPTER_KNOBS)
     attempt(lambda: _check_precision(config), "mixed_precision")
     model = config.model
     if not errors and is_hub_id(model):  # the one check that may take long, hence the last
@@ -89,6 +90,7 @@ def preflight(config: TrainConfig) -> Plan:
     base: Base | None = attempt(lambda: find_base(model, config.config_dir, config.model), "model", "config_dir")
     class_images, tokenizer, looks, adapter_bytes = None, None, None, 0
     if base is not None:
+        attempt(lambda: _check_init_adapter(config, base), "init_adapter", "text_encoder", *_ADAPTER_KNOBS)
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
         attempt(lambda: base.check_timesteps(config.min_timestep, config.max_timestep), "min_timestep", "max_timestep")
         tokenizer = attempt(lambda: load_tokenizer(base))
@@ -107,9 +109,10 @@ def preflight(config: TrainConfig) -> Plan:
     prompts = {p.prompt for p in pictures} | {config.fill(prompt) for prompt in config.validation_prompts}
     if class_images is not None:
         prompts |= set(class_images.prompts)
-    cut = [prompt for prompt in sorted(prompts) if too_long(tokenizer, prompt)]
+    most = most_tokens(base, tokenizer)
+    cut = [prompt for prompt in sorted(prompts) if too_long(tokenizer, prompt, most)]
     notes += [f"longer than the text encoder reads, and cut: {prompt!r}" for prompt in cut]
-    notes += _class_notes(config, class_images) + idle_notes(config)
+    notes += _class_notes(config, class_images) + idle_notes(config) + _foreign_notes(config, base)
     return Plan(base, pictures, class_images, looks, resume_from, notes)
 
 
@@ -196,12 +199,12 @@ def _check_no_later_checkpoint(resume_from: Path, folder: Path) -> None:
         )
 
 
-def _check_init_adapter(config: TrainConfig) -> None:
+def _check_init_adapter(config: TrainConfig, base: Base) -> None:
     """The adapter to continue from is readable, and was made here with the settings that are asked for now."""
     if config.init_adapter is None or config.resume is not None:  # a resumed run has long left it behind
         return
     found = load_adapter_file(config.init_adapter)
-    wanted = config.adapted
+    wanted = adapted(config, base)
     if set(found.components) != set(wanted):
         raise ConfigError(
             f"{config.init_adapter} adapts {', '.join(sorted(found.components))}",
@@ -238,9 +241,9 @@ def _adapter_bytes(config: TrainConfig, base: Base) -> int:
         OFTError: a pattern matches nothing, a block size does not fit, or a component's config is unusable.
     """
     size = 0
-    for name, settings in config.adapted.items():
+    for name, settings in adapted(config, base).items():
         used = last_hidden_state(base.pipeline, name)
-        targets = find_targets(FAMILIES[base.pipeline].skeleton(base, name), settings.targets, hidden_state=used)
+        targets = find_targets(skeleton(base, name), settings.targets, hidden_state=used)
         block_size = choose_block_size(targets, settings.block_size)
         size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
     return size
@@ -253,6 +256,24 @@ def _check_space(config: TrainConfig, class_images: ClassImages | None, adapter_
     if class_images is not None and class_images.missing:
         size = len(class_images.missing) * config.resolution**2 * 3  # a PNG is hardly larger than its pixels
         require_space(config.class_folder, size, f"{len(class_images.missing)} class images")
+
+
+def _foreign_notes(config: TrainConfig, base: Base) -> list[str]:
+    """A sentence about knobs that are meant for another kind of model."""
+    flow = base.prediction_type == "flow"
+    idle: tuple[str, ...] = ("min_snr_gamma",) if flow else ("timestep_shift", "flow_weighting")
+    if not (flow if config.timestep_density is None else config.timestep_density == "logit-normal"):
+        idle += ("logit_mean", "logit_std")
+    if config.timestep_density != "mode":
+        idle += ("mode_scale",)
+    defaults = {f.name: f.default for f in fields(config)}
+    named = [f"{knob} = {getattr(config, knob)!r}" for knob in idle if getattr(config, knob) != defaults[knob]]
+    if not named:
+        return []
+    density = config.timestep_density or ("logit-normal" if flow else "uniform")
+    return [
+        f"this model predicts {base.prediction_type} and levels are {density}, so this does nothing: {', '.join(named)}"
+    ]
 
 
 def _class_notes(config: TrainConfig, images: ClassImages | None) -> list[str]:

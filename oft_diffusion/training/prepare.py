@@ -17,15 +17,18 @@ from oft_diffusion.bank import OFTBank
 from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.text_encoders import last_hidden_state
+from oft_diffusion.training.base import Base
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.class_images import class_pictures, make_class_images, twin_pictures
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
-from oft_diffusion.training.family import FAMILIES, StableDiffusion
+from oft_diffusion.training.families import FAMILIES, Family
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
+from oft_diffusion.training.noise import Diffusion, Flow, Noise
 from oft_diffusion.training.preflight import Plan
 from oft_diffusion.training.results import EVALUATION, GRIDS, LOSSES, PAGE, SETTINGS, Console
+from oft_diffusion.training.skeleton import adapted
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,14 +40,16 @@ class Parts:
     Attributes:
         family: the base, with adapters in its components.
         batches: what to learn from, by number.
-        banks: by component: "unet", and "text_encoder" if it is adapted.
+        noise: how pictures are noised, and what is learned from that.
+        banks: by component: the denoisers', and the text encoders' where they are adapted.
         model: the prepared container; call this one in training.
         optimizer: as accelerate wrapped it; adamw is the one inside.
         schedule: the learning rate's course; stepped once per applied optimizer step.
         identity: what a resumed run must find unchanged.
     """
 
-    family: StableDiffusion
+    family: Family
+    noise: Noise
     batches: Batches
     banks: Mapping[str, OFTBank]
     model: Any
@@ -73,16 +78,16 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     """
     console.say(f"loading {config.model}")
     family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision])
-    for module in (family.unet, family.text_encoder, family.vae):
-        module.to(accelerator.device)
+    for name in plan.base.modules:
+        family.module(name).to(accelerator.device)
     pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
     batches = Batches(config, family, pictures, accelerator.device)
     batches.fill_caches(console.track)
     _park(config, family)
     banks = _inject(config, plan, family)
-    model = AdaptedModel(family, banks, text_is_encoded=config.cache_text_embeddings)
+    model = AdaptedModel(family, banks, config.resolution)
     adamw = torch.optim.AdamW(
-        [{"params": list(banks[name].parameters()), "lr": rate} for name, rate in _rates(config)],
+        [{"params": list(bank.parameters()), "lr": _rate(config, plan.base, name)} for name, bank in banks.items()],
         weight_decay=config.weight_decay,
         eps=config.adam_epsilon,
     )
@@ -97,7 +102,8 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
         _prepare_output(config)
     accelerator.wait_for_everyone()
-    return Parts(family, batches, banks, wrapped, optimizer, adamw, schedule, identity)
+    noise = make_noise(config, plan.base)
+    return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
 def _schedule(config: TrainConfig, adamw: torch.optim.AdamW) -> torch.optim.lr_scheduler.LRScheduler:
@@ -107,10 +113,17 @@ def _schedule(config: TrainConfig, adamw: torch.optim.AdamW) -> torch.optim.lr_s
     return get_scheduler(name, adamw, config.warmup_steps, config.steps)
 
 
-def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:
-    yield "unet", config.learning_rate
-    if config.text_encoder:
-        yield "text_encoder", config.text_encoder_learning_rate or config.learning_rate
+def _rate(config: TrainConfig, base: Base, component: str) -> float:
+    own = config.text_encoder_learning_rate if component in base.text_encoders else None
+    return own or config.learning_rate
+
+
+def make_noise(config: TrainConfig, base: Base) -> Noise:
+    """How pictures are noised: by the base's scheduler, and what the config says otherwise."""
+    if not FAMILIES[base.pipeline].FLOW:
+        return Diffusion(base.scheduler, config.min_snr_gamma)
+    tokens = (config.resolution // (2 * base.vae_factor)) ** 2  # schedulers count squares of four latents
+    return Flow(base.scheduler, tokens, config.timestep_shift, config.flow_weighting)
 
 
 def _prepare_output(config: TrainConfig) -> None:
@@ -126,7 +139,7 @@ def _prepare_output(config: TrainConfig) -> None:
 
 
 def _class_images(
-    config: TrainConfig, plan: Plan, family: StableDiffusion, accelerator: Accelerator, console: Console
+    config: TrainConfig, plan: Plan, family: Family, accelerator: Accelerator, console: Console
 ) -> list[Picture]:
     if plan.class_images is None:
         return []
@@ -135,23 +148,24 @@ def _class_images(
     return class_pictures(plan.class_images) + twin_pictures(plan.pictures, config)
 
 
-def _park(config: TrainConfig, family: StableDiffusion) -> None:
+def _park(config: TrainConfig, family: Family) -> None:
     """Move what is not needed any more off the device; pictures on the way fetch it back for a moment."""
     if config.cache_latents:
         family.vae.to("cpu")
     if config.cache_text_embeddings:
-        family.text_encoder.to("cpu")
+        for name in family.text_encoders:
+            family.module(name).to("cpu")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _inject(config: TrainConfig, plan: Plan, family: StableDiffusion) -> dict[str, OFTBank]:
+def _inject(config: TrainConfig, plan: Plan, family: Family) -> dict[str, OFTBank]:
     banks = {}
     start = None
     if config.init_adapter is not None and plan.resume_from is None:
         start = load_adapter_file(config.init_adapter).components
-    for name, settings in config.adapted.items():
-        component = getattr(family, name)
+    for name, settings in adapted(config, plan.base).items():
+        component = family.module(name)
         used = last_hidden_state(plan.base.pipeline, name)
         banks[name] = inject_oft(component, settings, ADAPTER, hidden_state=used)
         if start is not None:

@@ -30,7 +30,7 @@ class TrainStep:
         step, steps: this step's number, from 1, and the run's total.
         loss: what was descended: instance_loss + prior_weight * prior_loss, averaged over accumulation and processes.
         instance_loss, prior_loss: its parts; prior_loss is None without prior preservation.
-        learning_rate: the UNet's, as used in this step.
+        learning_rate: the denoiser's, as used in this step.
         grad_norm: before clipping.
         applied: False where the step was skipped, because the loss was not finite or float16 overflowed.
         seconds_per_step, seconds_left: mean over the last steps, and what that makes of the rest.

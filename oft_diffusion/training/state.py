@@ -81,7 +81,7 @@ def restore(parts: Parts, accelerator: Accelerator, checkpoint: Checkpoint) -> N
 
 def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
     """What an adapter file holds: per component, tensors by layer."""
-    return {name: oft_state_dict(getattr(parts.family, name), ADAPTER) for name in parts.banks}
+    return {name: oft_state_dict(parts.family.module(name), ADAPTER) for name in parts.banks}
 
 
 def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMetadata:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.training.base import find_base, is_hub_id
+from oft_diffusion.training.find import find_base, is_hub_id
 
 
 @pytest.fixture
@@ -107,13 +107,13 @@ def pickle_weights(model: Path) -> None:
         (shutil.rmtree, "there is no model"),
         (empty, "has no model_index.json; it is empty"),
         (one_file_inside, "v1-5.safetensors, with config_dir"),
-        (lambda m: edit(m / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+        (lambda m: edit(m / "model_index.json", _class_name="LTXPipeline"), "is a LTXPipeline"),
         (lambda m: (m / "unet" / "config.json").unlink(), "lacks unet/config.json"),
         (lambda m: (m / "vae" / "config.json").write_text("{"), "vae/config.json cannot be read"),
         (lambda m: (m / "vae" / "config.json").write_text("{}"), "vae/config.json has no list block_out_channels"),
         (lambda m: (m / "unet" / "config.json").write_text("[]"), "unet/config.json has no list block_out_channels"),
         (lambda m: edit(m / "vae" / "config.json", block_out_channels=[]), "has no list block_out_channels"),
-        (lambda m: [p.unlink() for p in (m / "tokenizer").iterdir()], "lacks tokenizer/vocab.json"),
+        (lambda m: [p.unlink() for p in (m / "tokenizer").iterdir()], "lacks the files of tokenizer"),
         (truncate, "are truncated or corrupt"),
         (pickle_weights, "diffusion_pytorch_model.bin is a pickle"),
         (lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "holds no .safetensors weights"),

@@ -35,7 +35,7 @@ def test_timesteps_stay_in_their_range(config: Config) -> None:
     settings = {"prior_preservation": True, "prior_target": "base", "batch_size": 4, "num_class_images": 4}
     with train(config(min_timestep=100, max_timestep=200, **settings), progress=False) as running:
         assert running.parts is not None
-        drawn = torch.stack([running.parts.batches.at(i).timesteps for i in range(12)])
+        drawn = torch.stack([running.parts.batches.at(i).levels for i in range(12)])
     assert drawn.shape == (12, 8)
     assert 100 <= int(drawn.min()) < 110
     assert 190 < int(drawn.max()) < 200

@@ -19,7 +19,7 @@ from oft_diffusion.files import load_adapter_file
 from oft_diffusion.text_encoders import HIDDEN_STATES
 from oft_diffusion.training import TrainConfig, TrainingRun, train
 from oft_diffusion.training.batches import Batches
-from oft_diffusion.training.family import StableDiffusion
+from oft_diffusion.training.families.kinds import StableDiffusion
 from oft_diffusion.training.losses import losses
 from oft_diffusion.training.model import ADAPTER
 from tests.helpers.tiny_sd import draw_pictures
@@ -41,13 +41,13 @@ def test_it_learns_and_leaves_the_base_alone(config: Config) -> None:
 
     with train(config(steps=100, learning_rate=1e-2, batch_size=2), progress=False) as run:
         assert run.parts is not None
-        base = {k: v.clone() for k, v in run.parts.family.unet.state_dict().items()}
+        base = {k: v.clone() for k, v in run.parts.family.module("unet").state_dict().items()}
         before = fresh_loss(run)
         for _ in run:
             pass
         assert fresh_loss(run) < 0.88 * before
         assert run.parts.banks["unet"].orthogonality_error(ADAPTER) < 1e-5
-        after = run.parts.family.unet.state_dict()
+        after = run.parts.family.module("unet").state_dict()
         assert after.keys() == base.keys()
         assert all(after[name].equal(base[name]) for name in base)
     assert run.result.silent_layers == ()
@@ -143,10 +143,10 @@ def test_checkpointing_recomputes(checkpointing: bool, config: Config) -> None:
     with train(settings, progress=False) as run:
         assert run.parts is not None
         family = run.parts.family
-        family.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.register_forward_pre_hook(
+        family.module("unet").down_blocks[0].attentions[0].transformer_blocks[0].ff.register_forward_pre_hook(
             lambda *args: calls.update(["unet"])
         )
-        [layer] = [m for name, m in family.text_encoder.named_modules() if name.endswith("layers.0.mlp")]
+        [layer] = [m for name, m in family.module("text_encoder").named_modules() if name.endswith("layers.0.mlp")]
         layer.register_forward_pre_hook(lambda *args: calls.update(["text_encoder"]))
         list(run)
     assert calls == dict.fromkeys(("unet", "text_encoder"), 4 if checkpointing else 2)
@@ -197,8 +197,7 @@ def test_a_constant_rate_may_fall_at_the_end(config: Config, run: Run) -> None:
 def test_min_snr_weighs_the_loss(config: Config, run: Run, tmp_path: Path) -> None:
     with train(config(min_snr_gamma=0.004, steps=1), progress=False) as running:
         assert running.parts is not None
-        timesteps = running.parts.batches.at(0).timesteps
-        [weight] = running.parts.family.loss_weight(timesteps, 0.004).tolist()
+        [weight] = running.parts.noise.weight(running.parts.batches.at(0).levels).tolist()
         [step] = list(running)
     [plain], _ = run(config(steps=1, output_dir=str(tmp_path / "plain")))
     assert weight < 0.99  # at every timestep: the tiny base's SNR ends above gamma

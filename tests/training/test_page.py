@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from oft_diffusion.images import labelled_grid
 from oft_diffusion.pocket import pocket_path, subjects_path
 from oft_diffusion.report import Section, Table
 from oft_diffusion.training import TrainConfig, TrainResult, preflight, train
-from oft_diffusion.training.family import StableDiffusion
+from oft_diffusion.training.families.kinds import StableDiffusion
 from oft_diffusion.training.model import ADAPTER
 from oft_diffusion.training.page import STRENGTHS, strength_sweep, write_page
 from tests.training.conftest import Run
@@ -65,10 +66,10 @@ def test_the_sweep_goes_through_the_strengths_and_comes_back(config: Config, mon
     drawn: list[float] = []
     sample = StableDiffusion.sample
 
-    def noting(self: StableDiffusion, *args: object) -> object:
+    def noting(self: Any, *args: Any) -> object:
         assert run.parts is not None
         drawn.extend(active.strength for active in run.parts.banks["unet"].active)
-        return sample(self, *args)  # type: ignore[arg-type]
+        return sample(self, *args)
 
     with train(config(validation_prompts=PROMPTS, learning_rate=0.1), progress=False) as run:
         for _ in run:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError, TrainingError
 from oft_diffusion.pocket import pocket_path
 from oft_diffusion.training import TrainConfig, preflight, train
-from oft_diffusion.training.base import find_base
-from oft_diffusion.training.family import StableDiffusion
+from oft_diffusion.training.families.kinds import StableDiffusion
+from oft_diffusion.training.find import find_base
 from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_file
 from tests.training.conftest import Run
 
@@ -221,8 +221,8 @@ def test_single_file_checkpoint_trains(config: Config, run: Run, tiny_sd: Path, 
     bases = [find_base(str(file), str(tiny_sd)), find_base(str(tiny_sd))]
     one, other = (StableDiffusion.load(base, torch.float32) for base in bases)
     for component in ("unet", "text_encoder", "vae"):
-        found = getattr(other, component).state_dict()
-        own = getattr(one, component).state_dict()
+        found = other.module(component).state_dict()
+        own = one.module(component).state_dict()
         assert own.keys() == found.keys()
         assert all(own[name].equal(found[name]) for name in found)
     _, from_file = run(config(model=str(file), config_dir=str(tiny_sd)))

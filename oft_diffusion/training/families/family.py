@@ -1,0 +1,304 @@
+"""`Family`: a base pipeline as training needs it. What differs between architectures is in `kinds.py`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import diffusers
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from oft_diffusion.errors import TrainingError, first_line
+from oft_diffusion.pipeline import describe_base
+from oft_diffusion.training.base import Base
+from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
+
+AT_ONCE = 4  # pictures per pipeline call; guidance makes that eight rows for the denoiser
+
+
+class Posterior(NamedTuple):
+    """A VAE's answer to one picture: mean and standard deviation, float32 `(C, h, w)`."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Family:
+    """A pipeline whose denoiser, and text encoders if wished, are trained.
+
+    The loop calls `encode_text`, `encode_image`, `latents`, `pack` and `predict`, and `sample` for pictures.
+
+    Attributes:
+        base: the model on disk.
+        pipe: diffusers' pipeline; its modules are frozen, and may carry adapters. The VAE is always float32, since
+            half precision overflows in some; the others have the dtype asked for.
+        denoisers: names of the components that denoise.
+        text_encoders: names of those that read prompts, in the pipeline's order.
+        trained_text_encoders: those of them that learn where a text encoder is to.
+    """
+
+    # -- what architectures differ in ----------------------------------------------------------------------------------
+
+    DENOISERS: ClassVar[tuple[str, ...]] = ("transformer",)
+    FLOW: ClassVar[bool] = True  # trained by flow matching, not by diffusion
+    PACKED: ClassVar[int] = 1  # latents per side that are packed into one
+    CALL: ClassVar[Mapping[str, Any]] = {}  # what the pipeline is to be told in every call
+    GUIDANCE: ClassVar[str] = "guidance_scale"  # what it calls classifier-free guidance
+    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # how it is told to do without
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents `(B, C, h, w)` of the VAE as the denoiser wants them."""
+        config = self.pipe.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1) for values in (mean, std))
+            latents = (latents - mean) / std
+        shift = getattr(config, "shift_factor", None) or 0.0
+        scaled: Tensor = (latents - shift) * (getattr(config, "scaling_factor", None) or 1.0)
+        return scaled
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents, noise or targets `(B, C, h, w)` in the shape in which the denoiser takes and answers them."""
+        return latents
+
+    def timestep(self, times: Tensor) -> Tensor:
+        """The scheduler's timesteps `(B,)` as the denoiser is told them."""
+        return times
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's answer in `packed`'s shape, with the scheduler's sign."""
+        latents, timestep = inputs(denoiser)
+        own = {latents: packed, timestep: self.timestep(times)}
+        answer: Tensor = denoiser(**{**conditioning, **own})[0]
+        return answer
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """What the pipeline is to be told for pictures with this guidance."""
+        return {self.GUIDANCE: scale}
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def __init__(self, pipe: Any, base: Base) -> None:
+        self.pipe = pipe
+        self.base = base
+        pipe.set_progress_bar_config(disable=True)
+        parts: Mapping[str, Any] = pipe.components
+        self.denoisers = tuple(name for name in self.DENOISERS if parts.get(name) is not None)
+        self.text_encoders = base.text_encoders
+        self.trained_text_encoders = base.trained_text_encoders
+        self._recorder = recorder(pipe, self.denoiser)
+        self._stacking: dict[int, Stacking] = {}
+        for module in parts.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, base: Base, dtype: torch.dtype) -> Family:
+        """Load a base that `find_base` accepted, onto the CPU.
+
+        Raises:
+            TrainingError: diffusers cannot load it.
+        """
+        kind = getattr(diffusers, base.pipeline)
+        options: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}, "local_files_only": True}
+        if "safety_checker" in inspect.signature(kind).parameters:
+            options["safety_checker"] = None
+        try:
+            if base.single_file:
+                pipe = kind.from_single_file(str(base.weights), config=str(base.configs), **options)
+            else:
+                pipe = kind.from_pretrained(
+                    str(base.weights), use_safetensors=True, variant=base.variant, **options, **_unused(kind)
+                )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise TrainingError(
+                f"diffusers cannot load {base.name} ({first_line(error)})",
+                expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
+                fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
+            ) from error
+        return cls(pipe, base)
+
+    def module(self, name: str) -> Any:
+        """A component. Typed Any: nn.Module's stubs take every attribute of theirs for a tensor."""
+        return self.pipe.components[name]
+
+    @property
+    def denoiser(self) -> Any:
+        """The component that denoises, the first where there are several."""
+        return self.module(self.denoisers[0])
+
+    @property
+    def vae(self) -> Any:
+        """The component that turns pictures into latents and back."""
+        return self.pipe.vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    def enable_gradient_checkpointing(self, component: str) -> None:
+        """Recompute activations in backward instead of keeping them. Non-reentrant, as adapters' hooks need it."""
+        module = self.module(component)
+        if component in self.denoisers:
+            module.enable_gradient_checkpointing()  # diffusers' is non-reentrant
+        else:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, prompts: Sequence[str], resolution: int) -> Conditioning:
+        """What the denoiser is told beside latents and timestep, as `pipe` itself would without guidance.
+
+        Differentiable where text encoders carry adapters.
+        """
+        generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
+        recorded = record_call(
+            self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
+            num_inference_steps=2, generator=generator, output_type="latent", **{**self.CALL, **self.UNGUIDED},
+        )  # fmt: skip
+        for name in inputs(self.denoiser):
+            del recorded[name]
+        return recorded
+
+    def stacking(self, resolution: int) -> Stacking:
+        """How this family's conditionings of single prompts are joined to one of a batch."""
+        if resolution not in self._stacking:
+            with torch.no_grad():
+                once, twice = (self.encode_text([""] * count, resolution) for count in (1, 2))
+            self._stacking[resolution] = Stacking(once, twice)
+        return self._stacking[resolution]
+
+    # -- pictures ----------------------------------------------------------------------------------------------------
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """`(C, h, w)` of one picture's normalised latents."""
+        side = resolution // self.base.vae_factor
+        return (self.base.latent_channels, side, side)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Posterior:
+        """One picture `(3, H, W)` in [-1, 1] to its posterior, on the VAE's device.
+
+        One at a time, so that cached and fresh latents are equal to the bit whatever the batch.
+        """
+        device = next(self.vae.parameters()).device
+        picture = pixels[None].to(device)
+        found = self.vae.encode(picture[:, :, None] if self.base.video_vae else picture)
+        if hasattr(found, "latent_dist"):
+            mean, std = found.latent_dist.mean, found.latent_dist.std
+        else:  # an autoencoder without noise, such as Sana's
+            mean, std = found.latent, torch.zeros_like(found.latent)
+        if self.base.video_vae:
+            mean, std = mean[:, :, 0], std[:, :, 0]
+        return Posterior(mean[0], std[0])
+
+    def latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
+        """A sample of the posterior, `(C, h, w)`, as the denoiser wants it. `noise` has the VAE's latents' shape."""
+        sampled = posterior.mean + posterior.std * noise.to(posterior.mean.device).view(posterior.mean.shape)
+        return self.normalise(sampled[None])[0]
+
+    # -- denoising ---------------------------------------------------------------------------------------------------
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's answer to noisy latents `(B, C, h, w)` at the scheduler's timesteps `(B,)`, packed."""
+        dtype = next(self.denoiser.parameters()).dtype
+        return self.ask(self.denoiser, self.pack(noisy).to(dtype), times, move(conditioning, noisy.device))
+
+    # -- pictures from it --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """One picture per prompt and seed, with the base's own sampler, on the device where the denoiser is.
+
+        A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
+        are there again afterwards.
+        """
+        images: list[Image.Image] = []
+        with self.pipeline() as pipe:
+            for first in range(0, len(prompts), AT_ONCE):
+                few = slice(first, first + AT_ONCE)
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[few]]
+                images += self.pictures(
+                    pipe(
+                        prompt=list(prompts[few]), height=resolution, width=resolution, num_inference_steps=steps,
+                        generator=generators, **{**self.CALL, **self.guided(guidance)},
+                    )
+                )  # fmt: skip
+        return images
+
+    def pictures(self, output: Any) -> list[Image.Image]:
+        """The pictures in what the pipeline returned."""
+        return list(output.images)
+
+    @contextmanager
+    def pipeline(self) -> Iterator[Any]:
+        """The base with its adapters as a pipeline, all of it on the denoiser's device, without dropout meanwhile.
+
+        The VAE decodes one picture at a time in float32, whatever dtype the latents have.
+        """
+        modules = [module for module in self.pipe.components.values() if isinstance(module, nn.Module)]
+        scheduler = self.pipe.scheduler
+        pipe = copy.copy(self.pipe)
+        pipe.scheduler = type(scheduler).from_config(scheduler.config)  # with a count of steps of its own
+        sliced = getattr(self.vae, "use_slicing", None)
+        entrance = getattr(self.vae, "post_quant_conv", None) or self.vae.decoder
+        with ExitStack() as restored:
+            restored.enter_context(_evaluating(*modules))
+            restored.enter_context(_visiting(self.device, *modules))
+            hook = entrance.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+            restored.callback(hook.remove)
+            if sliced is not None:
+                restored.callback(setattr, self.vae, "use_slicing", sliced)
+                self.vae.use_slicing = True
+            yield pipe
+
+    # -- what the adapter file says ----------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The base, for an adapter's metadata; plain JSON types, no path but its last part."""
+        name = self.base.weights.resolve().name if self.base.name == str(self.base.weights) else self.base.name
+        modules = {part: self.module(part) for part in (*self.denoisers, *self.text_encoders)}
+        own = {"family": type(self).__name__, "prediction_type": self.base.prediction_type}
+        return describe_base(name, modules) | own | {"fingerprint": self.base.fingerprint()}
+
+
+def _unused(kind: Any) -> dict[str, Any]:
+    """Optional parts of a pipeline that training does without."""
+    known = inspect.signature(kind).parameters
+    parts = {"feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    return {name: value for name, value in parts.items() if name in known}
+
+
+@contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode (no dropout), and back as they were."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+@contextmanager
+def _visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Modules on the device, and back where they were."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)

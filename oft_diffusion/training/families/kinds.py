@@ -1,0 +1,188 @@
+"""The architectures that can be trained: what each does otherwise than `Family`, and by which pipeline it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from oft_diffusion.training.families.family import Family
+from oft_diffusion.training.families.recording import Conditioning, inputs
+
+_NO_BINS = {"use_resolution_binning": False}  # pictures have the size that was asked for
+
+
+class StableDiffusion(Family):
+    """SD 1.x and 2.x, and SDXL, whose sizes and crops the pipeline tells its UNet: latents as the VAE makes them."""
+
+    DENOISERS = ("unet",)
+    FLOW = False
+
+
+class StableDiffusion3(Family):
+    """SD 3 and 3.5."""
+
+
+class Flux(Family):
+    """Flux.1: squares of four latents are one token. Where guidance is embedded, it is 1 in training."""
+
+    PACKED = 2
+
+    def pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
+
+    def timestep(self, times: Tensor) -> Tensor:
+        return times / 1000
+
+
+class Chroma(Flux):
+    """Flux without guidance embedding, with a mask."""
+
+
+class QwenImage(Flux):
+    """Qwen-Image: as Flux, with the VAE of a video model."""
+
+    GUIDANCE = "true_cfg_scale"
+    UNGUIDED: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        # Guidance needs a negative prompt here, and the empty one is refused.
+        return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})}
+
+
+class Krea2(Flux):
+    """Krea 2: as Qwen-Image, but guidance counts from 0."""
+
+    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
+
+
+class Flux2(Family):
+    """Flux.2 and Klein: squares of four latents become channels, which are normalised by the VAE's batch norm."""
+
+    PACKED = 2
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        channels, height, width = super().latent_shape(resolution)
+        return 4 * channels, height // 2, width // 2
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        squares: Tensor = self.pipe._patchify_latents(latents)
+        norm = self.vae.bn
+        mean, variance = (values.view(1, -1, 1, 1).to(squares) for values in (norm.running_mean, norm.running_var))
+        return (squares - mean) / torch.sqrt(variance + self.vae.config.batch_norm_eps)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = self.pipe._pack_latents(latents)
+        return packed
+
+    def timestep(self, times: Tensor) -> Tensor:
+        return times / 1000
+
+
+class _Backwards(Family):
+    """Time runs from noise to picture, and the answer points there."""
+
+    def timestep(self, times: Tensor) -> Tensor:
+        return 1 - times / 1000
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return -super().ask(denoiser, packed, times, conditioning)
+
+
+class Lumina2(_Backwards):
+    """Lumina Image 2."""
+
+
+class ZImage(_Backwards):
+    """Z-Image: lists of single samples, each a video of one frame."""
+
+    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        latents, timestep = inputs(denoiser)
+        own = {latents: list(packed.unsqueeze(2).unbind()), timestep: self.timestep(times)}
+        return -torch.stack(list(denoiser(**{**conditioning, **own})[0])).squeeze(2)
+
+
+class HiDream(Family):
+    """HiDream: the answer points from noise to picture. Its pipeline draws in one size alone."""
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return -super().ask(denoiser, packed, times, conditioning)
+
+
+class PixArt(Family):
+    """PixArt alpha and sigma: epsilon; the second half of the answer's channels is a variance, which nobody reads."""
+
+    FLOW = False
+    CALL = _NO_BINS
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return super().ask(denoiser, packed, times, conditioning)[:, : packed.shape[1]]
+
+
+class Sana(Family):
+    """Sana: an autoencoder that makes 32 x 32 pixels one latent."""
+
+    CALL = _NO_BINS
+
+    def timestep(self, times: Tensor) -> Tensor:
+        scaled: Tensor = times * self.denoiser.config.timestep_scale
+        return scaled
+
+
+class Wan(Family):
+    """Wan, on single frames. Wan 2.2 has an expert for high noise and one for low, and each learns its own levels."""
+
+    DENOISERS = ("transformer", "transformer_2")
+    CALL: ClassVar[Mapping[str, Any]] = {"num_frames": 1}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents.unsqueeze(2)
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        if len(self.denoisers) == 1:
+            return self._ask_one(denoiser, packed, times, conditioning)
+        boundary = self.pipe.config.boundary_ratio * self.pipe.scheduler.config.num_train_timesteps
+        answers = packed.new_empty(packed.shape)
+        for name, own in (("transformer", times >= boundary), ("transformer_2", times < boundary)):
+            if own.any():
+                told = {k: v[own] if isinstance(v, Tensor) else v for k, v in conditioning.items()}
+                found = self._ask_one(self.module(name), packed[own], times[own], told)
+                answers = answers.index_put((own.nonzero()[:, 0],), found.to(answers))
+        return answers
+
+    def _ask_one(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        if self.pipe.config.expand_timesteps:  # a time per token
+            _, _, frames, height, width = packed.shape
+            _, rows, columns = self.denoiser.config.patch_size
+            times = times[:, None].expand(-1, frames * (height // rows) * (width // columns))
+        return super().ask(denoiser, packed, times, conditioning)
+
+    def pictures(self, output: Any) -> list[Image.Image]:
+        frames = output.frames  # float32 numpy `(B, 1, H, W, 3)` in [0, 1]
+        return [Image.fromarray((frame[0] * 255).round().astype("uint8")) for frame in frames]
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusion,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2,
+    "ChromaPipeline": Chroma,
+    "QwenImagePipeline": QwenImage,
+    "Krea2Pipeline": Krea2,
+    "ZImagePipeline": ZImage,
+    "Lumina2Pipeline": Lumina2,
+    "HiDreamImagePipeline": HiDream,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
+    "SanaPipeline": Sana,
+    "WanPipeline": Wan,
+}

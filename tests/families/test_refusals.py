@@ -1,0 +1,69 @@
+"""Bases that cannot be trained, or not so, are refused by a look at their configs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oft_diffusion.errors import ConfigError
+from oft_diffusion.training.find import find_base
+
+
+@pytest.fixture
+def flux(folder_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder_of("FluxPipeline"), tmp_path / "model"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"),
+    [
+        ("FluxKontextPipeline", "whose pipeline is FluxPipeline"),
+        ("WanImageToVideoPipeline", "whose pipeline is WanPipeline"),
+        ("StableDiffusionXLInpaintPipeline", "whose pipeline is StableDiffusionXLPipeline"),
+        ("StableDiffusionInpaintPipeline", "whose pipeline is StableDiffusionPipeline"),
+        ("QwenImageEditPlusPipeline", "whose pipeline is QwenImagePipeline"),
+        ("LTXPipeline", "of one of those families"),
+    ],
+)
+def test_pipelines_that_are_not_trained_are_named_with_their_sibling(kind: str, instead: str, flux: Path) -> None:
+    edit(flux / "model_index.json", _class_name=kind)
+    with pytest.raises(ConfigError, match=rf"is a {kind}") as caught:
+        find_base(str(flux))
+    assert instead in caught.value.fix
+
+
+def test_a_scheduler_of_another_kind_is_refused(flux: Path) -> None:
+    scheduler = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 1000}
+    (flux / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = json.loads((flux / "model_index.json").read_text())
+    edit(flux / "model_index.json", scheduler=[index["scheduler"][0], "DDIMScheduler"])
+    with pytest.raises(ConfigError, match=r"prediction_type 'epsilon'.*flow, as a FluxPipeline is trained"):
+        find_base(str(flux))
+
+
+def test_a_denoiser_of_more_channels_than_the_vae_makes_is_refused(flux: Path) -> None:
+    edit(flux / "transformer" / "config.json", in_channels=64)
+    with pytest.raises(ConfigError, match="takes 64 channels, but its VAE makes 16"):
+        find_base(str(flux))
+
+
+def test_sides_are_multiples_of_the_vae_and_the_patches(flux: Path) -> None:
+    base = find_base(str(flux))
+    base.check_resolution(16)
+    with pytest.raises(ConfigError, match=r"resolution = 18 is no multiple of 4.*its VAE and its patches.*16 or 20"):
+        base.check_resolution(18)
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_missing_text_encoder_or_tokenizer_is_named(part: str, flux: Path) -> None:
+    shutil.rmtree(flux / part)
+    with pytest.raises(ConfigError, match=part):
+        find_base(str(flux))
