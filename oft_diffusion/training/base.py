@@ -109,8 +109,9 @@ class Base:
     @property
     def sides(self) -> int:
         """What a picture's sides must be multiples of: the VAE's factor times the denoiser's patches."""
-        patch = self.denoiser.get("patch_size", 1)
-        return self.vae_factor * self.packed * (max(patch) if isinstance(patch, list) else int(patch or 1))
+        patch = self.denoiser.get("patch_size") or self.denoiser.get("all_patch_size") or 1
+        # What is packed is the patch, where a family has both.
+        return self.vae_factor * max(self.packed, max(patch) if isinstance(patch, (list, tuple)) else int(patch))
 
     def check_resolution(self, resolution: int) -> None:
         """Refuse sides that the VAE and the denoiser's patches cannot divide.

@@ -58,6 +58,12 @@ def find_base(model: str, config_dir: str | None = None, name: str | None = None
     else:
         configs, variant = _single_file_configs(weights, config_dir), None
     base = _read_base(name or model, weights, configs, variant)
+    if base.single_file and not hasattr(getattr(diffusers, base.pipeline), "from_single_file"):
+        raise ConfigError(
+            f"diffusers loads no {base.pipeline} from a single file such as {weights.name}",
+            expected="a folder in diffusers' format for this family",
+            fix="download or convert the model to that format, and pass the folder",
+        )
     for path in base.weight_files():
         _check_header(path)
     _check_kind(base)
@@ -164,6 +170,8 @@ def _read_base(name: str, weights: Path, configs: Path, variant: str | None) -> 
     files = dict.fromkeys(_weighted(configs), "config.json") | {"scheduler": "scheduler_config.json"}
     missing = [f"{part}/{file}" for part, file in files.items() if not (configs / part / file).is_file()]
     missing += [part for part in ("vae", family.DENOISERS[0], "text_encoder") if part not in files]
+    missing += [] if any(part.startswith("tokenizer") for part in classes) else ["tokenizer"]
+    missing += ["text_encoder_4"] if kind == "HiDreamImagePipeline" and "text_encoder_4" not in files else []
     missing += [
         f"the files of {part}" for part in classes if part.startswith("tokenizer")
         if not any((configs / part).glob("*.json")) and not any((configs / part).glob("*.model"))
@@ -177,6 +185,12 @@ def _read_base(name: str, weights: Path, configs: Path, variant: str | None) -> 
     parts = {part: _read_json(configs / part / file) for part, file in files.items()}
     parts["scheduler"] = {"_class_name": classes.get("scheduler")} | parts["scheduler"]
     denoisers = tuple(part for part in family.DENOISERS if part in parts)
+    if len(denoisers) > 1 and _read_json(configs / "model_index.json").get("boundary_ratio") is None:
+        raise ConfigError(
+            f"{configs} has {' and '.join(denoisers)}, but no boundary_ratio between them",
+            expected="boundary_ratio in model_index.json, as Wan 2.2 has it",
+            fix="download or copy the model again",
+        )
     return Base(name, weights, configs, variant, kind, denoisers, family.PACKED, classes, parts)
 
 

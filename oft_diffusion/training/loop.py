@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
@@ -115,7 +115,9 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         self._owns_accelerate = not AcceleratorState._shared_state
         try:
-            self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
+            # Of several experts, those that no sample of a batch comes to have no gradient.
+            several = DistributedDataParallelKwargs(find_unused_parameters=len(self.plan.base.denoisers) > 1)
+            self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, kwargs_handlers=[several])
         except ValueError as error:
             raise TrainingError(
                 f"accelerate is in use in this process with other settings ({error})",
@@ -129,7 +131,8 @@ class TrainingRun:
             self._rng = rng_states()
             torch.manual_seed(self.config.seed)  # for dropout in a base that has any; all else is in data.py
             self.parts = prepare(self.config, self.plan, self.accelerator, self.console)
-            self.watch = SilentLayers(self.parts.banks)
+            denoisers = self.plan.base.denoisers
+            self.watch = SilentLayers(self.parts.banks, denoisers if len(denoisers) > 1 else ())
             if self.plan.resume_from is not None:
                 self._restore(self.plan.resume_from)
         except BaseException:

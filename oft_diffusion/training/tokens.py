@@ -25,7 +25,7 @@ def load_tokenizer(base: Base) -> Any:
     kind: Any = getattr(transformers, base.classes[part], transformers.AutoTokenizer)
     try:
         found = kind.from_pretrained(str(base.configs / part), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(
             f"the tokenizer in {base.configs / part} cannot be read ({first_line(error)})",
             expected=f"the files of a {base.classes[part]}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ class SilentLayers:
 
     STEPS = 3
 
-    def __init__(self, banks: Mapping[str, OFTBank]) -> None:
+    def __init__(self, banks: Mapping[str, OFTBank], experts: Collection[str] = ()) -> None:
         self.banks = banks
+        self.resting = set(experts)  # those that no sample has come to yet; nothing can be said of them
         self.steps = 0
         self._moved = {
             name: torch.zeros(bank.generators[ADAPTER].shape[0], dtype=torch.bool) for name, bank in banks.items()
@@ -40,6 +41,7 @@ class SilentLayers:
         for name, bank in self.banks.items():
             grad = bank.generators[ADAPTER].grad
             if grad is not None:
+                self.resting.discard(name)
                 # rows with at least one entry that is neither zero nor infinite nor NaN
                 self._moved[name] |= (grad.isfinite() & (grad != 0)).any(dim=1).cpu()
 
@@ -48,6 +50,7 @@ class SilentLayers:
         return [
             f"{name}.{layer}"
             for name, bank in self.banks.items()
+            if name not in self.resting
             for layer, rows in bank.layer_slices(ADAPTER).items()
             if not self._moved[name][rows].any()
         ]

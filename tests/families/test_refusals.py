@@ -67,3 +67,22 @@ def test_a_missing_text_encoder_or_tokenizer_is_named(part: str, flux: Path) -> 
     shutil.rmtree(flux / part)
     with pytest.raises(ConfigError, match=part):
         find_base(str(flux))
+
+
+@pytest.mark.parametrize(("name", "sides"), [("QwenImagePipeline", 4), ("ZImagePipeline", 4), ("SanaPipeline", 2)])
+def test_patches_that_are_packed_count_once(name: str, sides: int, folder_of: Callable[[str], Path]) -> None:
+    assert find_base(str(folder_of(name))).sides == sides
+
+
+def test_a_single_file_of_a_family_without_a_loader_is_refused(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("QwenImagePipeline")
+    [file] = (folder / "transformer").glob("*.safetensors")
+    with pytest.raises(ConfigError, match="loads no QwenImagePipeline from a single file"):
+        find_base(str(file), str(folder))
+
+
+def test_experts_without_a_boundary_are_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder_of("WanPipeline"), tmp_path / "model"))
+    edit(model / "model_index.json", boundary_ratio=None)
+    with pytest.raises(ConfigError, match="no boundary_ratio between them"):
+        find_base(str(model))

@@ -82,7 +82,7 @@ def _weights(family: Family) -> dict[str, torch.Tensor]:
 def test_a_whole_run(name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_dict(
         {"model": str(folder_of(name)), "instance_dir": str(instances), "trigger": "sks", "class_word": "mug",
-         "output_dir": str(tmp_path / "run"), "resolution": side_of(name), "block_size": 8, "steps": 2,
+         "output_dir": str(tmp_path / "run"), "resolution": side_of(name), "block_size": 8, "steps": 4,
          "prior_preservation": True, "prior_target": "base", "num_class_images": 1, "class_prompts": ["a mug"],
          "cache_text_embeddings": True, "gradient_checkpointing": True, "validation_prompts": ["a {trigger} mug"],
          "validation_count": 1, "validation_every": 2, "sampling_steps": 2, "guidance_scale": 3.0}

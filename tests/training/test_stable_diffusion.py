@@ -70,6 +70,9 @@ def test_single_file_is_the_same_model(tmp_path: Path, family: Family) -> None:
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours)
     assert single.describe()["name"] == "tiny.safetensors"
+    half = StableDiffusion.load(find_base(str(file), str(family.base.configs)), torch.bfloat16)
+    assert half.module("unet").dtype == half.module("text_encoder").dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
 
 
 def test_single_file_with_foreign_configs_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 import diffusers
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from oft_diffusion.errors import TrainingError, first_line
@@ -106,17 +105,23 @@ class Family:
             TrainingError: diffusers cannot load it.
         """
         kind = getattr(diffusers, base.pipeline)
-        options: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}, "local_files_only": True}
+        options: dict[str, Any] = {"local_files_only": True}
         if "safety_checker" in inspect.signature(kind).parameters:
             options["safety_checker"] = None
         try:
             if base.single_file:
-                pipe = kind.from_single_file(str(base.weights), config=str(base.configs), **options)
+                pipe = kind.from_single_file(str(base.weights), config=str(base.configs), dtype=dtype, **options)
+                pipe.vae.float()
             else:
                 pipe = kind.from_pretrained(
-                    str(base.weights), use_safetensors=True, variant=base.variant, **options, **_unused(kind)
+                    str(base.weights),
+                    use_safetensors=True,
+                    variant=base.variant,
+                    **options,
+                    **_unused(kind),
+                    dtype={"default": dtype, "vae": torch.float32},
                 )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise TrainingError(
                 f"diffusers cannot load {base.name} ({first_line(error)})",
                 expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
@@ -208,7 +213,7 @@ class Family:
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's answer to noisy latents `(B, C, h, w)` at the scheduler's timesteps `(B,)`, packed."""
-        dtype = next(self.denoiser.parameters()).dtype
+        dtype = self.denoiser.dtype  # not that of its first parameter: some are kept in float32
         return self.ask(self.denoiser, self.pack(noisy).to(dtype), times, move(conditioning, noisy.device))
 
     # -- pictures from it --------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ class Krea2(Flux):
 
     UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
 
+    def guided(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": max(scale - 1.0, 0.0)}  # 1 is no guidance, as for all others
+
 
 class Flux2(Family):
     """Flux.2 and Klein: squares of four latents become channels, which are normalised by the VAE's batch norm."""
@@ -101,6 +104,9 @@ class ZImage(_Backwards):
     """Z-Image: lists of single samples, each a video of one frame."""
 
     UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": max(scale - 1.0, 0.0)}  # 1 is no guidance, as for all others
 
     def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         latents, timestep = inputs(denoiser)
