@@ -80,7 +80,7 @@ def generate(
         batch, asked = seeds[start : start + batch_size], prompts[start : start + batch_size]
         try:
             images = pipe(
-                asked,
+                prompt=asked,  # Flux.2 takes pictures first
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in batch],
