@@ -70,6 +70,11 @@ class Base:
         return self.parts[self.denoisers[0]]
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The denoisers where there are several, each for its own noise levels; none else."""
+        return self.denoisers if len(self.denoisers) > 1 else ()
+
+    @property
     def scheduler(self) -> Mapping[str, Any]:
         """The scheduler's config."""
         return self.parts["scheduler"]

@@ -17,7 +17,7 @@ from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import WHOLE, Crop, Draw, Picture, crops, draw, normalise, square_pixels
 from oft_diffusion.training.families import Family, Posterior
 from oft_diffusion.training.families.recording import Conditioning, move
-from oft_diffusion.training.noise import spread
+from oft_diffusion.training.noise import density_of, spread
 
 View = tuple[Path, Crop, bool]  # of a picture: which part, and whether mirrored
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -111,7 +111,7 @@ class Batches:
     def _level(self, time: float) -> int:
         c = self.config
         levels = range(self.family.base.timesteps)[c.min_timestep : c.max_timestep]
-        density = c.timestep_density or ("logit-normal" if self.family.FLOW else "uniform")
+        density = density_of(c.timestep_density, self.family.base.prediction_type)
         place = float(spread(torch.tensor(time, dtype=torch.float64), density, c.logit_mean, c.logit_std, c.mode_scale))
         return levels[min(int(place * len(levels)), len(levels) - 1)]
 

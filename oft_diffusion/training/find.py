@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _folder_variant(folder: Path) -> str | None:
             expected="a model in diffusers' format",
             fix=f"pass {folder / single[0]}, with config_dir" if single else "pass the folder above vae/",
         )
-    weighted = _weighted(folder)
+    weighted = _weighted(*_classes(folder))
     for component in weighted:
         if not any((folder / component).glob("*.safetensors")):
             pickled = [p.name for p in (folder / component).glob("*") if p.suffix in PICKLES]
@@ -158,20 +159,18 @@ def _instead(kind: str) -> str:
     return f"choose a model whose pipeline is {sibling}" if sibling else "choose a model of one of those families"
 
 
-def _weighted(configs: Path) -> list[str]:
+def _weighted(kind: str, classes: Iterable[str]) -> list[str]:
     """Names of the components whose weights are needed: denoisers, text encoders, VAE."""
-    kind, classes = _classes(configs)
     return [n for n in classes if n in FAMILIES[kind].DENOISERS or n == "vae" or n.startswith("text_encoder")]
 
 
 def _read_base(name: str, weights: Path, configs: Path, variant: str | None) -> Base:
     kind, classes = _classes(configs)
     family = FAMILIES[kind]
-    files = dict.fromkeys(_weighted(configs), "config.json") | {"scheduler": "scheduler_config.json"}
+    files = dict.fromkeys(_weighted(kind, classes), "config.json") | {"scheduler": "scheduler_config.json"}
     missing = [f"{part}/{file}" for part, file in files.items() if not (configs / part / file).is_file()]
-    missing += [part for part in ("vae", family.DENOISERS[0], "text_encoder") if part not in files]
+    missing += [part for part in ("vae", family.DENOISERS[0], *family.NEEDED) if part not in files]
     missing += [] if any(part.startswith("tokenizer") for part in classes) else ["tokenizer"]
-    missing += ["text_encoder_4"] if kind == "HiDreamImagePipeline" and "text_encoder_4" not in files else []
     missing += [
         f"the files of {part}" for part in classes if part.startswith("tokenizer")
         if not any((configs / part).glob("*.json")) and not any((configs / part).glob("*.model"))
@@ -185,13 +184,14 @@ def _read_base(name: str, weights: Path, configs: Path, variant: str | None) -> 
     parts = {part: _read_json(configs / part / file) for part, file in files.items()}
     parts["scheduler"] = {"_class_name": classes.get("scheduler")} | parts["scheduler"]
     denoisers = tuple(part for part in family.DENOISERS if part in parts)
-    if len(denoisers) > 1 and _read_json(configs / "model_index.json").get("boundary_ratio") is None:
+    base = Base(name, weights, configs, variant, kind, denoisers, family.PACKED, classes, parts)
+    if base.experts and _read_json(configs / "model_index.json").get("boundary_ratio") is None:
         raise ConfigError(
-            f"{configs} has {' and '.join(denoisers)}, but no boundary_ratio between them",
+            f"{configs} has {' and '.join(base.experts)}, but no boundary_ratio between them",
             expected="boundary_ratio in model_index.json, as Wan 2.2 has it",
             fix="download or copy the model again",
         )
-    return Base(name, weights, configs, variant, kind, denoisers, family.PACKED, classes, parts)
+    return base
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class TrainingRun:
         self._owns_accelerate = not AcceleratorState._shared_state
         try:
             # Of several experts, those that no sample of a batch comes to have no gradient.
-            several = DistributedDataParallelKwargs(find_unused_parameters=len(self.plan.base.denoisers) > 1)
+            several = DistributedDataParallelKwargs(find_unused_parameters=bool(self.plan.base.experts))
             self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, kwargs_handlers=[several])
         except ValueError as error:
             raise TrainingError(
@@ -131,8 +131,7 @@ class TrainingRun:
             self._rng = rng_states()
             torch.manual_seed(self.config.seed)  # for dropout in a base that has any; all else is in data.py
             self.parts = prepare(self.config, self.plan, self.accelerator, self.console)
-            denoisers = self.plan.base.denoisers
-            self.watch = SilentLayers(self.parts.banks, denoisers if len(denoisers) > 1 else ())
+            self.watch = SilentLayers(self.parts.banks, self.plan.base.experts)
             if self.plan.resume_from is not None:
                 self._restore(self.plan.resume_from)
         except BaseException:

@@ -129,6 +129,11 @@ def scheduler_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
     return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
 
+def density_of(asked: TimestepDensity | None, prediction: str) -> TimestepDensity:
+    """How noise levels are drawn for what a model predicts, unless something else is asked for."""
+    return asked or ("logit-normal" if prediction == "flow" else "uniform")
+
+
 def spread(place: Tensor, density: TimestepDensity, mean: float, std: float, mode_scale: float) -> Tensor:
     """Uniform places in [0, 1) to places of another density (arXiv 2403.03206, section 3.1): 0 is clean, 1 is noise."""
     if density == "logit-normal":

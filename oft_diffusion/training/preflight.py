@@ -31,6 +31,7 @@ from oft_diffusion.training.class_images import ClassImages, look_at_class_image
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, instance_pictures
 from oft_diffusion.training.find import download_base, find_base, is_hub_id
+from oft_diffusion.training.noise import density_of
 from oft_diffusion.training.skeleton import adapted, skeleton
 from oft_diffusion.training.tokens import check_trigger, load_tokenizer, most_tokens, too_long
 
@@ -260,17 +261,16 @@ def _check_space(config: TrainConfig, class_images: ClassImages | None, adapter_
 
 def _foreign_notes(config: TrainConfig, base: Base) -> list[str]:
     """A sentence about knobs that are meant for another kind of model."""
-    flow = base.prediction_type == "flow"
-    idle: tuple[str, ...] = ("min_snr_gamma",) if flow else ("timestep_shift", "flow_weighting")
-    if not (flow if config.timestep_density is None else config.timestep_density == "logit-normal"):
-        idle += ("logit_mean", "logit_std")
-    if config.timestep_density != "mode":
-        idle += ("mode_scale",)
+    density = density_of(config.timestep_density, base.prediction_type)
+    idle: tuple[str, ...] = (
+        ("min_snr_gamma",) if base.prediction_type == "flow" else ("timestep_shift", "flow_weighting")
+    )
+    idle += () if density == "logit-normal" else ("logit_mean", "logit_std")
+    idle += () if density == "mode" else ("mode_scale",)
     defaults = {f.name: f.default for f in fields(config)}
     named = [f"{knob} = {getattr(config, knob)!r}" for knob in idle if getattr(config, knob) != defaults[knob]]
     if not named:
         return []
-    density = config.timestep_density or ("logit-normal" if flow else "uniform")
     return [
         f"this model predicts {base.prediction_type} and levels are {density}, so this does nothing: {', '.join(named)}"
     ]

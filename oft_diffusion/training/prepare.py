@@ -153,7 +153,7 @@ def _park(config: TrainConfig, family: Family) -> None:
     if config.cache_latents:
         family.vae.to("cpu")
     if config.cache_text_embeddings:
-        for name in family.text_encoders:
+        for name in family.base.text_encoders:
             family.module(name).to("cpu")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def test_a_family_asks_its_denoiser_as_the_pipeline_does(name: str, load: Load) 
     with torch.no_grad():
         family.pipe(
             prompt=["a red dog"], height=side_of(name), width=side_of(name), num_inference_steps=2,
-            output_type="latent", generator=torch.Generator().manual_seed(0), **{**family.CALL, **family.UNGUIDED},
+            output_type="latent", generator=torch.Generator().manual_seed(0), **family.CALL, **family.guided(1.0),
         )  # fmt: skip
         hook.remove()
         conditioning = family.encode_text(["a red dog"], side_of(name))
@@ -141,7 +141,7 @@ def _finish(family: Family, packed: Tensor, side: int) -> Tensor:
         with torch.no_grad():
             output = family.pipe(
                 prompt=["a dog"], height=side, width=side, num_inference_steps=1, output_type="np",
-                **{**family.CALL, **family.UNGUIDED},
+                **family.CALL, **family.guided(1.0),
             )  # fmt: skip
     finally:
         scheduler.step = step

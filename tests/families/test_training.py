@@ -45,7 +45,9 @@ def test_a_fixed_batch_is_learned_and_the_adapter_travels(
             parts.optimizer.zero_grad()
             found.append(float(loss.detach()))
         assert found[-1] < 0.95 * found[0]
-        expected = set(parts.family.denoisers) | (set(parts.family.trained_text_encoders) if text_encoder else set())
+        expected = set(parts.family.base.denoisers) | (
+            set(parts.family.base.trained_text_encoders) if text_encoder else set()
+        )
         assert set(parts.banks) == expected
         for bank in parts.banks.values():
             bank.freeze("default")
@@ -53,18 +55,18 @@ def test_a_fixed_batch_is_learned_and_the_adapter_travels(
         file = tmp_path / "adapter.safetensors"
         save_adapter_file(file, adapter_tensors(parts), adapter_metadata(parts, config, 20))
     fresh = load(name)
-    base, before = _draw(fresh), _weights(fresh)
+    plain, before = _draw(fresh), _weights(fresh)
     load_oft_weights(fresh.pipe, file)
     loaded = _draw(fresh)
     assert np.array_equal(loaded, live)
-    assert np.abs(loaded.astype(float) - base).mean() >= 1
-    assert min(loaded.std(), base.std()) > 1
+    assert np.abs(loaded.astype(float) - plain).mean() >= 1
+    assert min(loaded.std(), plain.std()) > 1
     fuse_oft(fresh.pipe)
     assert np.abs(_draw(fresh).astype(float) - loaded).mean() < 0.5
     unfuse_oft(fresh.pipe)
     assert np.array_equal(_draw(fresh), loaded)
     unload_oft_weights(fresh.pipe)
-    assert np.array_equal(_draw(fresh), base)
+    assert np.array_equal(_draw(fresh), plain)
     assert all(torch.equal(before[key], value) for key, value in _weights(fresh).items())
 
 
@@ -74,7 +76,7 @@ def _draw(family: Family) -> Any:
 
 
 def _weights(family: Family) -> dict[str, torch.Tensor]:
-    names = (*family.denoisers, *family.text_encoders)
+    names = (*family.base.denoisers, *family.base.text_encoders)
     return {f"{n}.{k}": v.clone() for n in names for k, v in family.module(n).state_dict().items()}
 
 

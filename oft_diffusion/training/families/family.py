@@ -37,19 +37,15 @@ class Family:
         base: the model on disk.
         pipe: diffusers' pipeline; its modules are frozen, and may carry adapters. The VAE is always float32, since
             half precision overflows in some; the others have the dtype asked for.
-        denoisers: names of the components that denoise.
-        text_encoders: names of those that read prompts, in the pipeline's order.
-        trained_text_encoders: those of them that learn where a text encoder is to.
     """
 
     # -- what architectures differ in ----------------------------------------------------------------------------------
 
     DENOISERS: ClassVar[tuple[str, ...]] = ("transformer",)
+    NEEDED: ClassVar[tuple[str, ...]] = ("text_encoder",)  # text encoders that its pipeline cannot do without
     FLOW: ClassVar[bool] = True  # trained by flow matching, not by diffusion
     PACKED: ClassVar[int] = 1  # latents per side that are packed into one
     CALL: ClassVar[Mapping[str, Any]] = {}  # what the pipeline is to be told in every call
-    GUIDANCE: ClassVar[str] = "guidance_scale"  # what it calls classifier-free guidance
-    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # how it is told to do without
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` of the VAE as the denoiser wants them."""
@@ -78,8 +74,8 @@ class Family:
         return answer
 
     def guided(self, scale: float) -> dict[str, Any]:
-        """What the pipeline is to be told for pictures with this guidance."""
-        return {self.GUIDANCE: scale}
+        """What the pipeline is to be told for pictures with this guidance, of which 1 is none."""
+        return {"guidance_scale": scale}
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -87,13 +83,9 @@ class Family:
         self.pipe = pipe
         self.base = base
         pipe.set_progress_bar_config(disable=True)
-        parts: Mapping[str, Any] = pipe.components
-        self.denoisers = tuple(name for name in self.DENOISERS if parts.get(name) is not None)
-        self.text_encoders = base.text_encoders
-        self.trained_text_encoders = base.trained_text_encoders
         self._recorder = recorder(pipe, self.denoiser)
         self._stacking: dict[int, Stacking] = {}
-        for module in parts.values():
+        for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
 
@@ -136,7 +128,7 @@ class Family:
     @property
     def denoiser(self) -> Any:
         """The component that denoises, the first where there are several."""
-        return self.module(self.denoisers[0])
+        return self.module(self.base.denoisers[0])
 
     @property
     def vae(self) -> Any:
@@ -151,7 +143,7 @@ class Family:
     def enable_gradient_checkpointing(self, component: str) -> None:
         """Recompute activations in backward instead of keeping them. Non-reentrant, as adapters' hooks need it."""
         module = self.module(component)
-        if component in self.denoisers:
+        if component in self.base.denoisers:
             module.enable_gradient_checkpointing()  # diffusers' is non-reentrant
         else:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,7 +158,7 @@ class Family:
         generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
         recorded = record_call(
             self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
-            num_inference_steps=2, generator=generator, output_type="latent", **{**self.CALL, **self.UNGUIDED},
+            num_inference_steps=2, generator=generator, output_type="latent", **self.CALL, **self.guided(1.0),
         )  # fmt: skip
         for name in inputs(self.denoiser):
             del recorded[name]
@@ -235,7 +227,7 @@ class Family:
                 images += self.pictures(
                     pipe(
                         prompt=list(prompts[few]), height=resolution, width=resolution, num_inference_steps=steps,
-                        generator=generators, **{**self.CALL, **self.guided(guidance)},
+                        generator=generators, **self.CALL, **self.guided(guidance),
                     )
                 )  # fmt: skip
         return images
@@ -271,7 +263,7 @@ class Family:
     def describe(self) -> dict[str, Any]:
         """The base, for an adapter's metadata; plain JSON types, no path but its last part."""
         name = self.base.weights.resolve().name if self.base.name == str(self.base.weights) else self.base.name
-        modules = {part: self.module(part) for part in (*self.denoisers, *self.text_encoders)}
+        modules = {part: self.module(part) for part in (*self.base.denoisers, *self.base.text_encoders)}
         own = {"family": type(self).__name__, "prediction_type": self.base.prediction_type}
         return describe_base(name, modules) | own | {"fingerprint": self.base.fingerprint()}
 

@@ -15,6 +15,27 @@ from oft_diffusion.training.families.recording import Conditioning, inputs
 _NO_BINS = {"use_resolution_binning": False}  # pictures have the size that was asked for
 
 
+class _GuidedFromZero(Family):
+    """The pipeline takes 0 for no guidance, not 1."""
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": max(scale - 1.0, 0.0)}
+
+
+class _Negated(Family):
+    """The answer points from noise to picture."""
+
+    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return -super().ask(denoiser, packed, times, conditioning)
+
+
+class _Backwards(_Negated):
+    """Time runs from noise to picture, too."""
+
+    def timestep(self, times: Tensor) -> Tensor:
+        return 1 - times / 1000
+
+
 class StableDiffusion(Family):
     """SD 1.x and 2.x, and SDXL, whose sizes and crops the pipeline tells its UNet: latents as the VAE makes them."""
 
@@ -46,27 +67,17 @@ class Chroma(Flux):
 class QwenImage(Flux):
     """Qwen-Image: as Flux, with the VAE of a video model."""
 
-    GUIDANCE = "true_cfg_scale"
-    UNGUIDED: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
-
     def guided(self, scale: float) -> dict[str, Any]:
         # Guidance needs a negative prompt here, and the empty one is refused.
         return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})}
 
 
-class Krea2(Flux):
-    """Krea 2: as Qwen-Image, but guidance counts from 0."""
-
-    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
-
-    def guided(self, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": max(scale - 1.0, 0.0)}  # 1 is no guidance, as for all others
+class Krea2(_GuidedFromZero, Flux):
+    """Krea 2: as Flux, with the VAE of a video model."""
 
 
-class Flux2(Family):
+class Flux2(Flux):
     """Flux.2 and Klein: squares of four latents become channels, which are normalised by the VAE's batch norm."""
-
-    PACKED = 2
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         channels, height, width = super().latent_shape(resolution)
@@ -82,31 +93,13 @@ class Flux2(Family):
         packed: Tensor = self.pipe._pack_latents(latents)
         return packed
 
-    def timestep(self, times: Tensor) -> Tensor:
-        return times / 1000
-
-
-class _Backwards(Family):
-    """Time runs from noise to picture, and the answer points there."""
-
-    def timestep(self, times: Tensor) -> Tensor:
-        return 1 - times / 1000
-
-    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        return -super().ask(denoiser, packed, times, conditioning)
-
 
 class Lumina2(_Backwards):
     """Lumina Image 2."""
 
 
-class ZImage(_Backwards):
+class ZImage(_GuidedFromZero, _Backwards):
     """Z-Image: lists of single samples, each a video of one frame."""
-
-    UNGUIDED: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
-
-    def guided(self, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": max(scale - 1.0, 0.0)}  # 1 is no guidance, as for all others
 
     def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         latents, timestep = inputs(denoiser)
@@ -114,11 +107,10 @@ class ZImage(_Backwards):
         return -torch.stack(list(denoiser(**{**conditioning, **own})[0])).squeeze(2)
 
 
-class HiDream(Family):
-    """HiDream: the answer points from noise to picture. Its pipeline draws in one size alone."""
+class HiDream(_Negated):
+    """HiDream. Its pipeline draws in one size alone."""
 
-    def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        return -super().ask(denoiser, packed, times, conditioning)
+    NEEDED = ("text_encoder", "text_encoder_4")
 
 
 class PixArt(Family):
@@ -151,7 +143,7 @@ class Wan(Family):
         return latents.unsqueeze(2)
 
     def ask(self, denoiser: nn.Module, packed: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        if len(self.denoisers) == 1:
+        if not self.base.experts:
             return self._ask_one(denoiser, packed, times, conditioning)
         boundary = self.pipe.config.boundary_ratio * self.pipe.scheduler.config.num_train_timesteps
         answers = packed.new_empty(packed.shape)
