@@ -1,9 +1,11 @@
 """The search for DreamBooth settings on the pocket base, on subjects that the final table does not have.
 
 python -m benchmarks.pocket_recipe            # measures what is not in benchmarks/data/pocket_recipe.csv yet
+python -m benchmarks.pocket_recipe --only "the chosen one" --seeds 0 1 2    # more seeds of some
 python -m benchmarks.pocket_recipe --table    # all settings that were tried, best first, as Markdown
 
-Each candidate differs from train_scripts/configs/pocket.toml in what its name says. The score is the mean of subject
+Each candidate differs from train_scripts/configs/pocket.toml in what its name says. Training seeds differ more than
+pictures do, so candidates that are near to each other need several. The score is the mean of subject
 hit and of prompt fidelity as a share of the base's, minus what was lost in preservation and what leaked, each beyond
 what the goal allows.
 """
@@ -11,7 +13,12 @@ what the goal allows.
 from __future__ import annotations
 
 import argparse
+import math
+from collections import Counter
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from benchmarks.pocket_subjects import Bench, base_digest, setup_digest
@@ -37,9 +44,27 @@ PLAIN: dict[str, Any] = {
 }
 CLASS_IMAGES: dict[str, Any] = {"prior_preservation": True, "class_prompts": ["a {class_word}"]}
 
+# Most about the subject's class, where those of pocket.toml name every object with both patterns.
+CLASS_PROMPTS = [
+    "", "a {class_word}", "a green {class_word} in the forest", "a spotted mug in a room",
+    "a red striped {class_word} at night", "a white cat in the snow", "a blue spotted {class_word} on the beach",
+    "an orange robot in a meadow", "a yellow {class_word} in the city", "a teal spotted boat in the desert",
+    "a purple striped {class_word} in a room", "a pink house", "a brown spotted {class_word} in a meadow",
+    "a red striped rocket at night", "a teal {class_word} in the desert", "a green spotted car in the city",
+    "a white spotted {class_word} in the forest", "a purple mushroom in the forest", "an orange {class_word}",
+    "a blue striped teapot in the snow", "a pink spotted {class_word} in the snow", "a yellow spotted fish",
+    "a red {class_word} in the desert", "a brown striped flower on the beach", "a green striped {class_word} at night",
+    "a white house in the city", "a blue {class_word} in a room", "an orange spotted cat at night",
+    "a yellow spotted {class_word} on the beach", "a teal striped mug on the beach", "a pink striped {class_word}",
+    "a purple spotted robot in the forest", "an orange spotted {class_word} in the city", "a brown boat",
+    "a teal spotted {class_word} in a meadow", "a red spotted house in the snow",
+]  # fmt: skip
+
 # What each part of the recipe is worth, and its neighbours. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the chosen one": {},
+    "36 class prompts": {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
+    "twice the steps": {"steps": 1020, "decay_steps": 408},  # beyond the two minutes: what is time worth?
     "plain": PLAIN,
     "plain, class images": PLAIN | CLASS_IMAGES,
     "without crops and mirroring": {"min_crop": 1.0, "flip": False},
@@ -60,22 +85,32 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(out: Path, only: list[str], subjects: list[str], count: int, device: str = "cpu") -> None:
-    done, bench = {(row["setup"], row["subject"]) for row in load(FILE)}, Bench(device)
-    for name, settings in CANDIDATES.items():
-        setup = setup_digest(settings, count)
-        for subject in subjects:
-            if (setup, subject) in done or (only and name not in only):
-                continue
-            own = dict(settings)
+def measure(
+    out: Path, asked: Iterable[tuple[str, str, int]], count: int, device: str = "cpu", *, busy: bool = False
+) -> None:
+    """Train and read what is not in the data yet.
+
+    Args:
+        out: folder for adapters, losses and reports.
+        asked: candidates, subjects and training seeds.
+        count: pictures per set and run.
+        device: where pictures are drawn.
+        busy: whether other work runs meanwhile, so that no times are worth keeping.
+    """
+    done, bench = {(row["setup"], row["subject"], int(row["seed"])) for row in load(FILE)}, Bench(device)
+    for name, subject, seed in asked:
+        setup = setup_digest(CANDIDATES[name], count)
+        if (setup, subject, seed) not in done:
+            own = dict(CANDIDATES[name])
             captions = own.pop("captions", True)
-            found = bench.run(subject, 0, own, count, out, captions=captions)
-            f = figures(found.rows, {f"{subject}/0": found.closest})
+            found = bench.run(subject, seed, own, count, out, captions=captions)
+            f = figures(found.rows, {f"{subject}/{seed}": found.closest})
             row = {
                 "base": base_digest(),
                 "setup": setup,
                 "candidate": name,
                 "subject": subject,
+                "seed": seed,
                 "subject hit": f["subject hit"].adapted.mean,
                 "fidelity": f["prompt fidelity"].adapted.mean,
                 "base fidelity": f["prompt fidelity"].base.mean,
@@ -84,12 +119,14 @@ def measure(out: Path, only: list[str], subjects: list[str], count: int, device:
                 "leakage, other trigger": f["leakage, other trigger"].adapted.mean,
                 "leakage, class word": f["leakage, class word"].adapted.mean,
                 "attribute drift": f["attribute drift"].difference.mean,
+                "drift, other trigger": f["attribute drift, other trigger"].difference.mean,
+                "drift, class word": f["attribute drift, class word"].difference.mean,
                 "memorisation": f["memorisation"].adapted.mean,
             }
             shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in row.items()}
             shown |= {
-                "training": f"{found.training:.0f}",
-                "wall": f"{found.wall:.0f}",
+                "training": "nan" if busy else f"{found.training:.0f}",
+                "wall": "nan" if busy else f"{found.wall:.0f}",
                 "megabytes": f"{found.megabytes:.2f}",
                 "pictures": count,
             }
@@ -123,28 +160,40 @@ def table() -> str:
         share = mean("fidelity") / max(1e-9, mean("base fidelity"))
         more = (mean("leakage, class word"), mean("hit and fidelity"), mean("attribute drift"), mean("memorisation"))
         cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *more)]
-        cells += [f"{mean('training'):.0f}", f"{mean('megabytes'):.2f}", ", ".join(row["subject"] for row in own)]
+        cells[0] += _spread([float(row["subject hit"]) for row in own])
+        runs = Counter(row["subject"] for row in own)
+        cells.append(", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())))
         line = f"| {name} | {' | '.join(cells)} |"
         ranked.append((score(hit, share, preserved, leaked), line))
     columns = (
         "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, class word",
-        "hit and fidelity", "drift", "memorisation", "training, s", "MB", "subjects",
+        "hit and fidelity", "drift", "memorisation", "runs",
     )  # fmt: skip
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])
 
 
+def _spread(values: list[float]) -> str:
+    """The standard error of a mean over runs, in points."""
+    if len(values) < 2:
+        return ""
+    return f" \u00b1 {100 * stdev(values) / math.sqrt(len(values)):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
-    parser.add_argument("--only", nargs="*", default=[], metavar="CANDIDATE", help="these alone")
+    parser.add_argument("--only", nargs="*", default=[], choices=CANDIDATES, metavar="CANDIDATE", help="these")
     parser.add_argument("--subjects", nargs="*", default=SUBJECTS, choices=SUBJECTS, help="on these alone")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of training")
+    parser.add_argument("--busy", action="store_true", help="other work runs meanwhile: keep no times")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="per set, subject and candidate")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-recipe"), help="adapters, losses and reports")
     parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     options = parser.parse_args()
     if not options.table:
-        measure(options.out, options.only, options.subjects, options.pictures, options.device)
+        asked = product(options.only or CANDIDATES, options.subjects, options.seeds)
+        measure(options.out, asked, options.pictures, options.device, busy=options.busy)
     print(table())
 
 

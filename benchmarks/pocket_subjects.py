@@ -31,7 +31,7 @@ from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
-from oft_diffusion.pocket.world import PATTERNS
+from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
@@ -45,7 +45,10 @@ _NO_RECIPE = (
 )  # fmt: skip
 DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
-_COLUMNS = ("setup", "group", "set", "prompt", "seed", "adapted", "hit", "shared", "faithful", "nearest", "closest")
+_COLUMNS = (
+    "setup", "group", "set", "prompt", "seed", "adapted", "hit", "shared", "faithful", "nearest", "closest",
+    *ATTRIBUTES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def _keep(found: Trained, setup: str) -> None:
             writer.writerow(_COLUMNS)
         for r in found.rows:
             read = (int(r.adapted), int(r.hit), r.shared, int(r.faithful), r.nearest, round(found.closest, 5))
-            writer.writerow((setup, r.group, r.set, r.prompt, r.seed, *read))
+            seen = (r.reading.get(name, "") for name in ATTRIBUTES)
+            writer.writerow((setup, r.group, r.set, r.prompt, r.seed, *read, *seen))
 
 
 def table() -> str:
@@ -212,7 +216,7 @@ def _row(row: Mapping[str, str]) -> Row:
 def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> str:
     cells = []
     for key, figure in figures(rows, closest).items():
-        shown = figure.difference if key in ("preservation", "attribute drift") else figure.adapted
+        shown = figure.difference if key.startswith(("preservation", "attribute drift")) else figure.adapted
         text = f"{100 * shown.mean:.1f}"
         if shown is figure.adapted:
             text += f" / {100 * figure.base.mean:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,13 +18,14 @@ DATA = Path(__file__).parent / "data"
 
 
 def environment(device: str) -> dict[str, str]:
-    """On which device, and with what, a measurement was made."""
+    """On which device, and with what, a measurement is made."""
     hardware = _processor() if device == "cpu" else torch.cuda.get_device_name(device)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware,
         "threads": str(torch.get_num_threads()),
         **{name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers", "oft-diffusion")},
+        "commit": _commit(),
     }
 
 
@@ -57,6 +59,23 @@ def load(path: Path) -> list[dict[str, str]]:
 def _header(path: Path) -> list[str]:
     with path.open(newline="", encoding="utf-8") as file:
         return next(csv.reader(file))
+
+
+def _commit() -> str:
+    """Of the working tree, with a + where a tracked file beside the data differs from it; empty outside of git."""
+    root = Path(__file__).parent.parent
+    try:
+        found = _git(root, "rev-parse", "--short", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{DATA.relative_to(root)}")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found + "+" * bool(changed)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _processor() -> str:

@@ -45,7 +45,10 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
                     for adapted in (0, 1):
                         hit = int(adapted and i < hits and name == "subject")
                         kept = int(name != "other" or i > 0 or not adapted)
-                        writer.writerow((setup, group, name, "a spotted cat", i, adapted, hit, 0, kept, 0.3, 0.2))
+                        read = ["cat"] * len(ATTRIBUTES)
+                        writer.writerow(
+                            (setup, group, name, "a spotted cat", i, adapted, hit, 0, kept, 0.3, 0.2, *read)
+                        )
     run = {"training": "50", "wall": "60", "megabytes": "0.6"}
     records.append(files / "runs.csv", [{"setup": setup, "group": "bow_cat/0", **run} for setup in ("old", "new")])
     text = pocket_subjects.table().splitlines()
@@ -85,12 +88,18 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"steps": 1, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 1, "num_class_images": 1}
     monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": False}})
-    pocket_recipe.measure(files / "runs", ["one"], ["dozy_house"], 1)
+    pocket_recipe.measure(files / "runs", [("one", "dozy_house", 0)], 1)
     first = records.load(files / "recipe.csv")
-    pocket_recipe.measure(files / "runs", [], ["dozy_house"], 1)
+    second = [("one", "dozy_house", 0), ("one", "dozy_house", 1), ("two, no captions", "dozy_house", 0)]
+    pocket_recipe.measure(files / "runs", second, 1, busy=True)
     assert records.load(files / "recipe.csv")[:1] == first
-    assert [row["candidate"] for row in records.load(files / "recipe.csv")] == ["one", "two, no captions"]
-    assert len(pocket_recipe.table().splitlines()) == 4
+    rows = records.load(files / "recipe.csv")
+    assert [(row["candidate"], row["seed"]) for row in rows] == [("one", "0"), ("one", "1"), ("two, no captions", "0")]
+    assert [row["training"] == "nan" for row in rows] == [False, True, True]
+    text = pocket_recipe.table()
+    assert len(text.splitlines()) == 4
+    assert "| one | 0.0 \u00b1 0.0 |" in text
+    assert "| dozy_house 2 |" in text
     assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))
 
 

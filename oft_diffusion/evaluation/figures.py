@@ -7,7 +7,8 @@
 - *hit and fidelity*: both in the same picture, on those prompts.
 - *preservation*: prompt fidelity on prompts without the subject, minus the base's on the same prompts and seeds.
 - *attribute drift*: on those prompts, the share of the subject's uncaptioned attributes that turn up, minus the base's.
-- *leakage*: subject hits where another trigger is given, and where only the class word is.
+- *leakage*: subject hits where another trigger is given, and where only the class word is; on the same prompts the
+  attribute drift, which tells of subjects that come halfway.
 - *memorisation*: pictures of the subject that are nearer to an instance image than these are to each other.
 """
 
@@ -93,14 +94,19 @@ def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict
     def copied(row: Row) -> float:
         return float(row.nearest < closest_instances[row.group])
 
+    def shared(row: Row) -> float:
+        return row.shared / 4
+
     return {
         "subject hit": _figure(rows, "subject", hit),
         "prompt fidelity": _figure(rows, "recoloured", faithful),
         "hit and fidelity": _figure(rows, "recoloured", lambda row: float(row.hit and row.faithful)),
         "preservation": _figure(rows, "other", faithful),
-        "attribute drift": _figure(rows, "other", lambda row: row.shared / 4),
+        "attribute drift": _figure(rows, "other", shared),
         "leakage, other trigger": _figure(rows, "other trigger", hit),
+        "attribute drift, other trigger": _figure(rows, "other trigger", shared),
         "leakage, class word": _figure(rows, "class word", hit),
+        "attribute drift, class word": _figure(rows, "class word", shared),
         "memorisation": _figure(rows, "subject", copied),
     }
 
