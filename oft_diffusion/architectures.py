@@ -2,7 +2,7 @@
 
 A row names lists of repeated blocks, and layers within one block. `*` is an index. Nothing outside the lists is ever
 adapted: not the final projection, timestep and caption embedders, token refiners, vision towers or the language head;
-and inside them not the modulation (adaLN), routers, nor experts' tensors.
+and inside them not the modulation (adaLN), routers, experts' tensors, nor depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-TARGET_SETS = ("attention", "attention+mlp", "all-linear")
+TARGET_SETS = ("attention", "attention+mlp", "all-linear", "all-linear+conv")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class Architecture:
 
     Attributes:
         blocks: the lists of repeated blocks, as module names.
-        attention, mlp, other: layers within a block; `attention+mlp` is the first two, `all-linear` all three.
+        attention, mlp, other: linear layers within a block; `attention+mlp` is the first two, `all-linear` all three.
+        conv: convolutions within a block, which `all-linear+conv` adds. A layer that is one or the other by a model's
+            configuration is in `other` alone.
         idle: layers of the *last* block whose output the model throws away. They could not learn.
     """
 
@@ -27,11 +29,12 @@ class Architecture:
     attention: tuple[str, ...]
     mlp: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
+    conv: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
 
     def layers(self, target_set: str) -> tuple[str, ...]:
         """What the set adapts within one block."""
-        groups = (self.attention, self.mlp, self.other)[: TARGET_SETS.index(target_set) + 1]
+        groups = (self.attention, self.mlp, self.other, self.conv)[: TARGET_SETS.index(target_set) + 1]
         return tuple(layer for group in groups for layer in group)
 
     def pattern(self, target_set: str) -> str:
@@ -52,9 +55,9 @@ def _any_of(names: tuple[str, ...]) -> str:
     return "(?:" + "|".join(re.escape(name).replace(r"\*", r"\d+") for name in names) + ")"
 
 
-def row(blocks: str, attention: str, mlp: str = "", other: str = "", idle: str = "") -> Architecture:
+def row(blocks: str, attention: str, mlp: str = "", other: str = "", conv: str = "", idle: str = "") -> Architecture:
     """An `Architecture` whose every part is names with spaces between them."""
-    return Architecture(*(tuple(part.split()) for part in (blocks, attention, mlp, other, idle)))
+    return Architecture(*(tuple(part.split()) for part in (blocks, attention, mlp, other, conv, idle)))
 
 
 def within(parents: str, layers: str) -> str:
@@ -112,15 +115,24 @@ _JOY = row(
 _Z_IMAGE = row("noise_refiner layers", within("attention", _QKVO), within("feed_forward", _W123))
 
 
+# Convolutions of UNets' residual blocks, down- and upsamplers: SD's, Stable Video Diffusion's, DreamLite's.
+_RESNET = (
+    f"conv {within('conv1 conv2', 'pointwise')} conv1 conv2 conv_shortcut "
+    f"{within('spatial_res_block', 'conv1 conv2 conv_shortcut')}"
+)
+
+
 def _unet(*lists: str, added: str = "") -> Architecture:
     """UNets: lists of transformers in every resolution, or of attentions without a transformer around them."""
+    lists = (*lists, "resnets", "downsamplers", "upsamplers")  # the last three have convolutions alone
     places = " ".join(f"{level}.{name}" for name in lists for level in ("down_blocks.*", "mid_block", "up_blocks.*"))
     inner = "transformer_blocks.* temporal_transformer_blocks.* transformers.*.transformer_blocks.*"
     return row(
         f"{places} {added}",
         f"{within(inner, _ATTN12)} {_QKVO} add_k_proj add_v_proj",
         within(inner, f"{_FEED_FORWARD} {within('ff_in', _FF)}"),
-        "proj_in proj_out",  # linear in SD 2.x and SDXL; SD 1.x's are 1x1 convolutions, left alone
+        "proj_in proj_out",  # linear in SD 2.x and SDXL, 1x1 convolutions in SD 1.x
+        _RESNET,
     )
 
 
@@ -178,7 +190,12 @@ DENOISERS: dict[str, Architecture] = {
     "Ideogram4Transformer2DModel": row("layers", within("attention", _QKVO), within("feed_forward", _W123)),
     "JoyImageEditPlusTransformer3DModel": _JOY,
     "JoyImageEditTransformer3DModel": _JOY,
-    "Kandinsky3UNet": row("down_blocks.*.attentions up_blocks.*.attentions", within("attention", _QKVO)),
+    "Kandinsky3UNet": row(
+        within("down_blocks.* up_blocks.*", "attentions resnets_in resnets_out"),
+        within("attention", _QKVO),
+        conv="feed_forward.* resnet_blocks.*.projection resnet_blocks.*.down_sample shortcut_projection "
+        "shortcut_down_sample",
+    ),
     "Krea2Transformer2DModel": row(_DOUBLE, within("attn", f"{_QKVO} to_gate"), within("ff", "gate up down")),
     "LongCatImageTransformer2DModel": _FLUX,
     "Lumina2Transformer2DModel": row(
@@ -204,7 +221,7 @@ DENOISERS: dict[str, Architecture] = {
         idle=f"attn.add_q_proj attn.to_add_out {within('txt_mlp', _FF)}",
     ),
     "SD3Transformer2DModel": _SD3,
-    "SanaTransformer2DModel": row(_DOUBLE, _ATTN12),  # its MLP is convolutions
+    "SanaTransformer2DModel": row(_DOUBLE, _ATTN12, conv=within("ff", "conv_inverted conv_point")),
     "StableCascadeUNet": row(
         "down_blocks.* up_blocks.*", within("attention", _QKVO), "channelwise.0 channelwise.4", "kv_mapper.1"
     ),
@@ -264,13 +281,14 @@ DENOISERS: dict[str, Architecture] = {
         _DOUBLE, within("attn1", _JOINT), within("ff ff_context", _FF), idle="attn1.add_q_proj"
     ),
     "MotifVideoTransformer3DModel": replace(_FLUX, attention=(*_FLUX.attention, *within("cross_attn", _QKVO).split())),
-    "SanaVideoTransformer3DModel": row(_DOUBLE, _ATTN12),
+    "SanaVideoTransformer3DModel": row(_DOUBLE, _ATTN12, conv=within("ff", "conv_inverted conv_point conv_temp")),
     "SanaWMLTX2RefinerTransformer3DModel": _LTX2,
     "SanaWMTransformer3DModel": row(
         "blocks",
         f"{within('attn', 'qkv proj q_proj_cam k_proj_cam v_proj_cam out_proj_cam beta_proj gate_proj output_gate')} "
         f"{within('cross_attn', 'q_linear kv_linear proj')}",
         other="plucker_proj",
+        conv=within("mlp", "inverted_conv.conv point_conv.conv t_conv"),
     ),
     "SkyReelsV2Transformer3DModel": _WAN,
     "TransformerTemporalModel": _CROSS,

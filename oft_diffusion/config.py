@@ -18,9 +18,9 @@ class OFTConfig:
 
     Attributes:
         block_size: side b of the rotation blocks, at least 2, or "auto" for the largest of 64, 32 and 16 that divides
-            every target's input features. Never adjusted in silence.
-        targets: the name of a target set ("attention", "attention+mlp", "all-linear"), one regular expression, or a
-            list of regular expressions, each matched against whole layer names.
+            every target's input features, or channels. Never adjusted in silence.
+        targets: the name of a target set ("attention", "attention+mlp", "all-linear", "all-linear+conv"), one regular
+            expression, or a list of regular expressions, each matched against whole layer names.
         parametrisation: "cayley", the exact rotation, or "cayley_neumann", the truncated series of arXiv 2506.19847,
             section 3.3.
         neumann_order: m, the highest power of Q that the series keeps (PEFT's "terms" minus one). Even orders scale

@@ -55,13 +55,25 @@ class LayerHook:
             if delta.dtype != x.dtype or delta.device != x.device:
                 deltas = self.bank.fit_deltas(self, deltas, x)
                 break
-        for delta in deltas:
-            x = block_rotate(x, delta)
+        if deltas:
+            x = _rotate_channels(x, deltas) if isinstance(module, nn.Conv2d) else _rotate(x, deltas)
         return (x, *args[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
         return {"bank": self.bank, "name": self.name, "grad_deltas": None, "eval_deltas": None, "fired": self.fired}
+
+
+def _rotate(x: Tensor, deltas: Deltas) -> Tensor:
+    for delta in deltas:
+        x = block_rotate(x, delta)
+    return x
+
+
+def _rotate_channels(x: Tensor, deltas: Deltas) -> Tensor:
+    """A convolution's input `(..., C, h, w)`: the same rotation at every tap. Its memory format stays."""
+    rotated = _rotate(x.movedim(-3, -1), deltas).movedim(-1, -3)
+    return rotated.contiguous() if x.is_contiguous() else rotated
 
 
 class ComponentHook:

@@ -27,7 +27,7 @@ def inject_oft(
     layers: Iterable[str] | None = None,
     hidden_state: int = -1,
 ) -> OFTBank:
-    """Adapt a model's linear layers with OFTv2: a pre-hook rotates each target's input.
+    """Adapt a model's linear layers, or convolutions, with OFTv2: a pre-hook rotates each target's input.
 
     The base is frozen (`requires_grad_(False)`) and otherwise untouched: modules, names and state dict stay as they
     are. The new adapter is the identity, trainable, and active after those that are active already.

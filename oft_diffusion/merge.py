@@ -25,6 +25,8 @@ KeepBase = Literal["cpu", "disk", False]
 def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu") -> None:
     """Replace each target's weight by the rotated one, `W_i R_i^T` per block of columns, and stop rotating its input.
 
+    A convolution's columns are its input channels, at every tap.
+
     Merged equals live up to rounding in the weight's dtype; the product is taken in float32.
 
     Args:
@@ -186,18 +188,19 @@ def _weight(layer: nn.Module) -> Tensor:
 
 def _check_weight(name: str, layer: nn.Module) -> None:
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4) or weight.is_meta:
         raise TargetError(
             f"layer {name} ({type(layer).__name__}) has no floating weight matrix in memory to merge into",
-            expected="a linear layer whose weight is a loaded float tensor",
+            expected="a linear layer or a Conv2d whose weight is a loaded float tensor",
             fix="keep the adapter live, which needs no access to the weights",
         )
 
 
 def _rotate_columns_(weight: Tensor, delta: Tensor) -> None:
-    """`W_i += W_i D_i^T` per block of columns, in float32, without an `(out, in)` temporary."""
+    """`W_i += W_i D_i^T` per block of columns of `(out, in)` or `(out, in, kh, kw)`, in float32, block by block."""
     block_size = delta.shape[-1]
     for index, block in enumerate(delta):
-        columns = weight[:, index * block_size : (index + 1) * block_size]
-        wide = columns.to(torch.promote_types(columns.dtype, torch.float32))
-        columns.copy_(torch.addmm(wide, wide, block.T.to(device=wide.device, dtype=wide.dtype)))
+        columns = weight[:, index * block_size : (index + 1) * block_size].movedim(1, -1)
+        wide = columns.to(torch.promote_types(columns.dtype, torch.float32)).reshape(-1, block_size)
+        turned = torch.addmm(wide, wide, block.T.to(device=wide.device, dtype=wide.dtype))
+        columns.copy_(turned.view(columns.shape))

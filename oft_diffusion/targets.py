@@ -17,6 +17,8 @@ from oft_diffusion.architectures import DENOISERS, TARGET_SETS, Architecture
 from oft_diffusion.errors import TargetError
 from oft_diffusion.text_encoders import TEXT_ENCODERS
 
+_LINEAR_SETS = TARGET_SETS[:-1]  # these leave convolutions alone, even where a pattern of theirs meets one
+
 ARCHITECTURES: dict[str, Architecture] = {**DENOISERS, **TEXT_ENCODERS}
 
 # What the rule for architectures without a row takes, inside repeated blocks.
@@ -42,7 +44,10 @@ _FOREIGN = re.compile(r"(^|\.)(lora_[A-Za-z_]+|oft_[A-Za-z_]+)(\.|$)")
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its name as files spell it, its module, and the size of its input axis."""
+    """One layer to adapt: its name as files spell it, its module, and the size of the axis that is rotated.
+
+    That axis is a linear layer's input features, or a convolution's input channels.
+    """
 
     name: str
     module: nn.Module
@@ -76,44 +81,46 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, hidden_sta
             continue
         if hasattr(module, "base_layer"):  # another adapter's wrapper: the layer inside is visited under the same name
             continue
-        if _is_linear(module):
-            found.append(Target(name, module, int(module.in_features)))
-        elif _is_weighted_leaf(module) and targets not in TARGET_SETS:
-            # Table patterns may meet 1x1 convolutions (SD 1.x's proj_in); what a user asked for by name is refused.
+        width = _input_width(module)
+        if width is not None and (_is_linear(module) or targets not in _LINEAR_SETS):
+            found.append(Target(name, module, width))
+        elif width is None and _is_weighted_leaf(module) and targets not in TARGET_SETS:
+            grouped = isinstance(module, nn.Conv2d)
             raise TargetError(
-                f"layer {name} of {type(model).__name__} is a {type(module).__name__}, which OFT does not adapt",
-                expected="linear layers (modules with in_features)",
-                fix="narrow the pattern so that it matches linear layers only",
+                f"layer {name} of {type(model).__name__} is a {type(module).__name__}"
+                f"{f' of {module.groups} groups' if grouped else ''}, which OFT does not adapt",
+                expected="linear layers (modules with in_features), or Conv2d of one group",
+                fix="narrow the pattern so that it matches these only",
             )
     if not found:
         raise TargetError(
             f"targets={_shown(targets)} match no layer of {type(model).__name__}",
-            expected=f"at least one linear layer; this model has {_examples(model)}",
+            expected=f"at least one layer; this model has {_examples(model)}",
             fix="pass a regular expression that matches whole layer names",
         )
     return found
 
 
 def find_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
-    """The linear layers of `model` of these very names, in the model's own order, with or without `text_model.`.
+    """The layers of `model` of these very names, in the model's own order, with or without `text_model.`.
 
     Raises:
-        TargetError: there is no such linear layer; projections are fused.
+        TargetError: there is no such layer that OFT adapts; projections are fused.
     """
     wanted = {canonical_name(name): name for name in names}
     _refuse_fused(model)
     found: list[Target] = []
     for raw_name, module in model.named_modules():
         name = normalise_name(raw_name)
-        is_layer = _is_linear(module) and not hasattr(module, "base_layer") and not _FOREIGN.search(raw_name)
-        if is_layer and wanted.pop(canonical_name(name), None) is not None:
-            found.append(Target(name, module, int(module.in_features)))
+        width = None if hasattr(module, "base_layer") or _FOREIGN.search(raw_name) else _input_width(module)
+        if width is not None and wanted.pop(canonical_name(name), None) is not None:
+            found.append(Target(name, module, width))
     if wanted or not found:
         shown = "; ".join(sorted(wanted.values())[:3]) + ("; ..." if len(wanted) > 3 else "")
         raise TargetError(
-            f"{len(wanted)} of {len(wanted) + len(found)} layers match no linear layer of {type(model).__name__}: "
+            f"{len(wanted)} of {len(wanted) + len(found)} layers match no layer to adapt in {type(model).__name__}: "
             f"{shown or '(none is named)'}",
-            expected=f"names of its linear layers; it has {_examples(model)}",
+            expected=f"names of its layers; it has {_examples(model)}",
             fix="use the architecture that these layers belong to",
         )
     return found
@@ -211,7 +218,9 @@ def _guess(model: nn.Module, target_set: str) -> list[str]:
     found = []
     for raw_name, module in model.named_modules():
         name = normalise_name(raw_name)
-        if not _is_linear(module) or _FOREIGN.search(raw_name) or _NEVER.search(name):
+        if _input_width(module) is None or _FOREIGN.search(raw_name) or _NEVER.search(name):
+            continue
+        if not _is_linear(module) and target_set in _LINEAR_SETS:
             continue
         parts = name.split(".")
         parents = [".".join(parts[:end]) for end in range(1, len(parts))]
@@ -219,7 +228,7 @@ def _guess(model: nn.Module, target_set: str) -> list[str]:
         block = next((p for p in parents[:-1] if p in lists and p.rpartition(".")[2] not in ("to_out", "net")), None)
         if block is None:
             continue
-        if target_set == "all-linear" or _is_of_set(name[block.rfind(".") + 1 :], target_set):
+        if target_set in ("all-linear", "all-linear+conv") or _is_of_set(name[block.rfind(".") + 1 :], target_set):
             found.append(name)
     return list(dict.fromkeys(found))  # a layer that PEFT wraps is met twice
 
@@ -297,6 +306,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )
+
+
+def _input_width(module: nn.Module) -> int | None:
+    """The size of the axis that a rotation acts on; None for what OFT does not adapt, grouped convolutions too."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if module.groups == 1 else None
+    return int(module.in_features) if _is_linear(module) else None  # type: ignore[arg-type]
 
 
 def _is_weighted_leaf(module: nn.Module) -> bool:

@@ -292,7 +292,12 @@ def to_page(lines: Sequence[Line]) -> str:
         by_model.setdefault((line.name, line.variant), {})[line.target_set] = f"{line.layers}{size}"
     parts = [head]
     for title, table in (("Denoisers", DENOISERS), ("Text encoders", TEXT_ENCODERS)):
-        parts += [f"## {title}", "", f"| class | variant | {' | '.join(TARGET_SETS)} |", "|---|---|---|---|---|"]
+        parts += [
+            f"## {title}",
+            "",
+            f"| class | variant | {' | '.join(TARGET_SETS)} |",
+            "|---" * (2 + len(TARGET_SETS)) + "|",
+        ]
         for (name, variant), sets in by_model.items():
             if name in table:
                 cells = (sets.get(target_set, "as before") for target_set in TARGET_SETS)
@@ -307,33 +312,43 @@ def to_page(lines: Sequence[Line]) -> str:
 
 HEAD = """# Targets
 
-What `targets="attention"`, `"attention+mlp"` and `"all-linear"` mean on every denoiser that diffusers exports and every
-text encoder that its pipelines name: layers / parameters at block size {block_size}. "As before"
-means that the set adds nothing. The sizes are those of the class's defaults where no variant is named. Written by
-`{command}`, together with `tests/data/targets.csv`, with which
-`tests/core/test_coverage.py` compares the installed libraries.
+What `targets="attention"`, `"attention+mlp"`, `"all-linear"` and `"all-linear+conv"` mean on every denoiser that
+diffusers exports and every text encoder that its pipelines name: layers / parameters at block size {block_size}. "As
+before" means that the set adds nothing. The sizes are those of the class's defaults where no variant is named.
+Written by `{command}`, together with `tests/data/targets.csv`, with which `tests/core/test_coverage.py` compares the
+installed libraries.
 
-The rows are in `oft_diffusion/architectures.py` and `oft_diffusion/text_encoders.py`, anchored to the lists of repeated
-blocks. What no set ever adapts: final projections, timestep and caption embedders, modulation (adaLN), token refiners,
-vision towers, language heads, convolutions, routers and experts. A natively fused projection (`to_qkv_mlp_proj`,
-`img_attn_qkv`, ...) is one linear layer and has one rotation. Layers of the last block whose output a model throws away
-are left out, too.
+The rows are in `oft_diffusion/architectures.py` and `oft_diffusion/text_encoders.py`, anchored to the lists of
+repeated blocks. What no set ever adapts: final projections, timestep and caption embedders, modulation (adaLN), token
+refiners, vision towers, language heads, routers, experts and depthwise convolutions. A natively fused projection
+(`to_qkv_mlp_proj`, `img_attn_qkv`, ...) is one linear layer and has one rotation. Layers of the last block whose
+output a model throws away are left out, too.
 
 A class without a row is not refused: a set's name then means attention projections (and MLPs, or all linear layers)
 inside repeated blocks, by their names, and one line says so. A regular expression, or a list, names layers outright.
 """
 
-TAIL = """## Layers that a pipeline never uses
+TAIL = """## Convolutions
 
-Some pipelines take a hidden state before a text encoder's last one. `HIDDEN_STATES` in `oft_diffusion/text_encoders.py`
-says which, and training leaves out the layers behind it. Where a pooled output of the last layer is used as well
-(SDXL's second text encoder, both CLIPs of SD 3, Flux's CLIP), every layer counts.
+Of convolutions, `"all-linear+conv"` adapts 1x1 and 3x3 `Conv2d` of one group inside repeated blocks: residual blocks,
+down- and upsamplers of UNets, Sana's feed-forward. A pattern of your own that names a `Conv2d` adapts it, too. The
+rotation acts on the input channels, the same at every tap, so it is the identity at the start whatever stride and
+padding are, and merges as `W[:, :, i, j] R^T`. Grouped convolutions, whose groups see only a part of the channels,
+are refused where a pattern names them. PEFT reads the 1x1 ones; its own 3x3 ones are others (they rotate unfolded
+patches).
+
+## Layers that a pipeline never uses
+
+Some pipelines take a hidden state before a text encoder's last one. `HIDDEN_STATES` in
+`oft_diffusion/text_encoders.py` says which, and training leaves out the layers behind it. Where a pooled output of
+the last layer is used as well (SDXL's second text encoder, both CLIPs of SD 3, Flux's CLIP), every layer counts.
 
 ## One rotation for q, k and v
 
-`OFTConfig(share_qkv=True)` gives the projections of an attention that read the same input one generator: q, k and v of
-each stream, or k and v in cross-attention, where q reads another. A runtime that fuses them into one matrix can then
-hold the adapter exactly. Files hold every layer's tensor, equal ones for tied layers, and any reader can use them.
+`OFTConfig(share_qkv=True)` gives the projections of an attention that read the same input one generator: q, k and v
+of each stream, or k and v in cross-attention, where q reads another. A runtime that fuses them into one matrix can
+then hold the adapter exactly. Files hold every layer's tensor, equal ones for tied layers, and any reader can use
+them.
 """
 
 

@@ -86,7 +86,7 @@ def without_layer(file, path, part, becomes=None):
     return save_adapter_file(path, states, file.metadata)
 
 
-@pytest.mark.parametrize("name", ["down_blocks.9.to_q", "conv_in", "conv_in.lora_A", "time_embedding", ""])
+@pytest.mark.parametrize("name", ["down_blocks.9.to_q", "conv_norm_out", "conv_in.lora_A", "time_embedding", ""])
 def test_other_layers_than_the_models(pipe, plain, tmp_path, name):
     path = without_layer(load_adapter_file(plain), tmp_path / "odd.safetensors", "unet", becomes=name)
     assert_loading_refused(pipe, path, "odd.safetensors", name, "1 of 32 layers", "UNet2DConditionModel")
