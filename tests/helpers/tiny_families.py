@@ -46,7 +46,7 @@ def write_tiny_family(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def bytes_tokenizer(most: int = 512) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with one token per byte and a chat template, in place of T5's, Qwen's, Gemma's and Llama's."""
+    """A fast tokenizer with one token per byte and a chat template, in place of Qwen's, Gemma's and Llama's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<s>", "<unk>", *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -56,6 +56,13 @@ def bytes_tokenizer(most: int = 512) -> PreTrainedTokenizerFast:
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>",
         model_max_length=most, padding_side="right", chat_template=_CHAT,
     )  # fmt: skip
+
+
+def t5_tokenizer() -> Any:
+    """T5's own kind of tokenizer, with one token per printable ASCII character."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 _VOCABULARY = 4 + 256
@@ -88,8 +95,8 @@ def _t5(kind: Any = None, width: int = WIDTH) -> tuple[Any, Any]:
     }
     if kind is None:
         config: Any = transformers.T5Config(**shape, feed_forward_proj="gated-gelu")
-        return transformers.T5EncoderModel(config), bytes_tokenizer()
-    return kind(transformers.UMT5Config(**shape, feed_forward_proj="gated-gelu")), bytes_tokenizer()
+        return transformers.T5EncoderModel(config), t5_tokenizer()
+    return kind(transformers.UMT5Config(**shape, feed_forward_proj="gated-gelu")), t5_tokenizer()
 
 
 def _vae(channels: int = 4, **more: Any) -> Any:
@@ -141,7 +148,7 @@ def _sdxl(folder: Path) -> Any:
 
 def _sd3(folder: Path) -> Any:
     clips = [_clip(folder, projected=True) for _ in range(2)]
-    t5, t5_tokenizer = _t5(width=2 * WIDTH)  # as wide as both CLIPs together, which share its sequence
+    t5, its_tokenizer = _t5(width=2 * WIDTH)  # as wide as both CLIPs together, which share its sequence
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=32,
@@ -150,20 +157,20 @@ def _sd3(folder: Path) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer, scheduler=_flow(shift=3.0), vae=_vae(scaling_factor=1.5, shift_factor=0.06),
         text_encoder=clips[0][0], tokenizer=clips[0][1], text_encoder_2=clips[1][0], tokenizer_2=clips[1][1],
-        text_encoder_3=t5, tokenizer_3=t5_tokenizer,
+        text_encoder_3=t5, tokenizer_3=its_tokenizer,
     )  # fmt: skip
 
 
 def _flux(folder: Path, guidance: bool = True) -> Any:
     clip, tokenizer = _clip(folder, projected=False)
-    t5, t5_tokenizer = _t5()
+    t5, its_tokenizer = _t5()
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     return diffusers.FluxPipeline(
         scheduler=_flow(shift=3.0, use_dynamic_shifting=True), vae=_vae(scaling_factor=0.36, shift_factor=0.12),
-        text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer,
+        text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5, tokenizer_2=its_tokenizer, transformer=transformer,
     )  # fmt: skip
 
 
@@ -278,7 +285,7 @@ def _lumina2(folder: Path) -> Any:
 
 def _hidream(folder: Path) -> Any:
     clips = [_clip(folder, projected=True, tokens=248) for _ in range(2)]
-    t5, t5_tokenizer = _t5()
+    t5, its_tokenizer = _t5()
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
     llama.set_attn_implementation("eager")  # the pipeline asks for attention maps
     transformer = diffusers.HiDreamImageTransformer2DModel(
@@ -290,7 +297,7 @@ def _hidream(folder: Path) -> Any:
     return diffusers.HiDreamImagePipeline(
         scheduler=_flow(shift=3.0), vae=_vae(scaling_factor=0.36, shift_factor=0.12), text_encoder=clips[0][0],
         tokenizer=clips[0][1], text_encoder_2=clips[1][0], tokenizer_2=clips[1][1], text_encoder_3=t5,
-        tokenizer_3=t5_tokenizer, text_encoder_4=llama, tokenizer_4=bytes_tokenizer(), transformer=transformer,
+        tokenizer_3=its_tokenizer, text_encoder_4=llama, tokenizer_4=bytes_tokenizer(), transformer=transformer,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESOLUTION = 16
-MAX_TOKENS = 24
+MAX_TOKENS = 77
 WORDS = ("a", "photo", "of", "dog", "mug", "on", "table", "red", "in", "room")
 
 

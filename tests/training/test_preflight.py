@@ -138,7 +138,7 @@ def test_configs_of_which_no_model_can_be_built(config: Config, tiny_sd: Path, t
 
 
 def test_prompts_that_are_cut_are_noted(config: Config, tmp_path: Path) -> None:
-    long = " ".join(["red"] * 30)
+    long = " ".join(["red"] * 90)
     notes = preflight(config(validation_prompts=["a dog", long], instance_prompt=f"a sks mug {long}")).notes
     assert notes == [f"longer than the text encoder reads, and cut: {p!r}" for p in (f"a sks mug {long}", long)]
 

@@ -39,7 +39,9 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-@pytest.mark.parametrize(("targets", "layers"), [("attention", 32), ("attention+mlp", 40), ("all-linear", 48)])
+@pytest.mark.parametrize(
+    ("targets", "layers"), [("attention", 32), ("attention+mlp", 40), ("all-linear", 48), ("all-linear+conv", 71)]
+)
 def test_it_trains_and_its_adapter_draws(
     targets: str, layers: int, config: Callable[..., TrainConfig], run: Run, tiny_sd2: Path
 ) -> None:
