@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from oft_diffusion.errors import ConfigError, OFTError, first_line
+from oft_diffusion.images import pictures_of
 from oft_diffusion.pipeline import LoadedAdapter, list_oft_adapters, set_oft_adapters
 
 
@@ -61,7 +63,8 @@ def generate(
             expected="both, in pixels, or neither",
             fix="give both",
         )
-    extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    videos = "num_frames" in inspect.signature(type(pipe).__call__).parameters
+    extra: dict[str, Any] = {"num_frames": 1} if videos else {}
     if width is not None:
         extra["width"] = width
     if height is not None:
@@ -79,13 +82,13 @@ def generate(
     for start in range(0, len(seeds), batch_size):
         batch, asked = seeds[start : start + batch_size], prompts[start : start + batch_size]
         try:
-            images = pipe(
+            output = pipe(
                 prompt=asked,  # Flux.2 takes pictures first
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in batch],
-                **({**extra, "negative_prompt": [negative_prompt] * len(batch)} if negative_prompt else extra),
-            ).images
+                **_guided(pipe, guidance, negative_prompt, len(batch)),
+                **extra,
+            )
         except OFTError:
             raise
         except ValueError as error:  # what diffusers raises on settings that it checks
@@ -94,12 +97,22 @@ def generate(
                 expected="a seed, a size and a number of steps that it can take",
                 fix="change the setting that the message names",
             ) from error
-        for text, seed, image in zip(asked, batch, images, strict=True):
+        for text, seed, image in zip(asked, batch, pictures_of(output), strict=True):
             own = {"seed": seed, "width": image.width, "height": image.height}
             pictures.append(Picture(image, {"prompt": text, **shared, **own}))
             if on_picture is not None:
                 on_picture(pictures[-1], len(seeds))
     return pictures
+
+
+def _guided(pipe: Any, guidance: float, negative_prompt: str | None, count: int) -> dict[str, Any]:
+    """Guidance as the pipeline calls it: Qwen-Image's needs a negative prompt, of which the empty one is refused."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    own_name = "true_cfg_scale" in known and known["guidance_scale"].default is None
+    guided: dict[str, Any] = {"true_cfg_scale" if own_name else "guidance_scale": guidance}
+    if own_name and guidance > 1:
+        negative_prompt = negative_prompt or " "
+    return guided | ({"negative_prompt": [negative_prompt] * count} if negative_prompt else {})
 
 
 def compare(

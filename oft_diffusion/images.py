@@ -202,3 +202,10 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
         return text
     lengths = [font.getlength(text[:count] + "…") for count in range(len(text))]
     return text[: max(0, bisect.bisect(lengths, width) - 1)] + "…"
+
+
+def pictures_of(output: Any) -> list[Image.Image]:
+    """The pictures in what a diffusers pipeline returned; of videos the first frames."""
+    if hasattr(output, "images"):
+        return list(output.images)
+    return [Image.fromarray((frames[0] * 255).round().astype("uint8")) for frames in output.frames]

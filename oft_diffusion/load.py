@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from oft_diffusion.errors import ConfigError, first_line
 
@@ -34,12 +35,13 @@ def load_pipeline(
 
     Raises:
         ConfigError: there is no such folder, it is no pipeline, it holds pickled weights only, a file lacks
-            `config_dir`, or there is no such device.
+            `config_dir` or some of the weights, or there is no such device.
     """
     local = Path(model)
     try:
         if local.suffix == ".safetensors" and local.is_file():
             pipe = _from_file(local, dtype, config_dir)
+            refuse_hollow(pipe, str(model))
         else:
             pipe = _from_folder(model, dtype)
     except ConfigError:
@@ -65,6 +67,22 @@ def has_only_fp16(folder: Path) -> bool:
     """Whether a component's folder holds safetensors weights, and all of them are diffusers' variant fp16."""
     names = [path.name for path in folder.glob("*.safetensors")]
     return bool(names) and all(re.search(r"\.fp16[.-]", name) for name in names)
+
+
+def refuse_hollow(pipe: Any, name: str) -> None:
+    """Raise where a tensor got no values: of a single file, diffusers loads what it recognises, and says nothing.
+
+    Raises:
+        ConfigError: there is such a tensor.
+    """
+    modules = {part: module for part, module in pipe.components.items() if isinstance(module, nn.Module)}
+    hollow = [f"{part}.{key}" for part, module in modules.items() for key, p in module.named_parameters() if p.is_meta]
+    if hollow:
+        raise ConfigError(
+            f"{name} holds no weights for {len(hollow)} tensors, such as {hollow[0]}",
+            expected=f"a whole {type(pipe).__name__}",
+            fix="get the checkpoint that has its text encoders and VAE, or a folder in diffusers' format",
+        )
 
 
 def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:

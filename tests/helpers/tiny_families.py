@@ -73,11 +73,11 @@ _DECODER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _clip(folder: Path, projected: bool, tokens: int = MAX_TOKENS) -> tuple[Any, Any]:
+def _clip(folder: Path, projected: bool, tokens: int = MAX_TOKENS, width: int = WIDTH) -> tuple[Any, Any]:
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=tokens, projection_dim=WIDTH, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=tokens, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, hidden_act="gelu" if projected else "quick_gelu",
     )  # fmt: skip
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
@@ -129,13 +129,13 @@ def _sd(folder: Path) -> Any:
 
 def _sdxl(folder: Path) -> Any:
     first, tokenizer = _clip(folder, projected=False)
-    second, _ = _clip(folder, projected=True)
+    second, _ = _clip(folder, projected=True, width=2 * WIDTH)  # by their widths single files are told apart
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=2 * WIDTH,
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=3 * WIDTH,
         attention_head_dim=(2, 4), norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + 2 * WIDTH,
     )  # fmt: skip
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"

@@ -1,4 +1,4 @@
-"""Small random Stable Diffusion pipelines from the real classes, as folders in diffusers' format or single files.
+"""Small random Stable Diffusion pipelines from the real classes, as folders in diffusers' format.
 
 A step takes milliseconds: 16 px pictures, 8x8 latents, a UNet of two blocks, a text encoder of two layers, and a real
 CLIP tokenizer over a byte-level vocabulary with some whole words.
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESOLUTION = 16
@@ -92,66 +91,3 @@ def draw_pictures(folder: Path, count: int = 3, side: int = 24, suffix: str = ".
         ImageDraw.Draw(image).ellipse((2 + i, 3, side - 8 + i, side - 4), fill=(220, 40 * i % 255, 30))
         image.save(folder / f"picture_{i}{suffix}")
     return folder
-
-
-# -- a single-file checkpoint, in the layout of the original implementation -------------------------------------------
-
-_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-_UNET = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-}  # fmt: skip
-_VAE = {
-    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block.resnets.0": "mid.block_1",
-    "mid_block.attentions.0": "mid.attn_1", "mid_block.resnets.1": "mid.block_2", "group_norm": "norm", "to_q": "q",
-    "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-}  # fmt: skip
-
-
-def write_single_file(pipe: Any, path: Path) -> Path:
-    """Save a tiny pipeline as one .safetensors file with the original implementation's names."""
-    state = {f"model.diffusion_model.{_unet_name(k, pipe.unet)}": v for k, v in pipe.unet.state_dict().items()}
-    blocks = len(pipe.vae.config.block_out_channels)
-    state |= {f"first_stage_model.{_vae_name(k, blocks)}": v for k, v in pipe.vae.state_dict().items()}
-    prefix = "cond_stage_model.transformer.text_model."
-    state |= {prefix + k.removeprefix("text_model."): v for k, v in pipe.text_encoder.state_dict().items()}
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
-    return path
-
-
-def _unet_name(name: str, unet: Any) -> str:
-    per_block = unet.config.layers_per_block + 1
-    parts = name.split(".")
-    if parts[0] in ("down_blocks", "up_blocks"):
-        down, block, kind, index = parts[0] == "down_blocks", int(parts[1]), parts[2], int(parts[3])
-        prefix, first = ("input_blocks", block * per_block + 1) if down else ("output_blocks", block * per_block)
-        if kind == "downsamplers":
-            return f"{prefix}.{first + per_block - 1}.0.op.{parts[-1]}"
-        if kind == "upsamplers":
-            has_attention = hasattr(unet.up_blocks[block], "attentions")
-            return f"{prefix}.{first + per_block - 1}.{2 if has_attention else 1}.conv.{parts[-1]}"
-        place = 0 if kind == "resnets" else 1
-        name = f"{prefix}.{first + index}.{place}." + ".".join(parts[4:])
-    for ours, theirs in _UNET.items():
-        if name.startswith(ours + "."):
-            name = name.replace(ours, theirs, 1)
-    if ".attn" not in name and "transformer_blocks" not in name:
-        for ours, theirs in _RESNET.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
-    return name
-
-
-def _vae_name(name: str, blocks: int) -> str:
-    for ours, theirs in _VAE.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    parts = name.split(".")
-    if parts[1] in ("down_blocks", "up_blocks"):
-        down, block, kind = parts[1] == "down_blocks", int(parts[2]), parts[3]
-        level = block if down else blocks - 1 - block
-        inner = {"resnets": f"block.{parts[4]}", "downsamplers": "downsample", "upsamplers": "upsample"}[kind]
-        return ".".join([parts[0], "down" if down else "up", str(level), inner, *parts[5:]])
-    return name

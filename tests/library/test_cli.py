@@ -13,7 +13,8 @@ from oft_diffusion.cli import main, parse_adapter
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_settings
-from tests.helpers.tiny_sd import write_single_file, write_tiny_sd
+from tests.helpers.single_files import write_single_file
+from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_one_sentence, folder_bytes, with_metadata
 
 

@@ -13,7 +13,8 @@ from oft_diffusion import load_oft_weights, set_oft_adapters
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.generate import generate
 from oft_diffusion.load import load_pipeline
-from tests.helpers.tiny_sd import write_single_file, write_tiny_sd
+from tests.helpers.single_files import write_single_file
+from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import PROMPT, assert_one_sentence
 
 

@@ -18,7 +18,8 @@ from oft_diffusion.pocket import pocket_path
 from oft_diffusion.training import TrainConfig, preflight, train
 from oft_diffusion.training.families.kinds import StableDiffusion
 from oft_diffusion.training.find import find_base
-from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline, write_single_file
+from tests.helpers.single_files import write_single_file
+from tests.helpers.tiny_sd import draw_pictures, tiny_pipeline
 from tests.training.conftest import Run
 
 Config = Callable[..., TrainConfig]

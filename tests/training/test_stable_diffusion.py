@@ -11,7 +11,8 @@ from oft_diffusion.errors import TrainingError
 from oft_diffusion.training.families import Family
 from oft_diffusion.training.families.kinds import StableDiffusion
 from oft_diffusion.training.find import find_base
-from tests.helpers.tiny_sd import RESOLUTION, tiny_pipeline, write_single_file, write_tiny_sd
+from tests.helpers.single_files import write_single_file
+from tests.helpers.tiny_sd import RESOLUTION, tiny_pipeline, write_tiny_sd
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from oft_diffusion.errors import TrainingError, first_line
+from oft_diffusion.images import pictures_of
+from oft_diffusion.load import refuse_hollow
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
@@ -95,6 +97,7 @@ class Family:
 
         Raises:
             TrainingError: diffusers cannot load it.
+            ConfigError: a single file lacks some of its weights.
         """
         kind = getattr(diffusers, base.pipeline)
         options: dict[str, Any] = {"local_files_only": True}
@@ -119,6 +122,7 @@ class Family:
                 expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
                 fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
             ) from error
+        refuse_hollow(pipe, base.name)
         return cls(pipe, base)
 
     def module(self, name: str) -> Any:
@@ -224,17 +228,13 @@ class Family:
             for first in range(0, len(prompts), AT_ONCE):
                 few = slice(first, first + AT_ONCE)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[few]]
-                images += self.pictures(
+                images += pictures_of(
                     pipe(
                         prompt=list(prompts[few]), height=resolution, width=resolution, num_inference_steps=steps,
                         generator=generators, **self.CALL, **self.guided(guidance),
                     )
                 )  # fmt: skip
         return images
-
-    def pictures(self, output: Any) -> list[Image.Image]:
-        """The pictures in what the pipeline returned."""
-        return list(output.images)
 
     @contextmanager
     def pipeline(self) -> Iterator[Any]:

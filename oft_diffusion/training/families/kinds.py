@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from oft_diffusion.training.families.family import Family
@@ -160,10 +159,6 @@ class Wan(Family):
             _, rows, columns = self.denoiser.config.patch_size
             times = times[:, None].expand(-1, frames * (height // rows) * (width // columns))
         return super().ask(denoiser, packed, times, conditioning)
-
-    def pictures(self, output: Any) -> list[Image.Image]:
-        frames = output.frames  # float32 numpy `(B, 1, H, W, 3)` in [0, 1]
-        return [Image.fromarray((frame[0] * 255).round().astype("uint8")) for frame in frames]
 
 
 FAMILIES: dict[str, type[Family]] = {

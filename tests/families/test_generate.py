@@ -1,0 +1,31 @@
+"""`generate` asks every family's pipeline in its own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oft_diffusion.generate import generate
+from oft_diffusion.training.families import Family
+from tests.families.conftest import EVERY_FAMILY
+from tests.helpers.tiny_families import side_of
+
+# Their sizes come in bins, of which there are none as small as these models draw.
+BINNED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+
+
+@pytest.mark.parametrize("name", [p for p in EVERY_FAMILY if p.values[0] not in BINNED])
+def test_guidance_matters(name: str, load: Callable[[str], Family]) -> None:
+    pipe = load(name).pipe
+
+    def draw(guidance: float) -> Any:
+        options: dict[str, Any] = {"steps": 2, "width": side_of(name), "height": side_of(name)}
+        [picture] = generate(pipe, "a dog", [1], guidance=guidance, **options)
+        return np.asarray(picture.image).astype(float)
+
+    plain, guided = draw(1.0), draw(4.0)
+    assert plain.shape == guided.shape == (side_of(name), side_of(name), 3)
+    assert (guided != plain).any()
