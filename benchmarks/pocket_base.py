@@ -28,7 +28,7 @@ from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import pocket_pipeline
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.pretrain.data import to_model, to_pictures
-from oft_diffusion.pocket.world import ATTRIBUTES, CAPTIONED, OBJECTS, UNCAPTIONED, render, sample_scene
+from oft_diffusion.pocket.world import ATTRIBUTES, CAPTIONED, OBJECTS, PATTERNS, UNCAPTIONED, render, sample_scene
 
 FILE = DATA / "pocket_base.csv"
 RENDERS, RECONSTRUCTIONS, PICTURES, TIMED = 2000, 1000, 500, 5
@@ -98,6 +98,9 @@ def drawing(classifier, pipe, grid: Path | None) -> list[dict]:
     readings = read(classifier, pictures)
     right = {n: [float(r[n] == p.named[n]) for r, p in zip(readings, prompts, strict=True)] for n in CAPTIONED}
     right["all four"] = [min(values) for values in zip(*right.values(), strict=True)]
+    for pattern in PATTERNS:
+        asked = [r for r, p in zip(right["pattern"], prompts, strict=True) if p.named["pattern"] == pattern]
+        right[f"pattern, of {pattern} ones"] = asked
     if grid:
         rows = [pictures[i : i + 8] for i in range(0, 48, 8)]
         save_png(labelled_grid(rows), grid)

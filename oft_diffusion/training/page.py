@@ -188,7 +188,8 @@ def _usage(config: TrainConfig, family: Family, adapter: Path) -> str:
         if single
         else f"from_pretrained({config.model!r})"
     )
-    told = "".join(f", {name}={value!r}" for name, value in family.guided(config.guidance_scale).items())
+    how = {"num_inference_steps": config.sampling_steps, **family.guided(config.guidance_scale)}
+    told = "".join(f", {name}={value!r}" for name, value in how.items())
     return (
         f"from diffusers import {kind}\n"
         "from oft_diffusion import load_oft_weights, set_oft_adapters\n\n"
