@@ -26,7 +26,7 @@ from oft_diffusion.pipeline import set_oft_adapters
 from oft_diffusion.pocket.classifier import AttributeClassifier
 
 STEPS = 25
-GUIDANCE = 2.5
+GUIDANCE = 4.0
 BATCH = 16  # pictures per call of the pipeline
 
 

@@ -1,6 +1,6 @@
 """The pocket base: a real Stable Diffusion pipeline of about 18M parameters, shipped with the package.
 
-`pocket_pipeline()` loads it. It draws 128 x 128 pixels; about 25 steps and a guidance scale of 2.5 suit it.
+`pocket_pipeline()` loads it. It draws 128 x 128 pixels; about 25 steps and a guidance scale of 4 suit it.
 """
 
 from __future__ import annotations

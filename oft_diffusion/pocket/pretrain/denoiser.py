@@ -102,7 +102,7 @@ class Denoiser:
         with self.stage.averaged(), self.setup.precision():
             draws = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW_PROMPTS))]
             images = self.pipeline()(
-                list(PREVIEW_PROMPTS), num_inference_steps=20, guidance_scale=2.5, generator=draws
+                list(PREVIEW_PROMPTS), num_inference_steps=20, guidance_scale=4.0, generator=draws
             ).images
         self.setup.preview([images[i : i + 4] for i in range(0, len(images), 4)], f"unet-{self.stage.step:06d}")
 
