@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="the first picture's seed (default: 0)")
     generate.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     generate.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    generate.add_argument(
+        "--clip-skip", type=int, help="of CLIP's layers, as diffusers counts (1 is others' clip skip 2)"
+    )
     generate.add_argument("--width", type=int, help="in pixels (default: the model's)")
     generate.add_argument("--height", type=int, help="in pixels (default: the model's)")
     generate.add_argument("--device", default="cuda" if _has_cuda() else "cpu", help="default: cuda if there is one")
@@ -145,6 +148,7 @@ def _generate(options: argparse.Namespace) -> int:
         negative_prompt=options.negative,
         steps=options.steps,
         guidance=options.guidance,
+        clip_skip=options.clip_skip,
         width=options.width,
         height=options.height,
         on_picture=keep,

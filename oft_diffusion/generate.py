@@ -12,6 +12,7 @@ from PIL import Image
 
 from oft_diffusion.errors import ConfigError, OFTError, first_line
 from oft_diffusion.images import pictures_of
+from oft_diffusion.load import mend_clip_skip
 from oft_diffusion.pipeline import LoadedAdapter, list_oft_adapters, set_oft_adapters
 
 
@@ -33,6 +34,7 @@ def generate(
     guidance: float = 7.5,
     width: int | None = None,
     height: int | None = None,
+    clip_skip: int | None = None,
     batch_size: int = 4,
     on_picture: Callable[[Picture, int], object] | None = None,
 ) -> list[Picture]:
@@ -47,6 +49,7 @@ def generate(
         guidance: classifier-free guidance scale.
         width: in pixels, together with height; the pipeline's own size if both are None.
         height: likewise.
+        clip_skip: layers at the end of CLIP that are left out, as diffusers counts (1 is others' clip skip 2).
         batch_size: pictures per call of the pipeline.
         on_picture: called with (picture, of how many) as soon as its batch is drawn.
 
@@ -63,8 +66,17 @@ def generate(
             expected="both, in pixels, or neither",
             fix="give both",
         )
-    videos = "num_frames" in inspect.signature(type(pipe).__call__).parameters
-    extra: dict[str, Any] = {"num_frames": 1} if videos else {}
+    known = inspect.signature(type(pipe).__call__).parameters
+    extra: dict[str, Any] = {"num_frames": 1} if "num_frames" in known else {}
+    if clip_skip is not None:
+        if "clip_skip" not in known:
+            raise ConfigError(
+                f"clip_skip={clip_skip}, but a {type(pipe).__name__} knows none",
+                expected="a pipeline of Stable Diffusion 1 to 3 or SDXL",
+                fix="leave clip_skip out",
+            )
+        extra["clip_skip"] = clip_skip
+        mend_clip_skip(pipe)
     if width is not None:
         extra["width"] = width
     if height is not None:
@@ -74,6 +86,7 @@ def generate(
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance": guidance,
+        **({} if clip_skip is None else {"clip_skip": clip_skip}),
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(getattr(pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
         "adapters": [_described(a) for a in list_oft_adapters(pipe) if a.strength],

@@ -168,6 +168,8 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     """The text that A1111-style UIs show and read: prompt, negative prompt, then `Key: value` pairs."""
     names = {"steps": "Steps", "scheduler": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model"}
     pairs = [f"{shown}: {_quoted(settings[key])}" for key, shown in names.items() if settings.get(key) is not None]
+    if settings.get("clip_skip") is not None:
+        pairs.append(f"Clip skip: {settings['clip_skip'] + 1}")  # these count the last layer, too
     if "width" in settings and "height" in settings:
         pairs.append(f"Size: {settings['width']}x{settings['height']}")
     pairs += [f"OFT {a['name']}: {a['strength']:g}" for a in settings.get("adapters", ())]

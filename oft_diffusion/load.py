@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,22 @@ def has_only_fp16(folder: Path) -> bool:
     return bool(names) and all(re.search(r"\.fp16[.-]", name) for name in names)
 
 
+def left_out(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, None]:
+    """Text encoders and tokenizers that a pipeline takes and its model_index.json leaves empty, as arguments for it.
+
+    SD 3 does without T5; diffusers wants to be told so.
+    """
+    names = inspect.signature(pipeline_class).parameters
+    return {n: None for n in names if n.startswith(("text_encoder", "tokenizer")) and not (index.get(n) or [None])[0]}
+
+
+def mend_clip_skip(pipe: Any) -> None:
+    """Let SD 1.x and 2.x skip layers: diffusers looks for a level in CLIPTextModel that transformers 5.6 dropped."""
+    encoder = getattr(pipe, "text_encoder", None)
+    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
+        vars(encoder)["text_model"] = encoder  # a name for itself, and no submodule
+
+
 def refuse_hollow(pipe: Any, name: str) -> None:
     """Raise where a tensor got no values: of a single file, diffusers loads what it recognises, and says nothing.
 
@@ -94,7 +112,16 @@ def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:
             fix="check the path",
         )
     variant = "fp16" if local.is_dir() and any(has_only_fp16(folder) for folder in local.iterdir()) else None
-    return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+    if local.is_dir():
+        index = json.loads((local / "model_index.json").read_text(encoding="utf-8"))
+        how |= left_out(getattr(diffusers, index.get("_class_name", ""), DiffusionPipeline), index)
+    try:
+        return AutoPipelineForText2Image.from_pretrained(model, **how)
+    except ValueError as error:  # it does not know all: not Wan, HiDream or Krea 2
+        if "can't find a pipeline" not in str(error):
+            raise
+        return DiffusionPipeline.from_pretrained(model, **how)
 
 
 def _from_file(path: Path, dtype: torch.dtype, config_dir: str | Path | None) -> Any:

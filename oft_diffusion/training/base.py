@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import diffusers
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.prediction import prediction_type
@@ -131,6 +134,28 @@ class Base:
                 f"resolution = {resolution} is no multiple of {self.sides}, by which this model divides it ({by})",
                 expected=f"a multiple of {self.sides}",
                 fix=f"use {below or below + self.sides} or {below + self.sides}",
+            )
+
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Refuse a clip skip where the pipeline knows none, or that leaves no layer.
+
+        Raises:
+            ConfigError: with what there is.
+        """
+        if clip_skip is None:
+            return
+        if "clip_skip" not in inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters:
+            raise ConfigError(
+                f"clip_skip = {clip_skip}, but a {self.pipeline} knows none",
+                expected="a pipeline of Stable Diffusion 1 to 3 or SDXL",
+                fix="leave clip_skip out",
+            )
+        layers = min(int(self.parts[name].get("num_hidden_layers", 12)) for name in self.trained_text_encoders)
+        if clip_skip >= layers:
+            raise ConfigError(
+                f"clip_skip = {clip_skip}, but CLIP has {layers} layers",
+                expected=f"at most {layers - 1}",
+                fix="use 1, which most models that want one want",
             )
 
     def check_timesteps(self, lowest: int, end: int | None) -> None:

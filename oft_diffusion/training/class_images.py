@@ -62,6 +62,7 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
         "resolution": config.resolution,
         "sampling_steps": config.sampling_steps,
         "guidance_scale": config.guidance_scale,
+        "clip_skip": config.clip_skip,
     }
     if folder.is_file():
         raise DataError(f"class_dir = {str(folder)!r} is a file", expected="a folder", fix="choose another class_dir")

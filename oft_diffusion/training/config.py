@@ -63,6 +63,15 @@ class TrainConfig:
         ),
     )
 
+    clip_skip: int | None = field(
+        default=None,
+        metadata=_about(
+            "base model",
+            "layers at the end of CLIP that are left out, as diffusers counts: 1 is what others call clip skip 2",
+            minimum=1,
+        ),
+    )
+
     instance_prompt: str = field(
         default="a photo of {trigger} {class_word}", metadata=_about("subject", "prompt of pictures without a caption")
     )

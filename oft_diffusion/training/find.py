@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from oft_diffusion.errors import ConfigError
@@ -35,11 +35,17 @@ def download_base(hub_id: str) -> str:
         The folder.
 
     Raises:
-        ConfigError: it does not exist, is private, or the hub cannot be reached.
+        ConfigError: it does not exist, is private or gated, or the hub cannot be reached.
     """
     try:
         return str(diffusers.DiffusionPipeline.download(hub_id, use_safetensors=True, safety_checker=None))
     except (OSError, ValueError, HfHubHTTPError) as error:
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in (error, error.__cause__)):  # gated ones, too
+            raise ConfigError(
+                f"the hub gives no access to the model {hub_id}",
+                expected="a public repository, or a gated or private one that your account may read",
+                fix="check the name, accept its licence on its page, and log in with `hf auth login` or set HF_TOKEN",
+            ) from error
         raise ConfigError(
             f"the model {hub_id} cannot be fetched from the hub ({str(error).splitlines()[0][:160]})",
             expected="a folder on this disk, or a public repository in diffusers' format, owner/name",
@@ -179,7 +185,7 @@ def _read_base(name: str, weights: Path, configs: Path, variant: str | None) -> 
         raise ConfigError(
             f"{configs} lacks {', '.join(missing)}",
             expected="a whole folder in diffusers' format",
-            fix="download or copy the model again",
+            fix=family.GET_NEEDED,
         )
     parts = {part: _read_json(configs / part / file) for part, file in files.items()}
     parts["scheduler"] = {"_class_name": classes.get("scheduler")} | parts["scheduler"]

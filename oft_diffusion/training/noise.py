@@ -14,11 +14,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
-TimestepDensity = Literal["uniform", "logit-normal", "mode"]
+TimestepDensity = Literal["uniform", "logit-normal", "sigmoid", "mode"]
 FlowWeighting = Literal["none", "sigma_sqrt", "cosmap"]
-
-# Of FlowMatchEulerDiscreteScheduler, where a config does not say: how dynamic shifting depends on the tokens.
-_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 class Noise(Protocol):
@@ -86,20 +83,16 @@ class Flow:
     """Rectified flow: straight lines from pictures to noise, whose velocity is learned (arXiv 2403.03206, eq. 12-13).
 
     Args:
-        scheduler: the base's scheduler config.
-        tokens: of one picture, which dynamic shifting goes by.
-        shift: of the noise levels towards noise; None for the scheduler's own, static or dynamic.
+        count: of noise levels.
+        shift: by what factor they are moved towards noise, s in `s sigma / (1 + (s - 1) sigma)`.
         weighting: of the loss.
     """
 
-    def __init__(
-        self, scheduler: Mapping[str, Any], tokens: int, shift: float | None = None, weighting: FlowWeighting = "none"
-    ) -> None:
-        self.count = int(scheduler.get("num_train_timesteps", 1000))
+    def __init__(self, count: int = 1000, shift: float = 1.0, weighting: FlowWeighting = "none") -> None:
+        self.count = count
         self.weighting = weighting
-        sigmas = torch.arange(1, self.count + 1, dtype=torch.float32) / self.count
-        factor = shift if shift is not None else scheduler_shift(scheduler, tokens)
-        self.sigmas = factor * sigmas / (1 + (factor - 1) * sigmas)
+        sigmas = torch.arange(1, count + 1, dtype=torch.float32) / count
+        self.sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
 
     def add(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         sigmas = self._sigmas(levels, latents)
@@ -119,24 +112,19 @@ class Flow:
         return self.sigmas.to(like)[levels].view(-1, *(1 for _ in like.shape[1:]))
 
 
-def scheduler_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """By what factor a flow scheduler moves its noise levels towards noise: s in `s sigma / (1 + (s - 1) sigma)`."""
-    if not scheduler.get("use_dynamic_shifting"):
-        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
-    said = {name: scheduler.get(name) or default for name, default in _SHIFT.items()}
-    slope = (said["max_shift"] - said["base_shift"]) / (said["max_image_seq_len"] - said["base_image_seq_len"])
-    mu = said["base_shift"] + slope * (tokens - said["base_image_seq_len"])
-    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-
-
 def density_of(asked: TimestepDensity | None, prediction: str) -> TimestepDensity:
     """How noise levels are drawn for what a model predicts, unless something else is asked for."""
     return asked or ("logit-normal" if prediction == "flow" else "uniform")
 
 
 def spread(place: Tensor, density: TimestepDensity, mean: float, std: float, mode_scale: float) -> Tensor:
-    """Uniform places in [0, 1) to places of another density (arXiv 2403.03206, section 3.1): 0 is clean, 1 is noise."""
-    if density == "logit-normal":
+    """Uniform places in [0, 1) to places of another density (arXiv 2403.03206, section 3.1): 0 is clean, 1 is noise.
+
+    "sigmoid" is what other trainers call a logit-normal density around the middle.
+    """
+    if density == "sigmoid":
+        mean = 0.0
+    if density in ("logit-normal", "sigmoid"):
         return torch.sigmoid(mean + std * torch.special.ndtri(place))
     if density == "mode":
         return 1 - place - mode_scale * (torch.cos(math.pi / 2 * place) ** 2 - 1 + place)

@@ -188,7 +188,7 @@ def _usage(config: TrainConfig, family: Family, adapter: Path) -> str:
         if single
         else f"from_pretrained({config.model!r})"
     )
-    how = {"num_inference_steps": config.sampling_steps, **family.guided(config.guidance_scale)}
+    how = {"num_inference_steps": config.sampling_steps, **family.call, **family.guided(config.guidance_scale)}
     told = "".join(f", {name}={value!r}" for name, value in how.items())
     return (
         f"from diffusers import {kind}\n"

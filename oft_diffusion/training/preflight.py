@@ -93,6 +93,7 @@ def preflight(config: TrainConfig) -> Plan:
     if base is not None:
         attempt(lambda: _check_init_adapter(config, base), "init_adapter", "text_encoder", *_ADAPTER_KNOBS)
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
+        attempt(lambda: base.check_clip_skip(config.clip_skip), "clip_skip")
         attempt(lambda: base.check_timesteps(config.min_timestep, config.max_timestep), "min_timestep", "max_timestep")
         tokenizer = attempt(lambda: load_tokenizer(base))
         if tokenizer is not None:
@@ -126,6 +127,7 @@ _CLASS_KNOBS = (
     "seed",
     "sampling_steps",
     "guidance_scale",
+    "clip_skip",
 )
 # What commands hand to `command.main` as shipped, and how Python finds it; this package may not import that.
 _COMMAND_LINE_NAMES = {"pocket": "oft_diffusion.pocket.pocket_path()"}
@@ -243,7 +245,7 @@ def _adapter_bytes(config: TrainConfig, base: Base) -> int:
     """
     size = 0
     for name, settings in adapted(config, base).items():
-        used = last_hidden_state(base.pipeline, name)
+        used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
         targets = find_targets(skeleton(base, name), settings.targets, hidden_state=used)
         block_size = choose_block_size(targets, settings.block_size)
         size += 4 * sum(target.in_features * (block_size - 1) // 2 for target in targets)
@@ -265,7 +267,8 @@ def _foreign_notes(config: TrainConfig, base: Base) -> list[str]:
     idle: tuple[str, ...] = (
         ("min_snr_gamma",) if base.prediction_type == "flow" else ("timestep_shift", "flow_weighting")
     )
-    idle += () if density == "logit-normal" else ("logit_mean", "logit_std")
+    idle += () if density == "logit-normal" else ("logit_mean",)
+    idle += () if density in ("logit-normal", "sigmoid") else ("logit_std",)
     idle += () if density == "mode" else ("mode_scale",)
     defaults = {f.name: f.default for f in fields(config)}
     named = [f"{knob} = {getattr(config, knob)!r}" for knob in idle if getattr(config, knob) != defaults[knob]]

@@ -77,7 +77,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         OFTError: the model cannot be loaded or adapted, a disk is full, an image or adapter file is unusable.
     """
     console.say(f"loading {config.model}")
-    family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision])
+    family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision], config.clip_skip)
     for name in plan.base.modules:
         family.module(name).to(accelerator.device)
     pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
         _prepare_output(config)
     accelerator.wait_for_everyone()
-    noise = make_noise(config, plan.base)
+    noise = make_noise(config, family)
     return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
@@ -118,12 +118,12 @@ def _rate(config: TrainConfig, base: Base, component: str) -> float:
     return own or config.learning_rate
 
 
-def make_noise(config: TrainConfig, base: Base) -> Noise:
-    """How pictures are noised: by the base's scheduler, and what the config says otherwise."""
-    if not FAMILIES[base.pipeline].FLOW:
-        return Diffusion(base.scheduler, config.min_snr_gamma)
-    tokens = (config.resolution // (2 * base.vae_factor)) ** 2  # schedulers count squares of four latents
-    return Flow(base.scheduler, tokens, config.timestep_shift, config.flow_weighting)
+def make_noise(config: TrainConfig, family: Family) -> Noise:
+    """How pictures are noised: as the base's sampler takes noise away, and what the config says otherwise."""
+    if not family.FLOW:
+        return Diffusion(family.base.scheduler, config.min_snr_gamma)
+    shift = config.timestep_shift or family.sampler_shift(config.resolution)
+    return Flow(family.base.timesteps, shift, config.flow_weighting)
 
 
 def _prepare_output(config: TrainConfig) -> None:
@@ -166,7 +166,7 @@ def _inject(config: TrainConfig, plan: Plan, family: Family) -> dict[str, OFTBan
         start = load_adapter_file(config.init_adapter).components
     for name, settings in adapted(config, plan.base).items():
         component = family.module(name)
-        used = last_hidden_state(plan.base.pipeline, name)
+        used = last_hidden_state(plan.base.pipeline, name, config.clip_skip or 0)
         banks[name] = inject_oft(component, settings, ADAPTER, hidden_state=used)
         if start is not None:
             load_oft_state_dict(component, start[name], ADAPTER)

@@ -8,15 +8,15 @@ import torch
 
 from oft_diffusion.training.families import FAMILIES, Family
 from oft_diffusion.training.find import find_base
-from tests.helpers.tiny_families import write_tiny_family
+from tests.helpers.tiny_families import BUILDERS, kind_of, write_tiny_family
 from tests.helpers.tiny_sd import draw_pictures
 
 # A sample of what families differ in: UNet and DiT, epsilon and flow, CLIP and language model, packed, backwards.
 QUICK = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
 
 EVERY_FAMILY = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name.removesuffix("Pipeline"))
-    for name in FAMILIES
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name.replace("Pipeline", ""))
+    for name in BUILDERS
 ]
 
 
@@ -37,7 +37,7 @@ def load(folder_of: Callable[[str], Path]) -> Callable[[str], Family]:
     """A fresh family, loaded as training does."""
 
     def fresh(name: str) -> Family:
-        return FAMILIES[name].load(find_base(str(folder_of(name))), torch.float32)
+        return FAMILIES[kind_of(name)].load(find_base(str(folder_of(name))), torch.float32)
 
     return fresh
 

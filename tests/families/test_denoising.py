@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,26 +30,32 @@ def test_a_family_asks_its_denoiser_as_the_pipeline_does(name: str, load: Load) 
     stepped: list[tuple[Tensor, Tensor]] = []
     step = family.pipe.scheduler.step
 
-    def note_call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    asking: list[Any] = []
+
+    def note_call(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latents, timestep = inputs(family.denoiser)
+        asking.append(denoiser)
         asked.append(dict(zip((latents, timestep), args, strict=False)) | kwargs)
 
     def note_step(answer: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         stepped.append((answer, t))
         return step(answer, t, *args, **kwargs)
 
-    hook = family.denoiser.register_forward_pre_hook(note_call, with_kwargs=True)
+    denoisers = [family.module(part) for part in family.base.denoisers]
+    hooks = [denoiser.register_forward_pre_hook(note_call, with_kwargs=True) for denoiser in denoisers]
     family.pipe.scheduler.step = note_step
     with torch.no_grad():
         family.pipe(
             prompt=["a red dog"], height=side_of(name), width=side_of(name), num_inference_steps=2,
             output_type="latent", generator=torch.Generator().manual_seed(0), **family.CALL, **family.guided(1.0),
         )  # fmt: skip
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+        assert set(asking) == set(denoisers)  # of two experts each has its step
         conditioning = family.encode_text(["a red dog"], side_of(name))
         first, second = stepped[:2]
         assert first[1] > second[1]
-        for told, (answer, t) in zip(asked, (first, second), strict=False):
+        for told, (answer, t) in zip(asked, (first, second), strict=True):
             packed = told[inputs(family.denoiser)[0]]
             packed = torch.stack(packed).squeeze(2) if isinstance(packed, list) else packed
             ours = family.ask(family.denoiser, packed, t.expand(1).float(), conditioning)
@@ -58,7 +66,7 @@ def test_a_family_asks_its_denoiser_as_the_pipeline_does(name: str, load: Load) 
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_perfect_answer_is_stepped_to_the_clean_latents(name: str, load: Load) -> None:
     family = load(name)
-    noise = make_noise(_config(), family.base)
+    noise = make_noise(_config(), family)
     scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config, set_alpha_to_one=True)
     dynamic = {"mu": 0.6} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(6, **dynamic)
@@ -82,19 +90,36 @@ def test_a_perfect_answer_is_stepped_to_the_clean_latents(name: str, load: Load)
 
 
 @pytest.mark.parametrize("name", EVERY_FAMILY)
-def test_noisy_latents_lie_where_the_scheduler_puts_them(name: str, load: Load) -> None:
+def test_noise_levels_are_those_of_the_pipelines_sampler(name: str, load: Load) -> None:
     family = load(name)
-    noise = make_noise(_config(timestep_shift=None), family.base)
-    clean, drawn, levels = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([3, 500, 990])
-    noisy = noise.add(clean, drawn, levels)
+    noise, scheduler = make_noise(_config(resolution=side_of(name)), family), family.pipe.scheduler
+    with torch.no_grad():
+        family.pipe(
+            prompt=["a dog"], height=side_of(name), width=side_of(name), output_type="latent",
+            num_inference_steps=_default_steps(family) if name.startswith("Flux2") else 8,
+            **family.CALL, **family.guided(1.0),
+        )  # fmt: skip
     if isinstance(noise, Diffusion):
-        alpha = noise.schedule.alphas_cumprod[levels].view(-1, 1, 1, 1)
+        clean, drawn = torch.randn(2, 3, 4, 8, 8)
+        t = scheduler.timesteps[[0, 3, 7]].round().long()
+        alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1).float()
         expected = alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn
-    else:
-        sigma = (noise.time(levels) / noise.count).view(-1, 1, 1, 1)
-        expected = (1 - sigma) * clean + sigma * drawn
-        assert (noise.time(levels).diff() > 0).all()
-    assert torch.allclose(noisy, expected, atol=1e-6)
+        assert torch.allclose(noise.add(clean, drawn, t), expected, atol=1e-5)
+        return
+    assert isinstance(noise, Flow)
+    # The sampler's levels are evenly spaced before they are shifted: by our shift they must be so again.
+    sampled = np.asarray(scheduler.sigmas)[:-1]
+    places = np.interp(sampled, noise.sigmas.numpy(), np.arange(1, 1001) / 1000)
+    assert len(places) >= 4
+    assert places[0] > 0.99
+    assert np.ptp(np.diff(places)) < 2e-3
+    assert torch.equal(noise.time(torch.tensor([999])), torch.tensor([1000.0]))
+
+
+def _default_steps(family: Family) -> int:
+    """Some samplers shift by the number of steps."""
+    steps: int = inspect.signature(type(family.pipe).__call__).parameters["num_inference_steps"].default
+    return steps
 
 
 @pytest.mark.parametrize("name", EVERY_FAMILY)
@@ -152,5 +177,5 @@ def _finish(family: Family, packed: Tensor, side: int) -> Tensor:
 def _config(**knobs: Any) -> TrainConfig:
     return TrainConfig.from_dict(
         {"model": "m", "instance_dir": "i", "trigger": "sks", "class_word": "dog", "output_dir": "o",
-         "resolution": 16, **knobs}
+         "resolution": 16} | knobs
     )  # fmt: skip

@@ -63,7 +63,7 @@ def _loss(family: Family) -> Tensor:
         torch.randn(2, *family.latent_shape(side_of(family.base.pipeline)), generator=generator) for _ in "xx"
     )
     levels = torch.tensor([200, 700])
-    noise: Any = Flow(family.base.scheduler, 16) if family.FLOW else Diffusion(family.base.scheduler)
+    noise: Any = Flow() if family.FLOW else Diffusion(family.base.scheduler)
     with torch.no_grad():
         told = family.encode_text(["a dog", "a red mug"], side_of(family.base.pipeline))
     answer = family.predict(noise.add(latents, drawn, levels), noise.time(levels), told)

@@ -7,10 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
+import httpx2
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.training.find import find_base
+from oft_diffusion.training.find import download_base, find_base
+from tests.library.support import assert_one_sentence
 
 
 @pytest.fixture
@@ -67,6 +71,49 @@ def test_a_missing_text_encoder_or_tokenizer_is_named(part: str, flux: Path) -> 
     shutil.rmtree(flux / part)
     with pytest.raises(ConfigError, match=part):
         find_base(str(flux))
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "what_to_do"),
+    [
+        ("StableDiffusionXLPipeline", "text_encoder_2", "download or copy the model again"),
+        ("StableDiffusion3Pipeline", "text_encoder_2", "download or copy the model again"),
+        ("FluxPipeline", "text_encoder_2", "download or copy the model again"),
+        ("HiDreamImagePipeline", "text_encoder_4", "pass Llama 3.1 8B Instruct as text_encoder_4"),
+    ],
+)
+def test_a_text_encoder_that_is_left_empty_is_named_unless_it_is_no_need(
+    name: str, part: str, what_to_do: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(folder_of(name), tmp_path / "model"))
+    edit(model / "model_index.json", **{part: [None, None], part.replace("text_encoder", "tokenizer"): [None, None]})
+    with pytest.raises(ConfigError, match=f"lacks {part}") as caught:
+        find_base(str(model))
+    assert what_to_do in caught.value.fix
+
+
+def test_a_gated_repository_is_told_from_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        response = httpx2.Response(403, request=httpx2.Request("GET", "https://example.org/api"))
+        try:
+            raise GatedRepoError("403 Client Error. (Request ID: 1)", response=response)
+        except GatedRepoError as error:
+            raise OSError("Cannot load model: please check out the root cause in the stacktrace above.") from error
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    with pytest.raises(ConfigError) as caught:
+        download_base("owner/name")
+    assert_one_sentence(caught, "the hub gives no access to the model owner/name", "hf auth login", "licence")
+
+
+def test_clip_skip_is_for_pipelines_that_know_it(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="clip_skip = 1, but a FluxPipeline knows none"):
+        find_base(str(folder_of("FluxPipeline"))).check_clip_skip(1)
+    xl = find_base(str(folder_of("StableDiffusionXLPipeline")))
+    xl.check_clip_skip(None)
+    xl.check_clip_skip(1)
+    with pytest.raises(ConfigError, match="clip_skip = 3, but CLIP has 3 layers"):
+        xl.check_clip_skip(3)
 
 
 @pytest.mark.parametrize(("name", "sides"), [("QwenImagePipeline", 4), ("ZImagePipeline", 4), ("SanaPipeline", 2)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from oft_diffusion import fuse_oft, load_oft_weights, unfuse_oft, unload_oft_weights
+from oft_diffusion import OFTConfig, fuse_oft, inject_oft, load_oft_weights, unfuse_oft, unload_oft_weights
 from oft_diffusion.files import save_adapter_file
 from oft_diffusion.training import TrainConfig, train
 from oft_diffusion.training.families import Family
@@ -49,9 +49,17 @@ def test_a_fixed_batch_is_learned_and_the_adapter_travels(
             set(parts.family.base.trained_text_encoders) if text_encoder else set()
         )
         assert set(parts.banks) == expected
+        encoders = [bank for part, bank in parts.banks.items() if part in parts.family.base.text_encoders]
+        for bank in encoders:
+            for layer, generator in bank.effective_generators("default").items():
+                assert generator.abs().max() > 1e-3, f"{layer} learned nothing"
         for bank in parts.banks.values():
             bank.freeze("default")
         live = _draw(parts.family)
+        for bank in encoders:  # without its share the picture is another
+            bank.set_adapters("default", 0.0)
+            assert not np.array_equal(_draw(parts.family), live)
+            bank.set_adapters("default", 1.0)
         file = tmp_path / "adapter.safetensors"
         save_adapter_file(file, adapter_tensors(parts), adapter_metadata(parts, config, 20))
     fresh = load(name)
@@ -78,6 +86,59 @@ def _draw(family: Family) -> Any:
 def _weights(family: Family) -> dict[str, torch.Tensor]:
     names = (*family.base.denoisers, *family.base.text_encoders)
     return {f"{n}.{k}": v.clone() for n in names for k, v in family.module(n).state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_clip_skip_is_the_pipelines_and_leaves_the_skipped_layer_alone(
+    name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path
+) -> None:
+    def run(clip_skip: int | None) -> tuple[set[str], float]:
+        config = TrainConfig(
+            model=str(folder_of(name)), instance_dir=str(instances), trigger="sks", class_word="mug",
+            output_dir=str(tmp_path / str(clip_skip)), resolution=side_of(name), block_size=8, text_encoder=True,
+            steps=4, clip_skip=clip_skip, validation_prompts=("a {trigger} mug",), validation_count=1,
+            sampling_steps=1,
+        )  # fmt: skip
+        with train(config, progress=False) as run:
+            steps = list(run)
+            assert run.parts is not None
+            assert run.silent_layers == ()
+            told = run.parts.family.encode_text(["a dog"], config.resolution)["encoder_hidden_states"]
+            with torch.no_grad():
+                wanted = run.parts.family.pipe.encode_prompt(
+                    prompt="a dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False,
+                    clip_skip=clip_skip,
+                )[0]  # fmt: skip
+            assert torch.equal(told.detach(), wanted)
+            assert all(step.applied for step in steps)
+            return set(run.parts.banks["text_encoder"].hooks), steps[0].loss
+
+    (whole, loss), (fewer, other) = run(None), run(1)
+    assert fewer < whole
+    assert loss != other
+
+
+@pytest.mark.slow
+def test_each_of_wans_experts_learns_its_own_noise_levels(load: Load) -> None:
+    family = load("WanPipeline")
+    high, low = (inject_oft(family.module(part), OFTConfig(block_size=8)) for part in family.base.denoisers)
+    told: dict[str, list[float]] = {}
+    for part in family.base.denoisers:
+        family.module(part).register_forward_pre_hook(
+            lambda _, __, kwargs, part=part: told.update({part: kwargs["timestep"].tolist()}), with_kwargs=True
+        )
+    noisy = torch.randn(4, *family.latent_shape(16))
+    with torch.no_grad():
+        conditioning = family.encode_text(["a dog"] * 4, 16)
+    told.clear()
+    answer = family.predict(noisy, torch.tensor([100.0, 990.0, 300.0, 876.0]), conditioning)
+    assert told == {"transformer": [990.0, 876.0], "transformer_2": [100.0, 300.0]}
+    for rows, own, other in (([1, 3], high, low), ([0, 2], low, high)):
+        gradients = torch.autograd.grad(
+            answer[rows].square().sum(), [*own.parameters(), *other.parameters()], retain_graph=True
+        )
+        assert gradients[0].any()
+        assert not gradients[1].any()
 
 
 @pytest.mark.parametrize("name", EVERY_FAMILY)

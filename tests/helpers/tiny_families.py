@@ -31,8 +31,13 @@ def tiny_family(name: str, folder: Path, seed: int = 0) -> Any:
     return BUILDERS[name](folder)
 
 
+def kind_of(name: str) -> str:
+    """The pipeline class of an entry of `BUILDERS`: what stands before a variant's name."""
+    return name.partition(" ")[0]
+
+
 def side_of(name: str) -> int:
-    """Pixels per side of a picture for a family's tiny pipeline: Sana's wants a multiple of 32."""
+    """Pixels per side of a picture for a tiny pipeline: Sana's wants a multiple of 32."""
     return 2 * RESOLUTION if name == "SanaPipeline" else RESOLUTION
 
 
@@ -146,13 +151,18 @@ def _sdxl(folder: Path) -> Any:
     )  # fmt: skip
 
 
-def _sd3(folder: Path) -> Any:
+def _sd2(folder: Path) -> Any:
+    return tiny_pipeline(folder, prediction_type="v_prediction")
+
+
+def _sd3(folder: Path, dual: bool = True) -> Any:
     clips = [_clip(folder, projected=True) for _ in range(2)]
     t5, its_tokenizer = _t5(width=2 * WIDTH)  # as wide as both CLIPs together, which share its sequence
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=32,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16,
+        dual_attention_layers=(0,) if dual else (), qk_norm="rms_norm" if dual else None,
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer, scheduler=_flow(shift=3.0), vae=_vae(scaling_factor=1.5, shift_factor=0.06),
@@ -172,6 +182,16 @@ def _flux(folder: Path, guidance: bool = True) -> Any:
         scheduler=_flow(shift=3.0, use_dynamic_shifting=True), vae=_vae(scaling_factor=0.36, shift_factor=0.12),
         text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5, tokenizer_2=its_tokenizer, transformer=transformer,
     )  # fmt: skip
+
+
+def _sd3_medium(folder: Path) -> Any:
+    pipe = _sd3(folder, dual=False)
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)  # as many save it, since T5 is most of its size
+    return pipe
+
+
+def _schnell(folder: Path) -> Any:
+    return _flux(folder, guidance=False)
 
 
 def _chroma(folder: Path) -> Any:
@@ -335,29 +355,41 @@ def _sana(folder: Path) -> Any:
     )
 
 
-def _wan(folder: Path) -> Any:
+def _wan(folder: Path, experts: int = 2, expand_timesteps: bool = False) -> Any:
     encoder, tokenizer = _t5(transformers.UMT5EncoderModel)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    experts = [
+    transformers_ = [
         diffusers.WanTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16,
             ffn_dim=64, num_layers=2, rope_max_seq_len=64,
         )
-        for _ in range(2)
+        for _ in range(experts)
     ]  # fmt: skip
     return diffusers.WanPipeline(
         tokenizer=tokenizer, text_encoder=encoder, vae=_video_vae(diffusers.AutoencoderKLWan, scale_factor_spatial=2),
-        scheduler=scheduler, transformer=experts[0], transformer_2=experts[1], boundary_ratio=0.875,
+        scheduler=scheduler, transformer=transformers_[0], transformer_2=transformers_[1] if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None, expand_timesteps=expand_timesteps,
     )  # fmt: skip
+
+
+def _wan_21(folder: Path) -> Any:
+    return _wan(folder, experts=1)
+
+
+def _wan_22_small(folder: Path) -> Any:
+    return _wan(folder, experts=1, expand_timesteps=True)
 
 
 BUILDERS: dict[str, Callable[[Path], Any]] = {
     "StableDiffusionPipeline": _sd,
+    "StableDiffusionPipeline 2.x": _sd2,
     "StableDiffusionXLPipeline": _sdxl,
     "StableDiffusion3Pipeline": _sd3,
+    "StableDiffusion3Pipeline medium": _sd3_medium,
     "FluxPipeline": _flux,
+    "FluxPipeline schnell": _schnell,
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _klein,
     "ChromaPipeline": _chroma,
@@ -369,5 +401,7 @@ BUILDERS: dict[str, Callable[[Path], Any]] = {
     "PixArtAlphaPipeline": _pixart_alpha,
     "PixArtSigmaPipeline": _pixart,
     "SanaPipeline": _sana,
+    "WanPipeline 2.1": _wan_21,
     "WanPipeline": _wan,
+    "WanPipeline 2.2 5B": _wan_22_small,
 }

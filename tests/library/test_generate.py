@@ -8,7 +8,7 @@ from oft_diffusion import list_oft_adapters, load_oft_weights, set_oft_adapters
 from oft_diffusion.errors import AdapterError, ConfigError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.generate import compare, generate
-from oft_diffusion.images import read_settings, save_png
+from oft_diffusion.images import parameters_text, read_settings, save_png
 from tests.library.support import PROMPT, assert_one_sentence
 
 
@@ -36,6 +36,15 @@ def test_a_seed_is_the_same_picture_in_any_batch_and_company(pipe, mug):
 def test_the_same_call_gives_the_same_bits(pipe):
     first, second = (pixels(generate(pipe, PROMPT, [1, 2], steps=2)) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_clip_skip_takes_an_earlier_layer_and_is_told_as_uis_count_it(pipe):
+    (plain,), (skipped,) = (generate(pipe, PROMPT, [1], steps=2, clip_skip=skip) for skip in (None, 1))
+    assert not np.array_equal(pixels([plain]), pixels([skipped]))
+    assert skipped.settings["clip_skip"] == 1
+    assert "clip_skip" not in plain.settings
+    assert "Clip skip: 2" in parameters_text(skipped.settings)
+    assert "text_model" not in {name for name, _ in pipe.text_encoder.named_modules()}
 
 
 def test_the_callers_random_numbers_are_left_alone(pipe):

@@ -53,21 +53,21 @@ def test_min_snr_weights(prediction_type: str, zero_snr: bool) -> None:
 @pytest.mark.parametrize("config", [{"shift": 3.0}, {"shift": 1.0}, {"use_dynamic_shifting": True}], ids=str)
 def test_flow_levels_are_the_schedulers(config: dict[str, Any]) -> None:
     scheduler: Any = FlowMatchEulerDiscreteScheduler(**config)
-    tokens = 1024
-    ours = Flow(dict(scheduler.config), tokens).sigmas
+    shift = config.get("shift", 1.0)
     if config.get("use_dynamic_shifting"):
-        scheduler.set_timesteps(sigmas=(torch.arange(1000, 0, -1) / 1000).tolist(), mu=calculate_shift(tokens))
-    assert torch.allclose(ours.flip(0), scheduler.sigmas[:1000].float(), atol=1e-6)
-    assert torch.allclose(Flow(dict(scheduler.config), tokens, shift=1.0).sigmas, torch.arange(1, 1001) / 1000)
+        mu = calculate_shift(1024)
+        scheduler.set_timesteps(sigmas=(torch.arange(1000, 0, -1) / 1000).tolist(), mu=mu)
+        shift = math.exp(mu)
+    assert torch.allclose(Flow(shift=shift).sigmas.flip(0), scheduler.sigmas[:1000].float(), atol=1e-6)
 
 
 def test_flow_weights() -> None:
     levels = torch.tensor([99, 499])
     sigmas = torch.tensor([0.1, 0.5])
-    assert Flow({}, 1).weight(levels).tolist() == [1.0, 1.0]
-    assert torch.allclose(Flow({}, 1, weighting="sigma_sqrt").weight(levels), sigmas**-2)
+    assert Flow().weight(levels).tolist() == [1.0, 1.0]
+    assert torch.allclose(Flow(weighting="sigma_sqrt").weight(levels), sigmas**-2)
     cosmap = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
-    assert torch.allclose(Flow({}, 1, weighting="cosmap").weight(levels), cosmap)
+    assert torch.allclose(Flow(weighting="cosmap").weight(levels), cosmap)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,11 @@ def test_densities_are_those_of_diffusers(density: TimestepDensity, theirs: str)
     )
     assert 0 <= float(ours.min()) <= float(ours.max()) <= 1
     assert torch.allclose(quantiles(ours.float()), quantiles(drawn), atol=0.015)
+
+
+def test_sigmoid_is_logit_normal_around_the_middle() -> None:
+    places = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    assert torch.equal(spread(places, "sigmoid", 2.0, 0.8, 1.29), spread(places, "logit-normal", 0.0, 0.8, 1.29))
 
 
 def quantiles(values: Tensor) -> Tensor:

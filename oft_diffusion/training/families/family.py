@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.errors import TrainingError, first_line
 from oft_diffusion.images import pictures_of
-from oft_diffusion.load import refuse_hollow
+from oft_diffusion.load import left_out, mend_clip_skip, refuse_hollow
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
@@ -45,6 +47,7 @@ class Family:
 
     DENOISERS: ClassVar[tuple[str, ...]] = ("transformer",)
     NEEDED: ClassVar[tuple[str, ...]] = ("text_encoder",)  # text encoders that its pipeline cannot do without
+    GET_NEEDED: ClassVar[str] = "download or copy the model again"  # what to do where one is missing
     FLOW: ClassVar[bool] = True  # trained by flow matching, not by diffusion
     PACKED: ClassVar[int] = 1  # latents per side that are packed into one
     CALL: ClassVar[Mapping[str, Any]] = {}  # what the pipeline is to be told in every call
@@ -81,9 +84,13 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, pipe: Any, base: Base) -> None:
+    def __init__(self, pipe: Any, base: Base, clip_skip: int | None = None) -> None:
         self.pipe = pipe
         self.base = base
+        self.call = dict(self.CALL)
+        if clip_skip is not None:
+            self.call["clip_skip"] = clip_skip
+            mend_clip_skip(pipe)
         pipe.set_progress_bar_config(disable=True)
         self._recorder = recorder(pipe, self.denoiser)
         self._stacking: dict[int, Stacking] = {}
@@ -92,8 +99,13 @@ class Family:
                 module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, base: Base, dtype: torch.dtype) -> Family:
+    def load(cls, base: Base, dtype: torch.dtype, clip_skip: int | None = None) -> Family:
         """Load a base that `find_base` accepted, onto the CPU.
+
+        Args:
+            base: the model on disk.
+            dtype: of all components but the VAE.
+            clip_skip: as the pipeline's call takes it, for prompts in training and for pictures.
 
         Raises:
             TrainingError: diffusers cannot load it.
@@ -114,6 +126,7 @@ class Family:
                     variant=base.variant,
                     **options,
                     **_unused(kind),
+                    **left_out(kind, {name: [name] for name in base.classes}),
                     dtype={"default": dtype, "vae": torch.float32},
                 )
         except Exception as error:  # diffusers, transformers and safetensors each have their own
@@ -123,7 +136,7 @@ class Family:
                 fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
             ) from error
         refuse_hollow(pipe, base.name)
-        return cls(pipe, base)
+        return cls(pipe, base, clip_skip)
 
     def module(self, name: str) -> Any:
         """A component. Typed Any: nn.Module's stubs take every attribute of theirs for a tensor."""
@@ -159,14 +172,17 @@ class Family:
 
         Differentiable where text encoders carry adapters.
         """
-        generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
-        recorded = record_call(
-            self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
-            num_inference_steps=2, generator=generator, output_type="latent", **self.CALL, **self.guided(1.0),
-        )  # fmt: skip
+        recorded = self._record(prompts, resolution, steps=2)
         for name in inputs(self.denoiser):
             del recorded[name]
         return recorded
+
+    def _record(self, prompts: Sequence[str], resolution: int, steps: int) -> Conditioning:
+        generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
+        return record_call(
+            self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
+            num_inference_steps=steps, generator=generator, output_type="latent", **self.call, **self.guided(1.0),
+        )  # fmt: skip
 
     def stacking(self, resolution: int) -> Stacking:
         """How this family's conditionings of single prompts are joined to one of a batch."""
@@ -207,6 +223,33 @@ class Family:
 
     # -- denoising ---------------------------------------------------------------------------------------------------
 
+    def sampler_shift(self, resolution: int) -> float:
+        """By what factor the pipeline's sampler moves noise levels towards noise, as `Flow` takes it.
+
+        Where that depends on the picture, the pipeline's own call, with as many steps as it takes by default, says it.
+        """
+        scheduler = self.pipe.scheduler
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("flow_shift") or config.get("shift") or 1.0)
+        told: dict[str, Any] = {}
+        set_timesteps = scheduler.set_timesteps
+
+        @functools.wraps(set_timesteps)  # pipelines look at its signature
+        def note(*args: Any, **kwargs: Any) -> Any:
+            told.update(kwargs)
+            return set_timesteps(*args, **kwargs)
+
+        steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
+        scheduler.set_timesteps = note
+        try:
+            with torch.no_grad():
+                self._record([""], resolution, steps)
+        finally:
+            del scheduler.set_timesteps
+        mu = float(told["mu"])
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's answer to noisy latents `(B, C, h, w)` at the scheduler's timesteps `(B,)`, packed."""
         dtype = self.denoiser.dtype  # not that of its first parameter: some are kept in float32
@@ -231,7 +274,7 @@ class Family:
                 images += pictures_of(
                     pipe(
                         prompt=list(prompts[few]), height=resolution, width=resolution, num_inference_steps=steps,
-                        generator=generators, **self.CALL, **self.guided(guidance),
+                        generator=generators, **self.call, **self.guided(guidance),
                     )
                 )  # fmt: skip
         return images

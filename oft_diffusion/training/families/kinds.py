@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from oft_diffusion.training.families.family import Family
 from oft_diffusion.training.families.recording import Conditioning, inputs
 
+_ONE_ENCODER: tuple[str, ...] = ("text_encoder",)
+_TWO_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 _NO_BINS = {"use_resolution_binning": False}  # pictures have the size that was asked for
 
 
@@ -36,19 +38,28 @@ class _Backwards(_Negated):
 
 
 class StableDiffusion(Family):
-    """SD 1.x and 2.x, and SDXL, whose sizes and crops the pipeline tells its UNet: latents as the VAE makes them."""
+    """SD 1.x and 2.x: latents as the VAE makes them."""
 
     DENOISERS = ("unet",)
     FLOW = False
 
 
+class StableDiffusionXL(StableDiffusion):
+    """SDXL, whose sizes and crops the pipeline tells its UNet."""
+
+    NEEDED = _TWO_ENCODERS
+
+
 class StableDiffusion3(Family):
-    """SD 3 and 3.5."""
+    """SD 3 and 3.5, with or without T5."""
+
+    NEEDED = _TWO_ENCODERS
 
 
 class Flux(Family):
     """Flux.1: squares of four latents are one token. Where guidance is embedded, it is 1 in training."""
 
+    NEEDED = _TWO_ENCODERS
     PACKED = 2
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -62,9 +73,13 @@ class Flux(Family):
 class Chroma(Flux):
     """Flux without guidance embedding, with a mask."""
 
+    NEEDED = _ONE_ENCODER
+
 
 class QwenImage(Flux):
     """Qwen-Image: as Flux, with the VAE of a video model."""
+
+    NEEDED = _ONE_ENCODER
 
     def guided(self, scale: float) -> dict[str, Any]:
         # Guidance needs a negative prompt here, and the empty one is refused.
@@ -74,9 +89,13 @@ class QwenImage(Flux):
 class Krea2(_GuidedFromZero, Flux):
     """Krea 2: as Flux, with the VAE of a video model."""
 
+    NEEDED = _ONE_ENCODER
+
 
 class Flux2(Flux):
     """Flux.2 and Klein: squares of four latents become channels, which are normalised by the VAE's batch norm."""
+
+    NEEDED = _ONE_ENCODER
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         channels, height, width = super().latent_shape(resolution)
@@ -109,7 +128,11 @@ class ZImage(_GuidedFromZero, _Backwards):
 class HiDream(_Negated):
     """HiDream. Its pipeline draws in one size alone."""
 
-    NEEDED = ("text_encoder", "text_encoder_4")
+    NEEDED = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+    GET_NEEDED = (
+        "HiDream's repository is without its Llama: pass Llama 3.1 8B Instruct as text_encoder_4 and tokenizer_4 to "
+        "from_pretrained, and save the whole pipeline with save_pretrained"
+    )
 
 
 class PixArt(Family):
@@ -163,7 +186,7 @@ class Wan(Family):
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "Flux2Pipeline": Flux2,
