@@ -308,6 +308,7 @@ DENOISERS: dict[str, Architecture] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": replace(_WAN, blocks=("blocks", "vace_blocks"), other=("proj_in", "proj_out")),
     # Sound.
+    "AudioLDM2UNet2DConditionModel": _unet("attentions"),
     "AceStepTransformer1DModel": row("layers", within("self_attn cross_attn", _QKVO), within("mlp", _GATED)),
     "LongCatAudioDiTTransformer": row("blocks", within("self_attn cross_attn", _QKVO), within("ffn.ff", "0 3")),
     "MiniMaxMusic3Transformer1DModel": row(_DOUBLE, within("attn", _QKVO), "ff_in ff_out"),

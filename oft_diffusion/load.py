@@ -77,7 +77,8 @@ def left_out(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, None]:
     SD 3 does without T5; diffusers wants to be told so.
     """
     names = inspect.signature(pipeline_class).parameters
-    return {n: None for n in names if n.startswith(("text_encoder", "tokenizer")) and not (index.get(n) or [None])[0]}
+    parts = [name for name in names if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name)]
+    return {part: None for part in parts if not (index.get(part) or [None])[0]}
 
 
 def mend_clip_skip(pipe: Any) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from oft_diffusion import OFTConfig, inject_oft, save_oft_weights
 from oft_diffusion.pocket import pocket_pipeline
+from oft_diffusion.training.families import FAMILIES
+from tests.helpers.tiny_families import BUILDERS, kind_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +45,13 @@ def test_python_blocks_run(index: int, demo_folder: Path) -> None:
 
 def test_there_are_python_blocks() -> None:
     assert len(blocks("python")) >= 2
+
+
+def test_the_matrix_has_a_row_per_pipeline_that_a_test_trains() -> None:
+    rows = re.findall(r"^\| `(\w+)`([^|]*) \|((?: ✓ \|)+)$", README, flags=re.MULTILINE)
+    assert [f"{kind}{variant}" for kind, variant, _ in rows] == list(BUILDERS)
+    assert {ticks.count("✓") for _, _, ticks in rows} == {5}
+    assert {kind_of(name) for name in BUILDERS} == set(FAMILIES)
 
 
 def test_make_targets_exist() -> None:

@@ -35,7 +35,14 @@ TABLE = ROOT / "tests/data/targets.csv"
 PAGE = ROOT / "docs/targets.md"
 COMMAND = "python -m tests.helpers.coverage"
 BLOCK_SIZE = 32
-PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
+# Where diffusers keeps models that do not denoise.
+OTHER_MODELS = {
+    "diffusers.models.autoencoders": "latents to pictures and back",
+    "diffusers.models.controlnets": "control networks, which steer a denoiser",
+    "diffusers.models.adapter": "control networks, which steer a denoiser",
+    "diffusers.models.condition_embedders": "they prepare what a denoiser is told",
+    "diffusers.models.latent_upscaler": "they enlarge latents",
+}
 
 Settings = dict[str, Any]
 
@@ -165,6 +172,17 @@ BUILDS: dict[str, dict[str, Settings]] = {
 
 # Classes without a row, and why.
 WITHOUT_ROW: dict[str, str] = {
+    "AceStepAudioTokenDetokenizer": "sound to tokens and back",
+    "AceStepAudioTokenizer": "sound to tokens and back",
+    "AceStepConditionEncoder": "prepares what a denoiser is told",
+    "AudioLDM2ProjectionModel": "prepares what a denoiser is told",
+    "CLIPImageProjection": "reads a reference picture",
+    "Ideogram4PromptEnhancerHead": "writes prompts",
+    "ReduxImageEncoder": "reads a reference picture",
+    "StableAudio3DurationEmbedder": "prepares what a denoiser is told",
+    "StableAudioProjectionModel": "prepares what a denoiser is told",
+    "UniDiffuserModel": "of a deprecated pipeline",
+    "UniDiffuserTextDecoder": "of a deprecated pipeline",
     "MiniMaxMusic3RVQDepthDecoder": "predicts audio codes one by one; no denoiser",
     "MotionAdapter": "a container of weights for UNetMotionModel; it has no forward",
     "RFD4ProteinaTransformer": "designs proteins",
@@ -209,11 +227,13 @@ _ELSEWHERE = {
 
 @cache
 def denoiser_classes() -> dict[str, Any]:
-    """Every model class of PACKAGES that diffusers exports."""
+    """Every model class that diffusers exports, but for those of OTHER_MODELS."""
     found = {}
     for name in dir(diffusers):
         cls = getattr(diffusers, name)
-        if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin) and cls.__module__.startswith(PACKAGES):
+        if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin) or cls is diffusers.ModelMixin:
+            continue
+        if not cls.__module__.startswith(tuple(OTHER_MODELS)):
             found[name] = cls
     return found
 
@@ -288,7 +308,9 @@ def to_page(lines: Sequence[Line]) -> str:
     head, tail = (HEAD.format(command=COMMAND, block_size=BLOCK_SIZE), TAIL)
     by_model: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
-        size = "" if line.parameters is None else f" / {line.parameters / 1e6:.2f} M"
+        size = ""
+        if line.parameters is not None:
+            size = f" / {line.parameters / 1e6:.2f} M / {4 * line.parameters / 1e6:.1f} MB"
         by_model.setdefault((line.name, line.variant), {})[line.target_set] = f"{line.layers}{size}"
     parts = [head]
     for title, table in (("Denoisers", DENOISERS), ("Text encoders", TEXT_ENCODERS)):
@@ -313,10 +335,10 @@ def to_page(lines: Sequence[Line]) -> str:
 HEAD = """# Targets
 
 What `targets="attention"`, `"attention+mlp"`, `"all-linear"` and `"all-linear+conv"` mean on every denoiser that
-diffusers exports and every text encoder that its pipelines name: layers / parameters at block size {block_size}. "As
-before" means that the set adds nothing. The sizes are those of the class's defaults where no variant is named.
-Written by `{command}`, together with `tests/data/targets.csv`, with which `tests/core/test_coverage.py` compares the
-installed libraries.
+diffusers exports and every text encoder that its pipelines name: layers / parameters / size of the adapter's file
+(float32), at block size {block_size}. "As before" means that the set adds nothing. The sizes are those of the class's
+defaults where no variant is named. Written by `{command}`, together with
+`tests/data/targets.csv`, with which `tests/core/test_coverage.py` compares the installed libraries.
 
 The rows are in `oft_diffusion/architectures.py` and `oft_diffusion/text_encoders.py`, anchored to the lists of
 repeated blocks. What no set ever adapts: final projections, timestep and caption embedders, modulation (adaLN), token

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -223,6 +224,14 @@ def _refused(*_: Any, **__: Any) -> NoReturn:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def digest(model: Path) -> str:
+    """SHA-256 over the weights of a tiny pipeline, which are drawn anew wherever a test runs."""
+    found = hashlib.sha256()
+    for path in sorted(model.rglob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 def git(clone: Path, *arguments: str) -> bytes:
     """What a git command prints."""
     return subprocess.run(["git", "-C", str(clone), *arguments], check=True, capture_output=True).stdout
@@ -256,6 +265,7 @@ def main() -> None:
             told["families"][name] = {
                 "script": f"examples/dreambooth/{script}",
                 "arguments": " ".join(arguments(places[0], places[1], places[2], places[3], name)),
+                "base": digest(write_tiny_family(name, Path(folder) / "again")),
                 "losses": [float(found[f"{i}/loss"]) for i in range(STEPS)],
                 "timesteps": [found[f"{i}/timestep"].tolist() for i in range(STEPS)],
             }
