@@ -96,7 +96,7 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, hidden_sta
         raise TargetError(
             f"targets={_shown(targets)} match no layer of {type(model).__name__}",
             expected=f"at least one layer; this model has {_examples(model)}",
-            fix="pass a regular expression that matches whole layer names",
+            fix=_spelled_out(model, patterns) or "pass a regular expression that matches whole layer names",
         )
     return found
 
@@ -317,6 +317,16 @@ def _input_width(module: nn.Module) -> int | None:
 
 def _is_weighted_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
+
+
+def _spelled_out(model: nn.Module, patterns: Iterable[re.Pattern[str]]) -> str | None:
+    """Advice where a pattern is the end of layers' names, as PEFT takes it."""
+    names = [normalise_name(name) for name, module in model.named_modules() if _input_width(module) is not None]
+    for pattern in patterns:
+        whole = rf".*\.{pattern.pattern}"
+        if any(re.fullmatch(whole, name) for name in names):
+            return f"write {whole!r}: patterns match whole layer names, not their ends"
+    return None
 
 
 def _shown(targets: str | tuple[str, ...]) -> str:

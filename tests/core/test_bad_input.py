@@ -35,6 +35,7 @@ def unet() -> Iterator[Any]:
         (OFTConfig(), TargetError, ["block_size=32", "attn1.to_q (16)", 'block_size="auto"', "16, 8, 4, 2"]),
         (OFTConfig(block_size=5), TargetError, ["block_size=5", "32 of 32 targets", "one of 16, 8, 4, 2"]),
         (OFTConfig(targets="nothing"), TargetError, ["'nothing' match no layer of UNet2DConditionModel", "to_q"]),
+        (OFTConfig(targets=("nothing", "to_q")), TargetError, [r"write '.*\\.to_q': patterns match whole layer names"]),
         (OFTConfig(targets=("(",)), TargetError, ["'(' is no regular expression"]),
         (OFTConfig(targets=".*", block_size=8), TargetError, ["which OFT does not adapt", "linear layers"]),
     ],

@@ -52,8 +52,8 @@ def test_loss_and_gradients_are_those_of_peft(name: str, load: Load) -> None:
     assert len(found) == len(layers) > 7
     scale = float(gradient.abs().max())
     assert scale > 1e-6
-    for layer in layers:
-        assert torch.allclose(found[layer], expected[layer], atol=1e-5 * scale, rtol=1e-5), layer
+    for layer in layers:  # each by its own scale
+        assert torch.allclose(found[layer], expected[layer], atol=1e-5 * float(expected[layer].abs().max())), layer
 
 
 def _loss(family: Family) -> Tensor:
