@@ -46,7 +46,7 @@ def generate(
         seeds: one per picture.
         negative_prompt: what not to draw, where the pipeline knows such.
         steps: denoising steps.
-        guidance: classifier-free guidance scale, as the pipeline counts it: 0 is none for Krea 2 and Z-Image, 1 for others.
+        guidance: classifier-free guidance scale as the pipeline counts it; none is 0 for Krea 2 and Z-Image, else 1.
         width: in pixels, together with height; the pipeline's own size if both are None.
         height: likewise.
         clip_skip: layers at the end of CLIP that are left out, as diffusers counts (1 is others' clip skip 2).
