@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import signal
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (can_run, lack) in _NEEDS.items():
             if marker in item.keywords and not can_run:
                 item.add_marker(pytest.mark.skip(reason=lack))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Figures that tests recorded, `record_property("figure", ...)`: below xdist nothing that they print is seen."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    figures = [value for r in reports for name, value in getattr(r, "user_properties", ()) if name == "figure"]
+    if figures:
+        terminalreporter.section("figures")
+        for figure in figures:
+            terminalreporter.line(str(figure))
 
 
 def pytest_report_header() -> list[str]:

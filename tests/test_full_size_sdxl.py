@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -62,7 +63,7 @@ print(json.dumps({
 """
 
 
-def test_a_training_step_of_sdxl_fits_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_step_of_sdxl_fits_a_cpu(record_property: Callable[[str, object], None]) -> None:
     done = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -73,9 +74,9 @@ def test_a_training_step_of_sdxl_fits_a_cpu(capsys: pytest.CaptureFixture[str]) 
     assert found["losses"][1] < found["losses"][0]
     assert found["peak"] < 16
     first, second = found["losses"]
-    with capsys.disabled():
-        print(
-            f"\nSDXL's UNet, 512 px, bfloat16, batch 1, checkpointed: {found['parameters'] / 1e6:.1f} M parameters in "
-            f"{found['layers']} layers; losses {first:.3f}, {second:.3f}; {found['seconds'][1]:.0f} s per step; peak "
-            f"memory of the process {found['peak']:.1f} GiB"
-        )
+    record_property(
+        "figure",
+        f"SDXL's UNet, 512 px, bfloat16, batch 1, checkpointed: {found['parameters'] / 1e6:.1f} M parameters in "
+        f"{found['layers']} layers; losses {first:.3f}, {second:.3f}; {found['seconds'][1]:.0f} s per step; peak "
+        f"memory of the process {found['peak']:.1f} GiB",
+    )
