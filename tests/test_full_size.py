@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_save_load_generate(sd15_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_save_load_generate(
+    sd15_folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for index, colour in enumerate(("red", "green", "blue")):
@@ -99,9 +102,9 @@ def test_train_save_load_generate(sd15_folder: Path, tmp_path: Path, capsys: pyt
     assert adapted.image.size == (SIZE, SIZE)
     assert adapted.image.tobytes() != base.image.tobytes()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with capsys.disabled():
-        print(
-            f"\nSD 1.5 at {SIZE} px, float32, batch 1, checkpointed: losses {losses[0]:.3f}, {losses[1]:.3f}; "
-            f"adapter {run.result.adapter.stat().st_size / 1e6:.1f} MB; peak memory of the process {peak:.1f} GiB"
-        )
+    record_property(
+        "figure",
+        f"SD 1.5 at {SIZE} px, float32, batch 1, checkpointed: losses {losses[0]:.3f}, {losses[1]:.3f}; "
+        f"adapter {run.result.adapter.stat().st_size / 1e6:.1f} MB; peak memory of the process {peak:.1f} GiB",
+    )
     assert peak < 20
