@@ -121,7 +121,7 @@ def generate(
 def _guided(pipe: Any, guidance: float, negative_prompt: str | None, count: int) -> dict[str, Any]:
     """Guidance as the pipeline calls it: Qwen-Image's needs a negative prompt, of which the empty one is refused."""
     known = inspect.signature(type(pipe).__call__).parameters
-    own_name = "true_cfg_scale" in known and known["guidance_scale"].default is None
+    own_name = "true_cfg_scale" in known and getattr(known.get("guidance_scale"), "default", None) is None
     guided: dict[str, Any] = {"true_cfg_scale" if own_name else "guidance_scale": guidance}
     if own_name and guidance > 1:
         negative_prompt = negative_prompt or " "

@@ -196,6 +196,6 @@ def _usage(config: TrainConfig, family: Family, adapter: Path) -> str:
         f"pipe = {kind}.{load}\n"
         f'load_oft_weights(pipe, {str(adapter)!r}, adapter_name="mine")\n'
         f"prompt = {config.fill(config.instance_prompt)!r}\n"
-        f"image = pipe(prompt=prompt{told}).images[0]\n"
+        f"image = pipe(prompt=prompt{told}){'.frames[0][0]' if 'num_frames' in how else '.images[0]'}\n"
         'set_oft_adapters(pipe, ["mine"], [0.7])  # weaker; 0 is the base\n'
     )
