@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Figures that tests recorded, `record_property("figure", ...)`: below xdist nothing that they print is seen."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
-    figures = [value for r in reports for name, value in getattr(r, "user_properties", ()) if name == "figure"]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    figures = [value for report in called for name, value in report.user_properties if name == "figure"]
     if figures:
         terminalreporter.section("figures")
         for figure in figures:
