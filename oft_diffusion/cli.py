@@ -134,6 +134,9 @@ def _generate(options: argparse.Namespace) -> int:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {strength:g}")
         _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
+        trained = adapter.metadata.training.get("clip_skip") if adapter.metadata else None
+        if trained != options.clip_skip and (trained or options.clip_skip):
+            print(f"warning: {adapter.name} was trained with clip skip {trained or 'off'}", file=sys.stderr)
     paths: list[Path] = []
 
     def keep(picture: Picture, total: int) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from oft_diffusion.errors import ConfigError, OFTError, first_line
 from oft_diffusion.images import pictures_of
-from oft_diffusion.load import mend_clip_skip
+from oft_diffusion.load import check_clip_skip, clip_skip_mended
 from oft_diffusion.pipeline import LoadedAdapter, list_oft_adapters, set_oft_adapters
 
 
@@ -69,16 +69,13 @@ def generate(
     known = inspect.signature(type(pipe).__call__).parameters
     extra: dict[str, Any] = {"num_frames": 1} if "num_frames" in known else {}
     if clip_skip is not None:
-        if "clip_skip" not in known:
-            raise ConfigError(
-                f"clip_skip={clip_skip}, but a {type(pipe).__name__} knows none",
-                expected="a pipeline of Stable Diffusion 1 to 3 or SDXL",
-                fix="leave clip_skip out",
-            )
+        clips = [e for name, e in pipe.components.items() if name.startswith("text_encoder") and _is_clip(e)]
+        check_clip_skip(type(pipe), clip_skip, min((e.config.num_hidden_layers for e in clips), default=0))
         extra["clip_skip"] = clip_skip
-        mend_clip_skip(pipe)
     if width is not None:
         extra["width"] = width
+        if "use_resolution_binning" in known:
+            extra["use_resolution_binning"] = False  # what was asked for, not the nearest size that was trained
     if height is not None:
         extra["height"] = height
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
@@ -95,13 +92,14 @@ def generate(
     for start in range(0, len(seeds), batch_size):
         batch, asked = seeds[start : start + batch_size], prompts[start : start + batch_size]
         try:
-            output = pipe(
-                prompt=asked,  # Flux.2 takes pictures first
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in batch],
-                **_guided(pipe, guidance, negative_prompt, len(batch)),
-                **extra,
-            )
+            with clip_skip_mended(pipe):
+                output = pipe(
+                    prompt=asked,  # Flux.2 takes pictures first
+                    num_inference_steps=steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in batch],
+                    **_guided(pipe, guidance, negative_prompt, len(batch)),
+                    **extra,
+                )
         except OFTError:
             raise
         except ValueError as error:  # what diffusers raises on settings that it checks
@@ -118,13 +116,29 @@ def generate(
     return pictures
 
 
+def _is_clip(encoder: Any) -> bool:
+    return type(encoder).__name__.startswith("CLIPText")
+
+
 def _guided(pipe: Any, guidance: float, negative_prompt: str | None, count: int) -> dict[str, Any]:
-    """Guidance as the pipeline calls it: Qwen-Image's needs a negative prompt, of which the empty one is refused."""
+    """Guidance and what not to draw, as the pipeline calls them.
+
+    Raises:
+        ConfigError: a negative prompt would do nothing.
+    """
     known = inspect.signature(type(pipe).__call__).parameters
-    own_name = "true_cfg_scale" in known and getattr(known.get("guidance_scale"), "default", None) is None
-    guided: dict[str, Any] = {"true_cfg_scale" if own_name else "guidance_scale": guidance}
-    if own_name and guidance > 1:
-        negative_prompt = negative_prompt or " "
+    embedded = "true_cfg_scale" in known and getattr(known.get("guidance_scale"), "default", None) is not None
+    if negative_prompt and ("negative_prompt" not in known or embedded):
+        raise ConfigError(
+            f"a negative prompt does nothing to a {type(pipe).__name__}",
+            expected="none where guidance is embedded or distilled",
+            fix="leave it out",
+        )
+    if "true_cfg_scale" in known and not embedded:  # Qwen-Image's, which needs a negative prompt, not the empty one
+        guided: dict[str, Any] = {"true_cfg_scale": guidance}
+        negative_prompt = negative_prompt or (" " if guidance > 1 else None)
+    else:
+        guided = {"guidance_scale": guidance} if "guidance_scale" in known else {}
     return guided | ({"negative_prompt": [negative_prompt] * count} if negative_prompt else {})
 
 

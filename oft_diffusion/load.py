@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import diffusers
 import torch
 from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import RepositoryNotFoundError
 from torch import nn
 
 from oft_diffusion.errors import ConfigError, first_line
+from oft_diffusion.text_encoders import most_clip_skip
+
+# Parts that a pipeline does without, whole models each.
+_OPTIONAL = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
 
 
 def load_pipeline(
@@ -36,8 +42,8 @@ def load_pipeline(
             and tokenizer are taken; diffusers would fetch them from the hub.
 
     Raises:
-        ConfigError: there is no such folder, it is no pipeline, it holds pickled weights only, a file lacks
-            `config_dir` or some of the weights, or there is no such device.
+        ConfigError: there is no such folder, it is no pipeline that draws from a prompt alone, it holds pickled weights
+            only, a file lacks `config_dir` or some of the weights, or there is no such device.
     """
     local = Path(model)
     try:
@@ -49,11 +55,14 @@ def load_pipeline(
     except ConfigError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors each have their own
+        if (kept_back := no_access(str(model), error)) is not None:
+            raise kept_back from error
         raise ConfigError(
             f"{model} cannot be loaded as a pipeline ({first_line(error)})",
             expected="a text-to-image pipeline in diffusers' format with safetensors weights",
             fix="check the path or the hub id",
         ) from error
+    _refuse_missing_encoders(pipe, str(model))
     pipe.set_progress_bar_config(disable=True)
     try:
         return pipe.to(device)
@@ -71,21 +80,55 @@ def has_only_fp16(folder: Path) -> bool:
     return bool(names) and all(re.search(r"\.fp16[.-]", name) for name in names)
 
 
-def left_out(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, None]:
-    """Text encoders and tokenizers that a pipeline takes and its model_index.json leaves empty, as arguments for it.
-
-    SD 3 does without T5; diffusers wants to be told so.
-    """
-    names = inspect.signature(pipeline_class).parameters
-    parts = [name for name in names if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name)]
-    return {part: None for part in parts if not (index.get(part) or [None])[0]}
+def left_out(pipeline: str, index: Mapping[str, Any]) -> dict[str, None]:
+    """What a pipeline does without and its model_index.json leaves empty, as arguments: diffusers wants to be told."""
+    return {part: None for part in _OPTIONAL.get(pipeline, ()) if not (index.get(part) or [None])[0]}
 
 
-def mend_clip_skip(pipe: Any) -> None:
+@contextmanager
+def clip_skip_mended(pipe: Any) -> Iterator[None]:
     """Let SD 1.x and 2.x skip layers: diffusers looks for a level in CLIPTextModel that transformers 5.6 dropped."""
     encoder = getattr(pipe, "text_encoder", None)
-    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
-        vars(encoder)["text_model"] = encoder  # a name for itself, and no submodule
+    if type(encoder).__name__ != "CLIPTextModel" or hasattr(encoder, "text_model"):
+        yield
+        return
+    vars(encoder)["text_model"] = encoder  # a name for itself, and no submodule
+    try:
+        yield
+    finally:
+        del vars(encoder)["text_model"]  # by it diffusers tells how a LoRA's keys are to be read
+
+
+def check_clip_skip(pipeline_class: Any, clip_skip: int, layers: int) -> None:
+    """Refuse a clip skip where the pipeline knows none, or that leaves no layer of a CLIP with so many.
+
+    Raises:
+        ConfigError: with what there is.
+    """
+    if "clip_skip" not in inspect.signature(pipeline_class.__call__).parameters:
+        raise ConfigError(
+            f"clip_skip = {clip_skip}, but a {pipeline_class.__name__} knows none",
+            expected="a pipeline of Stable Diffusion 1 to 3 or SDXL",
+            fix="leave clip_skip out",
+        )
+    most = most_clip_skip(pipeline_class.__name__, layers)
+    if not 1 <= clip_skip <= most:
+        raise ConfigError(
+            f"clip_skip = {clip_skip}, but CLIP has {layers} layers",
+            expected=f"1 to {most}, as diffusers counts",
+            fix="use 1, which most models that want one want",
+        )
+
+
+def no_access(model: str, error: BaseException) -> ConfigError | None:
+    """What to say where the hub keeps a model back, or has none of that name; None where the error is another."""
+    if not any(isinstance(cause, RepositoryNotFoundError) for cause in (error, error.__cause__)):  # gated ones, too
+        return None
+    return ConfigError(
+        f"the hub gives no access to the model {model}",
+        expected="a public repository, or a gated or private one that your account may read",
+        fix="check the name, accept its licence on its page, and log in with `hf auth login` or set HF_TOKEN",
+    )
 
 
 def refuse_hollow(pipe: Any, name: str) -> None:
@@ -104,6 +147,30 @@ def refuse_hollow(pipe: Any, name: str) -> None:
         )
 
 
+def _refuse_picture_models(pipeline_class: Any, model: str) -> None:
+    """Raise where a pipeline starts from something else than a prompt."""
+    known = inspect.signature(pipeline_class.__call__).parameters if pipeline_class else {}
+    wanted = [p.name for p in known.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if wanted := [name for name in wanted if name not in ("self", "prompt")]:
+        raise ConfigError(
+            f"{model} is a {pipeline_class.__name__}, which starts from {' and '.join(wanted)}",
+            expected="a model that draws from a prompt alone",
+            fix="choose the text-to-image model of the same family",
+        )
+
+
+def _refuse_missing_encoders(pipe: Any, model: str) -> None:
+    """Raise where a text encoder is left empty without which no prompt can be read."""
+    optional = _OPTIONAL.get(type(pipe).__name__, ())
+    encoders = {n: c for n, c in pipe.components.items() if n.startswith("text_encoder") and n not in optional}
+    if missing := [name for name, component in encoders.items() if component is None]:
+        raise ConfigError(
+            f"{model} is without {', '.join(missing)}",
+            expected=f"a {type(pipe).__name__} with all of its text encoders",
+            fix="download the model again, whole",
+        )
+
+
 def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:
     local = Path(model)
     if local.exists() and not (local / "model_index.json").is_file():
@@ -116,7 +183,9 @@ def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant}
     if local.is_dir():
         index = json.loads((local / "model_index.json").read_text(encoding="utf-8"))
-        how |= left_out(getattr(diffusers, index.get("_class_name", ""), DiffusionPipeline), index)
+        kind = str(index.get("_class_name"))
+        _refuse_picture_models(getattr(diffusers, kind, None), str(model))
+        how |= left_out(kind, index)
     try:
         return AutoPipelineForText2Image.from_pretrained(model, **how)
     except ValueError as error:  # it does not know all: not Wan, HiDream or Krea 2

@@ -92,6 +92,12 @@ HIDDEN_STATES: dict[str, dict[str, int]] = {
 }
 
 
+def most_clip_skip(pipeline: str, layers: int) -> int:
+    """The largest clip skip that leaves a CLIP of so many layers one of them. SDXL and SD 3 leave one out anyway."""
+    prefix = max((p for p in HIDDEN_STATES if pipeline.startswith(p)), key=len, default="")
+    return layers + HIDDEN_STATES.get(prefix, {}).get("text_encoder", -2)
+
+
 def last_hidden_state(pipeline: str, component: str, clip_skip: int = 0) -> int:
     """The hidden state that a pipeline takes last from one of its text encoders; -1 where it uses every layer.
 

@@ -52,7 +52,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} files", "torch safetensors"),
     "oft_diffusion/images.py": Layer("errors files", "numpy PIL"),
     "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} prediction files formats", f"torch PIL {_HUGGING_FACE}"),
-    "oft_diffusion/load.py": Layer("errors", "torch diffusers"),
+    "oft_diffusion/load.py": Layer("errors text_encoders", "torch diffusers huggingface_hub"),
     "oft_diffusion/generate.py": Layer(f"{_ADAPTER} files formats images pipeline load", "torch PIL diffusers"),
     "oft_diffusion/report.py": Layer("errors files images", "PIL"),
     "oft_diffusion/pocket/": Layer("errors", "torch numpy PIL diffusers transformers safetensors"),

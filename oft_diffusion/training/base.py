@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import diffusers
 
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.load import check_clip_skip
 from oft_diffusion.prediction import prediction_type
 
 _PROBES, _PROBE_BYTES = 4, 256  # places in each tensor, and how much is read there
@@ -142,21 +142,10 @@ class Base:
         Raises:
             ConfigError: with what there is.
         """
-        if clip_skip is None:
-            return
-        if "clip_skip" not in inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters:
-            raise ConfigError(
-                f"clip_skip = {clip_skip}, but a {self.pipeline} knows none",
-                expected="a pipeline of Stable Diffusion 1 to 3 or SDXL",
-                fix="leave clip_skip out",
-            )
-        layers = min(int(self.parts[name].get("num_hidden_layers", 12)) for name in self.trained_text_encoders)
-        if clip_skip >= layers:
-            raise ConfigError(
-                f"clip_skip = {clip_skip}, but CLIP has {layers} layers",
-                expected=f"at most {layers - 1}",
-                fix="use 1, which most models that want one want",
-            )
+        if clip_skip is not None:
+            clips = [self.parts[n] for n in self.text_encoders if self.classes[n].startswith("CLIP")]
+            layers = min((int(clip.get("num_hidden_layers", 12)) for clip in clips), default=0)
+            check_clip_skip(getattr(diffusers, self.pipeline), clip_skip, layers)
 
     def check_timesteps(self, lowest: int, end: int | None) -> None:
         """Refuse a range of timesteps, `end` excluded, that reaches beyond the model's.

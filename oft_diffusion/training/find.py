@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import PICKLES
-from oft_diffusion.load import has_only_fp16
+from oft_diffusion.load import has_only_fp16, no_access
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.families import FAMILIES
 
@@ -40,12 +40,8 @@ def download_base(hub_id: str) -> str:
     try:
         return str(diffusers.DiffusionPipeline.download(hub_id, use_safetensors=True, safety_checker=None))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        if any(isinstance(cause, RepositoryNotFoundError) for cause in (error, error.__cause__)):  # gated ones, too
-            raise ConfigError(
-                f"the hub gives no access to the model {hub_id}",
-                expected="a public repository, or a gated or private one that your account may read",
-                fix="check the name, accept its licence on its page, and log in with `hf auth login` or set HF_TOKEN",
-            ) from error
+        if (kept_back := no_access(hub_id, error)) is not None:
+            raise kept_back from error
         raise ConfigError(
             f"the model {hub_id} cannot be fetched from the hub ({str(error).splitlines()[0][:160]})",
             expected="a folder on this disk, or a public repository in diffusers' format, owner/name",

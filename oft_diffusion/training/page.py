@@ -190,12 +190,17 @@ def _usage(config: TrainConfig, family: Family, adapter: Path) -> str:
     )
     how = {"num_inference_steps": config.sampling_steps, **family.call, **family.guided(config.guidance_scale)}
     told = "".join(f", {name}={value!r}" for name, value in how.items())
+    draw = f"image = pipe(prompt=prompt{told}){'.frames[0][0]' if 'num_frames' in how else '.images[0]'}\n"
+    if config.clip_skip is not None:  # which diffusers alone cannot do everywhere
+        told = f"steps={config.sampling_steps}, guidance={config.guidance_scale}, clip_skip={config.clip_skip}"
+        draw = f"[picture] = generate(pipe, prompt, [0], {told})\nimage = picture.image\n"
     return (
         f"from diffusers import {kind}\n"
-        "from oft_diffusion import load_oft_weights, set_oft_adapters\n\n"
+        "from oft_diffusion import load_oft_weights, set_oft_adapters\n"
+        f"{'from oft_diffusion.generate import generate' if config.clip_skip else ''}\n"
         f"pipe = {kind}.{load}\n"
         f'load_oft_weights(pipe, {str(adapter)!r}, adapter_name="mine")\n'
         f"prompt = {config.fill(config.instance_prompt)!r}\n"
-        f"image = pipe(prompt=prompt{told}){'.frames[0][0]' if 'num_frames' in how else '.images[0]'}\n"
+        f"{draw}"
         'set_oft_adapters(pipe, ["mine"], [0.7])  # weaker; 0 is the base\n'
     )

@@ -99,7 +99,7 @@ def preflight(config: TrainConfig) -> Plan:
         if tokenizer is not None:
             attempt(lambda: check_trigger(tokenizer, config.trigger), "trigger")
             looks = attempt(lambda: _looks(config, tokenizer, data), "evaluation_count", "instance_dir")
-        adapter_bytes = attempt(lambda: _adapter_bytes(config, base), "text_encoder", *_ADAPTER_KNOBS) or 0
+        adapter_bytes = attempt(lambda: _adapter_bytes(config, base), "text_encoder", "clip_skip", *_ADAPTER_KNOBS) or 0
         if config.prior_preservation is True:
             knobs = ("class_dir", "output_dir", "instance_dir", *_CLASS_KNOBS)
             class_images = attempt(lambda: look_at_class_images(config, base), *knobs)

@@ -83,6 +83,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
     batches = Batches(config, family, pictures, accelerator.device)
     batches.fill_caches(console.track)
+    noise = make_noise(config, family)  # which may ask the pipeline, whose parts are where they belong until now
     _park(config, family)
     banks = _inject(config, plan, family)
     model = AdaptedModel(family, banks, config.resolution)
@@ -102,7 +103,6 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
         _prepare_output(config)
     accelerator.wait_for_everyone()
-    noise = make_noise(config, family)
     return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.load import load_pipeline
 from oft_diffusion.training.find import download_base, find_base
 from tests.library.support import assert_one_sentence
 
@@ -101,9 +102,11 @@ def test_a_gated_repository_is_told_from_a_wrong_name(monkeypatch: pytest.Monkey
             raise OSError("Cannot load model: please check out the root cause in the stacktrace above.") from error
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
-    with pytest.raises(ConfigError) as caught:
-        download_base("owner/name")
-    assert_one_sentence(caught, "the hub gives no access to the model owner/name", "hf auth login", "licence")
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", download)
+    for fetch in (download_base, load_pipeline):
+        with pytest.raises(ConfigError) as caught:
+            fetch("owner/name")
+        assert_one_sentence(caught, "the hub gives no access to the model owner/name", "hf auth login", "licence")
 
 
 def test_clip_skip_is_for_pipelines_that_know_it(folder_of: Callable[[str], Path]) -> None:
@@ -112,8 +115,8 @@ def test_clip_skip_is_for_pipelines_that_know_it(folder_of: Callable[[str], Path
     xl = find_base(str(folder_of("StableDiffusionXLPipeline")))
     xl.check_clip_skip(None)
     xl.check_clip_skip(1)
-    with pytest.raises(ConfigError, match="clip_skip = 3, but CLIP has 3 layers"):
-        xl.check_clip_skip(3)
+    with pytest.raises(ConfigError, match="clip_skip = 2, but CLIP has 3 layers"):
+        xl.check_clip_skip(2)  # SDXL takes the last layer but one as it is
 
 
 @pytest.mark.parametrize(("name", "sides"), [("QwenImagePipeline", 4), ("ZImagePipeline", 4), ("SanaPipeline", 2)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 
 from oft_diffusion import OFTConfig, fuse_oft, inject_oft, load_oft_weights, unfuse_oft, unload_oft_weights
 from oft_diffusion.files import save_adapter_file
-from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.load import clip_skip_mended
+from oft_diffusion.training import TrainConfig, prepare, train
 from oft_diffusion.training.families import Family
 from oft_diffusion.training.losses import losses
 from oft_diffusion.training.state import adapter_metadata, adapter_tensors
@@ -88,6 +91,27 @@ def _weights(family: Family) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": v.clone() for n in names for k, v in family.module(n).state_dict().items()}
 
 
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_no_text_encoder_is_asked_once_embeddings_are_cached(
+    name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie on the CPU then, and the denoiser elsewhere."""
+    park = prepare._park
+
+    def park_for_good(config: TrainConfig, family: Family) -> None:
+        park(config, family)
+        for part in family.base.text_encoders:
+            family.module(part).register_forward_pre_hook(lambda *_: pytest.fail("a text encoder is asked"))
+
+    monkeypatch.setattr(prepare, "_park", park_for_good)
+    config = TrainConfig(
+        model=str(folder_of(name)), instance_dir=str(instances), trigger="sks", class_word="mug", steps=1, block_size=8,
+        output_dir=str(tmp_path / "run"), resolution=side_of(name), cache_text_embeddings=True,
+    )  # fmt: skip
+    with train(config, progress=False) as run:
+        assert all(step.applied for step in run)
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_clip_skip_is_the_pipelines_and_leaves_the_skipped_layer_alone(
     name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path
@@ -104,18 +128,29 @@ def test_clip_skip_is_the_pipelines_and_leaves_the_skipped_layer_alone(
             assert run.parts is not None
             assert run.silent_layers == ()
             told = run.parts.family.encode_text(["a dog"], config.resolution)["encoder_hidden_states"]
-            with torch.no_grad():
+            with torch.no_grad(), clip_skip_mended(run.parts.family.pipe):
                 wanted = run.parts.family.pipe.encode_prompt(
                     prompt="a dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False,
                     clip_skip=clip_skip,
                 )[0]  # fmt: skip
             assert torch.equal(told.detach(), wanted)
             assert all(step.applied for step in steps)
+            if clip_skip is not None:
+                _run_the_reports_snippet(run.result.report)
             return set(run.parts.banks["text_encoder"].hooks), steps[0].loss
 
     (whole, loss), (fewer, other) = run(None), run(1)
     assert fewer < whole
     assert loss != other
+
+
+def _run_the_reports_snippet(report: Path | None) -> None:
+    assert report is not None
+    code = html.unescape(re.findall(r"<pre[^>]*>(.*?)</pre>", report.read_text(encoding="utf-8"), flags=re.DOTALL)[-1])
+    assert "load_oft_weights(pipe" in code
+    made: dict[str, Any] = {}
+    exec(compile(code, "the report's snippet", "exec"), made)  # noqa: S102 - our own
+    assert made["image"].width > 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The console script, in this process: what it prints, what it writes, and its exit status."""
 
+import functools
 import runpy
 import shutil
 import subprocess
@@ -134,6 +135,21 @@ def test_odd_triggers_are_found(generate, mug, tmp_path, trigger, prompt):
     assert "warning: the prompt lacks" in generate("a dog", "--adapter", path)[2]
 
 
+def test_another_clip_skip_than_in_training_is_warned_of(generate, mug, tmp_path):
+    skipping = tmp_path / "skipping.safetensors"
+    shutil.copy(mug, skipping)
+    with_metadata(skipping, {"training": {"clip_skip": 1}})
+    for path, options, warned in (
+        (mug, (), None),
+        (mug, ("--clip-skip", 1), "was trained with clip skip off"),
+        (skipping, (), "was trained with clip skip 1"),
+        (skipping, ("--clip-skip", 1), None),
+    ):
+        status, _, err = generate("a sks mug", "--adapter", path, *options)
+        assert status == 0
+        assert warned in err if warned else "clip skip" not in err
+
+
 def test_what_is_wrong_is_one_sentence_and_status_1(generate, tmp_path, mug, model_folder):
     for arguments, options, words in (
         (["a", "--adapter", "none.safetensors"], {}, ["none.safetensors"]),
@@ -181,6 +197,7 @@ def test_pictures_are_kept_as_they_come_and_replace_none(generate, tmp_path, mon
     assert sorted(first) == ["00000.png", "00001.png", "grid.png"]
     draw, calls = StableDiffusionPipeline.__call__, []
 
+    @functools.wraps(draw)
     def breaks_at_the_second_batch(pipe, *arguments, **options):
         calls.append(options)
         if len(calls) == 2:

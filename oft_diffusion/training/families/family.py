@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from oft_diffusion.errors import TrainingError, first_line
 from oft_diffusion.images import pictures_of
-from oft_diffusion.load import left_out, mend_clip_skip, refuse_hollow
+from oft_diffusion.load import clip_skip_mended, left_out, refuse_hollow
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
 
 AT_ONCE = 4  # pictures per pipeline call; guidance makes that eight rows for the denoiser
+
+
+class _NoShiftError(Exception):
+    """The pipeline tells its scheduler no shift."""
 
 
 class Posterior(NamedTuple):
@@ -90,7 +94,6 @@ class Family:
         self.call = dict(self.CALL)
         if clip_skip is not None:
             self.call["clip_skip"] = clip_skip
-            mend_clip_skip(pipe)
         pipe.set_progress_bar_config(disable=True)
         self._recorder = recorder(pipe, self.denoiser)
         self._stacking: dict[int, Stacking] = {}
@@ -126,7 +129,7 @@ class Family:
                     variant=base.variant,
                     **options,
                     **_unused(kind),
-                    **left_out(kind, {name: [name] for name in base.classes}),
+                    **left_out(base.pipeline, {name: [name] for name in base.classes}),
                     dtype={"default": dtype, "vae": torch.float32},
                 )
         except Exception as error:  # diffusers, transformers and safetensors each have their own
@@ -179,10 +182,11 @@ class Family:
 
     def _record(self, prompts: Sequence[str], resolution: int, steps: int) -> Conditioning:
         generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
-        return record_call(
-            self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
-            num_inference_steps=steps, generator=generator, output_type="latent", **self.call, **self.guided(1.0),
-        )  # fmt: skip
+        with clip_skip_mended(self.pipe):
+            return record_call(
+                self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
+                num_inference_steps=steps, generator=generator, output_type="latent", **self.call, **self.guided(1.0),
+            )  # fmt: skip
 
     def stacking(self, resolution: int) -> Stacking:
         """How this family's conditionings of single prompts are joined to one of a batch."""
@@ -227,8 +231,12 @@ class Family:
         """By what factor the pipeline's sampler moves noise levels towards noise, as `Flow` takes it.
 
         Where that depends on the picture, the pipeline's own call, with as many steps as it takes by default, says it.
+        A stretch to a last level (`shift_terminal`) is not followed.
+
+        Raises:
+            TrainingError: it does not say it.
         """
-        scheduler = self.pipe.scheduler
+        scheduler = self._recorder.scheduler
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return float(config.get("flow_shift") or config.get("shift") or 1.0)
@@ -238,15 +246,23 @@ class Family:
         @functools.wraps(set_timesteps)  # pipelines look at its signature
         def note(*args: Any, **kwargs: Any) -> Any:
             told.update(kwargs)
+            if kwargs.get("mu") is None:
+                raise _NoShiftError
             return set_timesteps(*args, **kwargs)
 
         steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
         scheduler.set_timesteps = note
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(_NoShiftError):
                 self._record([""], resolution, steps)
         finally:
             del scheduler.set_timesteps
+        if told.get("mu") is None:
+            raise TrainingError(
+                f"the scheduler of {self.base.name} shifts by the picture, but a {self.base.pipeline} does not say how",
+                expected="use_dynamic_shifting = false in scheduler/scheduler_config.json",
+                fix="correct it, or give timestep_shift",
+            )
         mu = float(told["mu"])
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
@@ -292,6 +308,7 @@ class Family:
         sliced = getattr(self.vae, "use_slicing", None)
         entrance = getattr(self.vae, "post_quant_conv", None) or self.vae.decoder
         with ExitStack() as restored:
+            restored.enter_context(clip_skip_mended(self.pipe))
             restored.enter_context(_evaluating(*modules))
             restored.enter_context(_visiting(self.device, *modules))
             hook = entrance.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
