@@ -66,18 +66,7 @@ def generate(
             expected="both, in pixels, or neither",
             fix="give both",
         )
-    known = inspect.signature(type(pipe).__call__).parameters
-    extra: dict[str, Any] = {"num_frames": 1} if "num_frames" in known else {}
-    if clip_skip is not None:
-        clips = [e for name, e in pipe.components.items() if name.startswith("text_encoder") and _is_clip(e)]
-        check_clip_skip(type(pipe), clip_skip, min((e.config.num_hidden_layers for e in clips), default=0))
-        extra["clip_skip"] = clip_skip
-    if width is not None:
-        extra["width"] = width
-        if "use_resolution_binning" in known:
-            extra["use_resolution_binning"] = False  # what was asked for, not the nearest size that was trained
-    if height is not None:
-        extra["height"] = height
+    extra = _extra(pipe, width, height, clip_skip)
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
     shared = {
         "negative_prompt": negative_prompt,
@@ -114,6 +103,21 @@ def generate(
             if on_picture is not None:
                 on_picture(pictures[-1], len(seeds))
     return pictures
+
+
+def _extra(pipe: Any, width: int | None, height: int | None, clip_skip: int | None) -> dict[str, Any]:
+    """What only some calls, or some pipelines, are told."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    extra: dict[str, Any] = {"num_frames": 1} if "num_frames" in known else {}
+    if clip_skip is not None:
+        clips = [e for name, e in pipe.components.items() if name.startswith("text_encoder") and _is_clip(e)]
+        check_clip_skip(type(pipe), clip_skip, min((e.config.num_hidden_layers for e in clips), default=0))
+        extra["clip_skip"] = clip_skip
+    if width is not None:
+        extra |= {"width": width, "height": height}
+        if "use_resolution_binning" in known:
+            extra["use_resolution_binning"] = False  # what was asked for, not the nearest size that was trained
+    return extra
 
 
 def _is_clip(encoder: Any) -> bool:

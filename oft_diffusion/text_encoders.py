@@ -92,10 +92,15 @@ HIDDEN_STATES: dict[str, dict[str, int]] = {
 }
 
 
+def _states(pipeline: str) -> dict[str, int]:
+    """A pipeline's entry in `HIDDEN_STATES`, empty where it has none."""
+    prefix = max((p for p in HIDDEN_STATES if pipeline.startswith(p)), key=len, default="")
+    return HIDDEN_STATES.get(prefix, {})
+
+
 def most_clip_skip(pipeline: str, layers: int) -> int:
     """The largest clip skip that leaves a CLIP of so many layers one of them. SDXL and SD 3 leave one out anyway."""
-    prefix = max((p for p in HIDDEN_STATES if pipeline.startswith(p)), key=len, default="")
-    return layers + HIDDEN_STATES.get(prefix, {}).get("text_encoder", -2)
+    return layers + _states(pipeline).get("text_encoder", -2)
 
 
 def last_hidden_state(pipeline: str, component: str, clip_skip: int = 0) -> int:
@@ -106,8 +111,7 @@ def last_hidden_state(pipeline: str, component: str, clip_skip: int = 0) -> int:
         component: the text encoder's name in it.
         clip_skip: as the pipeline's call takes it: so many layers fewer, where the pipeline counts from the end.
     """
-    prefix = max((p for p in HIDDEN_STATES if pipeline.startswith(p)), key=len, default="")
-    state = HIDDEN_STATES.get(prefix, {}).get(component)
+    state = _states(pipeline).get(component)
     if state is None:  # with a pooled output, or all states
         return -1
     return state - clip_skip if state < 0 else state

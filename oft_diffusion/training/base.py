@@ -143,7 +143,7 @@ class Base:
             ConfigError: with what there is.
         """
         if clip_skip is not None:
-            clips = [self.parts[n] for n in self.text_encoders if self.classes[n].startswith("CLIP")]
+            clips = (self.parts[name] for name in self.trained_text_encoders)  # CLIPs, where clip skip is known
             layers = min((int(clip.get("num_hidden_layers", 12)) for clip in clips), default=0)
             check_clip_skip(getattr(diffusers, self.pipeline), clip_skip, layers)
 

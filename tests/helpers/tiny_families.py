@@ -7,6 +7,7 @@ is enough. Text encoders of which a pipeline takes a certain layer have that man
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,6 @@ def _flow(**more: Any) -> Any:
 # -- pipelines ---------------------------------------------------------------------------------------------------------
 
 
-def _sd(folder: Path) -> Any:
-    return tiny_pipeline(folder)
-
-
 def _sdxl(folder: Path) -> Any:
     first, tokenizer = _clip(folder, projected=False)
     second, _ = _clip(folder, projected=True, width=2 * WIDTH)  # by their widths single files are told apart
@@ -149,10 +146,6 @@ def _sdxl(folder: Path) -> Any:
         vae=_vae(scaling_factor=0.13), text_encoder=first, text_encoder_2=second, tokenizer=tokenizer,
         tokenizer_2=tokenizer, unet=unet, scheduler=scheduler,
     )  # fmt: skip
-
-
-def _sd2(folder: Path) -> Any:
-    return tiny_pipeline(folder, prediction_type="v_prediction")
 
 
 def _sd3(folder: Path, dual: bool = True) -> Any:
@@ -188,10 +181,6 @@ def _sd3_medium(folder: Path) -> Any:
     pipe = _sd3(folder, dual=False)
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)  # as many save it, since T5 is most of its size
     return pipe
-
-
-def _schnell(folder: Path) -> Any:
-    return _flux(folder, guidance=False)
 
 
 def _chroma(folder: Path) -> Any:
@@ -374,22 +363,14 @@ def _wan(folder: Path, experts: int = 2, expand_timesteps: bool = False) -> Any:
     )  # fmt: skip
 
 
-def _wan_21(folder: Path) -> Any:
-    return _wan(folder, experts=1)
-
-
-def _wan_22_small(folder: Path) -> Any:
-    return _wan(folder, experts=1, expand_timesteps=True)
-
-
 BUILDERS: dict[str, Callable[[Path], Any]] = {
-    "StableDiffusionPipeline": _sd,
-    "StableDiffusionPipeline 2.x": _sd2,
+    "StableDiffusionPipeline": tiny_pipeline,
+    "StableDiffusionPipeline 2.x": partial(tiny_pipeline, prediction_type="v_prediction"),
     "StableDiffusionXLPipeline": _sdxl,
     "StableDiffusion3Pipeline": _sd3,
     "StableDiffusion3Pipeline medium": _sd3_medium,
     "FluxPipeline": _flux,
-    "FluxPipeline schnell": _schnell,
+    "FluxPipeline schnell": partial(_flux, guidance=False),
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _klein,
     "ChromaPipeline": _chroma,
@@ -401,7 +382,7 @@ BUILDERS: dict[str, Callable[[Path], Any]] = {
     "PixArtAlphaPipeline": _pixart_alpha,
     "PixArtSigmaPipeline": _pixart,
     "SanaPipeline": _sana,
-    "WanPipeline 2.1": _wan_21,
+    "WanPipeline 2.1": partial(_wan, experts=1),
     "WanPipeline": _wan,
-    "WanPipeline 2.2 5B": _wan_22_small,
+    "WanPipeline 2.2 5B": partial(_wan, experts=1, expand_timesteps=True),
 }

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
@@ -25,8 +25,10 @@ from oft_diffusion.training.families.recording import Conditioning, Stacking, in
 AT_ONCE = 4  # pictures per pipeline call; guidance makes that eight rows for the denoiser
 
 
-class _NoShiftError(Exception):
-    """The pipeline tells its scheduler no shift."""
+class _ShiftTold(Exception):  # noqa: N818 - no error, but a way out of the pipeline's call
+    def __init__(self, mu: float | None) -> None:
+        super().__init__()
+        self.mu = mu
 
 
 class Posterior(NamedTuple):
@@ -240,30 +242,27 @@ class Family:
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return float(config.get("flow_shift") or config.get("shift") or 1.0)
-        told: dict[str, Any] = {}
-        set_timesteps = scheduler.set_timesteps
+        mu: float | None = None
 
-        @functools.wraps(set_timesteps)  # pipelines look at its signature
-        def note(*args: Any, **kwargs: Any) -> Any:
-            told.update(kwargs)
-            if kwargs.get("mu") is None:
-                raise _NoShiftError
-            return set_timesteps(*args, **kwargs)
+        @functools.wraps(scheduler.set_timesteps)  # pipelines look at its signature
+        def note(*_: Any, **kwargs: Any) -> None:
+            raise _ShiftTold(kwargs.get("mu"))
 
         steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
         scheduler.set_timesteps = note
         try:
-            with torch.no_grad(), suppress(_NoShiftError):
+            with torch.no_grad():
                 self._record([""], resolution, steps)
+        except _ShiftTold as told:
+            mu = told.mu
         finally:
             del scheduler.set_timesteps
-        if told.get("mu") is None:
+        if mu is None:
             raise TrainingError(
                 f"the scheduler of {self.base.name} shifts by the picture, but a {self.base.pipeline} does not say how",
                 expected="use_dynamic_shifting = false in scheduler/scheduler_config.json",
                 fix="correct it, or give timestep_shift",
             )
-        mu = float(told["mu"])
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
