@@ -86,6 +86,8 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
     noise = make_noise(config, family)  # which may ask the pipeline, whose parts are where they belong until now
     _park(config, family)
     banks = _inject(config, plan, family)
+    if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
+        family.quicken_backward(config.resolution)
     model = AdaptedModel(family, banks, config.resolution)
     adamw = torch.optim.AdamW(
         [{"params": list(bank.parameters()), "lr": _rate(config, plan.base, name)} for name, bank in banks.items()],

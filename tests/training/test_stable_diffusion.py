@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from oft_diffusion.errors import TrainingError
+from oft_diffusion.training import TrainConfig, train
 from oft_diffusion.training.families import Family
 from oft_diffusion.training.families.kinds import StableDiffusion
 from oft_diffusion.training.find import find_base
@@ -84,3 +87,27 @@ def test_single_file_with_foreign_configs_is_refused(tmp_path: Path) -> None:
     (configs / "unet" / "config.json").write_text(text.replace("32,\n    64", "48,\n    64"))
     with pytest.raises(TrainingError, match="diffusers cannot load"):
         StableDiffusion.load(find_base(str(file), str(configs)), torch.float32)
+
+
+def test_attention_that_trains_quicker_is_the_same_attention(tiny_sd: Path) -> None:
+    own = StableDiffusion.load(find_base(str(tiny_sd)), torch.float32)
+    unet, resolution = own.module("unet"), RESOLUTION
+    encoded = own.encode_text(["a dog"], resolution)
+    noisy, times = torch.randn(1, *own.latent_shape(resolution)), torch.tensor([500])
+    with torch.no_grad():
+        before = own.predict(noisy, times, encoded)
+        own.quicken_backward(1024)  # too many tokens: attention maps would take the memory that flash attention saves
+        assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
+        own.quicken_backward(resolution)
+        assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor}
+        torch.testing.assert_close(own.predict(noisy, times, encoded), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "processor"), [("bf16", AttnProcessor), ("no", AttnProcessor2_0)])
+def test_only_half_precision_on_a_processor_wants_it(
+    config: Callable[..., TrainConfig], precision: str, processor: type
+) -> None:
+    with train(config(mixed_precision=precision, steps=1), progress=False) as run:
+        next(iter(run))
+        assert run.parts is not None
+        assert {type(p) for p in run.parts.family.module("unet").attn_processors.values()} == {processor}

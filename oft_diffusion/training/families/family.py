@@ -170,6 +170,9 @@ class Family:
         else:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    def quicken_backward(self, resolution: int) -> None:
+        """For bfloat16 on a processor, where flash attention's backward takes longer than plain attention's."""
+
     # -- text --------------------------------------------------------------------------------------------------------
 
     def encode_text(self, prompts: Sequence[str], resolution: int) -> Conditioning:

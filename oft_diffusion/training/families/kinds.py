@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from oft_diffusion.training.families.family import Family
@@ -13,6 +14,7 @@ from oft_diffusion.training.families.recording import Conditioning, inputs
 
 _ONE_ENCODER: tuple[str, ...] = ("text_encoder",)
 _TWO_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+_FEW_TOKENS = 1024  # 256 pixels: attention maps of more would be memory that flash attention saves
 _NO_BINS = {"use_resolution_binning": False}  # pictures have the size that was asked for
 
 
@@ -42,6 +44,12 @@ class StableDiffusion(Family):
 
     DENOISERS = ("unet",)
     FLOW = False
+
+    def quicken_backward(self, resolution: int) -> None:
+        tokens = (resolution // self.pipe.vae_scale_factor) ** 2
+        processors = self.denoiser.attn_processors.values()
+        if tokens <= _FEW_TOKENS and all(type(p) is AttnProcessor2_0 for p in processors):
+            self.denoiser.set_attn_processor(AttnProcessor())
 
 
 class StableDiffusionXL(StableDiffusion):
