@@ -9,7 +9,7 @@ from torch import nn
 
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import LayerHook, hooked_layers, is_compiled
-from oft_diffusion.plan import Stage
+from oft_diffusion.plan import Stage, layer_of
 
 
 class BypassAudit:
@@ -43,7 +43,7 @@ class BypassAudit:
         if not self._watching or self._compiled:
             return
         self._watching = False
-        wanted = {name for stage in stages for name in stage.layers}
+        wanted = {site for stage in stages for site in stage.sites}
         silent = sorted(name for name in wanted if not hooks[name].fired)
         if not silent:
             self._complete = True
@@ -91,4 +91,4 @@ def _bypassed(model: nn.Module, silent: Sequence[str], fired: Iterable[str]) -> 
 
 def _parent(name: str) -> str:
     """The attention or MLP that a layer is part of: `blocks.0.attn1` for its `to_q` and its `to_out.0`."""
-    return re.sub(r"(?<!\d)\.\d+$", "", name).rpartition(".")[0]
+    return re.sub(r"(?<!\d)\.\d+$", "", layer_of(name)).rpartition(".")[0]

@@ -11,54 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion import rotation
 from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, reset_compiler
+from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import (
     Active,
     Adapter,
     Stage,
     StrengthMode,
     as_names,
-    check_adapter_name,
     make_active,
     make_stages,
-    split_by_layer,
+    split_by_site,
 )
+from oft_diffusion.store import AdapterStore
 
 
-class OFTBank(nn.Module):
-    """Adapters of one component.
+class OFTBank(AdapterStore):
+    """Adapters of one component, and which of them act.
 
-    Attributes:
-        component: the component's class name, for messages.
-        generators: one float32 parameter per adapter, `(blocks of all its layers, b(b-1)/2)`, zeros at the start.
-            Give `bank.parameters()` to the optimizer. No cast of the bank or the component changes their dtype.
-        adapters: each adapter's settings and layout.
-        hooks: each target layer's hook, by layer name.
+    Attributes, beside those of `AdapterStore`:
+        hooks: the hook of each site (`plan`): for nearly all, of a layer's input, by layer name.
         base_copy: target weights as they were before a merge (`merge.BaseCopy`), if kept.
-        metadata: whatever a caller keeps beside an adapter, by name (`pipeline` keeps the file's metadata).
         was_trainable: the component's parameters that required grad before injection froze it.
     """
 
     def __init__(self, component: str, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.component = component
-        self.generators = nn.ParameterDict()
-        self.adapters: dict[str, Adapter] = {}
+        super().__init__(component)
         self.hooks: dict[str, LayerHook] = {}
         self.base_copy: Any = None
-        self.metadata: dict[str, Any] = {}
         self.was_trainable: frozenset[str] = frozenset()
         self._merged_active: tuple[Active, ...] = ()
         self._active: tuple[Active, ...] = ()
         self._stages: tuple[Stage, ...] = ()
-        self._builder = DeltaBuilder(self.generators, self.adapters)
+        self._builder = DeltaBuilder(self.generators, self.scales, self.adapters)
         self._placement: Placement = (device, dtype)
         self._constants = ConstantDeltas(self._builder)  # of frozen adapters
         self._ready = False  # the slots hold constants
+        self._mixed: MixedDeltas | None = None
         # Deltas of trainable adapters live from one forward to its backward.
         self._mark = GraphMark()
         self._in_grad_forward = False
@@ -75,17 +67,7 @@ class OFTBank(nn.Module):
         Raises:
             AdapterError: the name is taken or not usable.
         """
-        check_adapter_name(name)
-        if name in self.adapters:
-            raise AdapterError(
-                f"adapter {name!r} already exists on {self.component}",
-                expected=f"a name other than {', '.join(self.adapters)}",
-                fix="choose another adapter_name, or remove this one first",
-            )
-        device = self._placement[0] if self._placement[0].type != "meta" else torch.device("cpu")
-        shape = (adapter.total_blocks, rotation.packed_size(adapter.block_size))
-        self.adapters[name] = adapter
-        self.generators[name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        self.store(name, adapter, self._placement[0] if self._placement[0].type != "meta" else torch.device("cpu"))
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter. Hooks of layers that no other adapter needs stay and do nothing.
@@ -97,22 +79,7 @@ class OFTBank(nn.Module):
         self.refuse_merged([name])
         self._use(tuple(a for a in self._active if a.name != name))
         self._builder.forget(name)
-        del self.adapters[name], self.generators[name]
-        self.metadata.pop(name, None)
-
-    def require(self, name: str) -> Adapter:
-        """The adapter of this name.
-
-        Raises:
-            AdapterError: there is none.
-        """
-        if name not in self.adapters:
-            raise AdapterError(
-                f"no adapter {name!r} on {self.component}",
-                expected=f"one of: {', '.join(self.adapters) or '(none is loaded)'}",
-                fix="check the name, or load the adapter first",
-            )
-        return self.adapters[name]
+        self.discard(name)
 
     def refuse_merged(self, names: Iterable[str]) -> None:
         """Raise if one of these adapters is merged into the weights.
@@ -172,6 +139,29 @@ class OFTBank(nn.Module):
         self.require(name)
         self.use((*(a for a in self._active if a.name != name), *make_active([name], strength, "rotation")))
 
+    def mix(self, mixture: Mixture | None) -> None:
+        """Give each image of a batch its own adapter, instead of those that are active; None ends that.
+
+        Raises:
+            AdapterError: an adapter is unknown, merged, or trainable, or a strength is not possible for it.
+        """
+        if mixture is None:
+            self._mixed = None
+        else:
+            for item in mixture.adapters:
+                self.require(item.name)
+                if self._builder.trainable(item.name):
+                    raise AdapterError(
+                        f"adapter {item.name!r} of {self.component} is trainable",
+                        expected="frozen adapters in a mixed batch, as load_oft_weights leaves them",
+                        fix=f"call bank.freeze({item.name!r}) first",
+                    )
+            self.refuse_merged(self.merged)  # whose rotation every image would have
+            mixed = MixedDeltas(mixture, self._builder, self.adapters)
+            mixed.check(self._placement)
+            self._mixed = mixed
+        self._start_over()
+
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are merged into the weights."""
@@ -198,66 +188,40 @@ class OFTBank(nn.Module):
 
     def freeze(self, name: str) -> None:
         """Make an adapter constant: its deltas are built once, and again only when this bank is told of a change."""
-        self.require(name)
-        self.generators[name].requires_grad_(False)
+        for part in self.require(name).parts:
+            self.generators[part.key].requires_grad_(False)
         self._use(self._active)
 
-    def layer_slices(self, name: str) -> dict[str, slice]:
-        """Each layer's rows of `generators[name]`."""
-        return self.require(name).slices()
-
-    def effective_generators(self, name: str) -> dict[str, Tensor]:
-        """Each layer's generator `(r, b(b-1)/2)` as files hold it, detached: `OFTConfig.scaled` folded in."""
-        adapter = self.require(name)
-        packed = rotation.effective_generator(self.generators[name].detach(), adapter.config)
-        parts = dict(zip(adapter.generators, packed.split(list(adapter.generators.values())), strict=True))
-        return {layer: parts[adapter.tied.get(layer, layer)] for layer in adapter.blocks}
-
-    @torch.no_grad()
-    def write_generators(self, name: str, effective: Mapping[str, Tensor]) -> None:
-        """Overwrite an adapter in place (a hot swap) by what `effective_generators` returns, equal for tied layers."""
-        adapter = self.require(name)
-        flat = torch.cat([effective[layer].detach().to("cpu", torch.float32) for layer in adapter.generators])
-        if adapter.config.scaled:
-            flat = flat * rotation.generator_divisor(flat.shape[-1])
-        self.generators[name].copy_(flat)
+    def swap(self, name: str, effective: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None) -> None:
+        """Overwrite an adapter in place, deltas included: compiled models go on with the new one (a hot swap)."""
+        self.write_generators(name, effective, scales)
         self.refresh()
 
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Apply every adapter's `coft_eps` bound. Call it after each optimiser step."""
-        for name, adapter in self.adapters.items():
-            if (bound := adapter.config.coft_eps) is not None:
-                parameter = self.generators[name]
-                scale = rotation.generator_divisor(parameter.shape[-1]) if adapter.config.scaled else 1.0
-                rotation.project_frobenius_(parameter, bound * scale)
-
-    @torch.no_grad()
-    def orthogonality_error(self, name: str) -> float:
-        """Largest entry of |R^T R - I| over all blocks of an adapter at strength 1."""
-        self.require(name)
-        delta = self._builder.adapter(Active(name), self.generators[name].device)
-        return float(rotation.orthogonality_error(delta))
-
     def refresh(self) -> None:
-        """Rebuild constant deltas in place: call it after writing frozen generators by other means than ours."""
+        """Rebuild constant deltas in place: call it after writing frozen generators by other means than `swap`."""
         self._builder.forget()
         self._constants.rewrite(self._stages)
 
     # -- what the hooks call ----------------------------------------------------------------------------------------
 
-    def begin_forward(self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def begin_forward(
+        self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None, batch: int
+    ) -> None:
         """Put every layer's deltas into its hook's slot.
 
         Args:
             module: the component.
             device: of the component's first tensor input: with offloading the component itself may be elsewhere.
             dtype: of that input, None where it is not floating (token ids).
+            batch: how many rows that input has.
         """
-        if self._stages and not torch.compiler.is_compiling():
+        if self._acting and not torch.compiler.is_compiling():
             refuse_fused_lora(module)
             self._audit.begin(self.hooks.values())
         placement = (device or self._placement[0], dtype or self._placement[1])
+        if self._mixed is not None:
+            self._fill(self._mixed.at(batch, placement, self.component), placement)
+            return
         if not self._trainable():
             if not self._ready or placement != self._placement:
                 self._place(placement)
@@ -273,12 +237,12 @@ class OFTBank(nn.Module):
         flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         if self._in_grad_forward and not torch.compiler.is_compiling():
             flats = self._mark.tie(flats, self._active, self.component)
-        by_layer = split_by_layer(self._stages, flats)
-        for name, hook in self.hooks.items():
+        by_site = split_by_site(self._stages, flats)
+        for site, hook in self.hooks.items():
             if self._in_grad_forward:
-                hook.grad_deltas, hook.eval_deltas = by_layer.get(name, ()), None
+                hook.grad_deltas, hook.eval_deltas = by_site.get(site, ()), None
             else:
-                hook.eval_deltas = by_layer.get(name, ())
+                hook.eval_deltas = by_site.get(site, ())
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
@@ -289,8 +253,8 @@ class OFTBank(nn.Module):
                     hook.grad_deltas = for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
-        if self._stages and not failed and not torch.compiler.is_compiling():
-            self._audit.end(module, self.hooks, self._stages)
+        if self._acting and not failed and not torch.compiler.is_compiling():
+            self._audit.end(module, self.hooks, self._acting)
 
     def fresh_deltas(self, name: str) -> Deltas:
         """Deltas for a layer whose slot is empty.
@@ -312,13 +276,13 @@ class OFTBank(nn.Module):
         if torch.is_grad_enabled():
             self.refuse_lone_call(name)
         flats = self._builder.build(self._stages, self._placement[0])
-        return split_by_layer(self._stages, flats).get(name, ())
+        return split_by_site(self._stages, flats).get(name, ())
 
     def fit_deltas(self, hook: LayerHook, deltas: Deltas, x: Tensor) -> Deltas:
         """Deltas in x's device and dtype. Constants are converted once per device and dtype, and stay in the hook."""
-        if self._trainable():
+        if self._trainable() or self._mixed is not None:
             return tuple(delta.to(device=x.device, dtype=x.dtype) for delta in deltas)
-        fitted = split_by_layer(self._stages, self._constants.at(self._stages, (x.device, x.dtype)))[hook.name]
+        fitted = split_by_site(self._stages, self._constants.at(self._stages, (x.device, x.dtype)))[hook.site]
         hook.grad_deltas = hook.eval_deltas = fitted
         return fitted
 
@@ -338,6 +302,10 @@ class OFTBank(nn.Module):
 
     # -- constants and layouts --------------------------------------------------------------------------------------
 
+    @property
+    def _acting(self) -> tuple[Stage, ...]:
+        return self._stages if self._mixed is None else self._mixed.stages
+
     def _trainable(self) -> bool:
         return any(self._builder.trainable(a.name) for a in self._active)
 
@@ -345,6 +313,12 @@ class OFTBank(nn.Module):
         return all(a.strength == 0.0 for a in self._active)
 
     def _use(self, active: tuple[Active, ...]) -> None:
+        if self._mixed is not None:
+            raise AdapterError(
+                f"the adapters of {self.component} are given image by image now",
+                expected="no other choice of adapters until that is over",
+                fix="leave the `with` block first",
+            )
         stages = make_stages(active, self.adapters)
         same_layout = [s.structure() for s in stages] == [s.structure() for s in self._stages]
         self._active, self._stages = active, stages
@@ -355,22 +329,28 @@ class OFTBank(nn.Module):
                 self._place(self._placement)
             return
         self._constants.clear()
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Empty the slots, since sites or shapes of deltas have changed, and fill them where that can be done now."""
         self._audit.restart()
         self._ready = self.between_forwards = False
         for hook in self.hooks.values():
             hook.grad_deltas = hook.eval_deltas = None
-        if not self._trainable():
+        if self._mixed is None and not self._trainable():
             self._place(self._placement)
         reset_compiler()
 
     def _place(self, placement: Placement) -> None:
         if placement != self._placement:
             self._constants.clear()
-        self._placement = placement
-        by_layer = split_by_layer(self._stages, self._constants.at(self._stages, placement))
-        for name, hook in self.hooks.items():
-            hook.grad_deltas = hook.eval_deltas = by_layer.get(name, ())
+        self._fill(split_by_site(self._stages, self._constants.at(self._stages, placement)), placement)
         self._ready = True
+
+    def _fill(self, by_site: Mapping[str, Deltas], placement: Placement) -> None:
+        self._placement = placement
+        for site, hook in self.hooks.items():
+            hook.grad_deltas = hook.eval_deltas = by_site.get(site, ())
         self.between_forwards = False
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
@@ -392,7 +372,7 @@ class OFTBank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_ready=False, _in_grad_forward=False, between_forwards=False)
+        state.update(_ready=False, _in_grad_forward=False, between_forwards=False, _mixed=None)
         return state
 
 

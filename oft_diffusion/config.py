@@ -8,8 +8,10 @@ from typing import Any, Literal, cast
 
 from oft_diffusion.errors import ConfigError
 
-Parametrisation = Literal["cayley", "cayley_neumann"]
-PARAMETRISATIONS: tuple[Parametrisation, ...] = ("cayley", "cayley_neumann")
+Parametrisation = Literal["cayley", "cayley_neumann", "cayley_series"]
+PARAMETRISATIONS: tuple[Parametrisation, ...] = ("cayley", "cayley_neumann", "cayley_series")
+Side = Literal["input", "output"]
+SIDES: tuple[Side, ...] = ("input", "output")
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,12 @@ class OFTConfig:
 
     Attributes:
         block_size: side b of the rotation blocks, at least 2, or "auto" for the largest of 64, 32 and 16 that divides
-            every target's input features, or channels. Never adjusted in silence.
+            every target's input features, or channels. Never adjusted in silence. "mixed" stands in files of other
+            tools whose layers have sizes of their own; it cannot be trained.
         targets: the name of a target set ("attention", "attention+mlp", "all-linear", "all-linear+conv"), one regular
             expression, or a list of regular expressions, each matched against whole layer names.
         parametrisation: "cayley", the exact rotation, or "cayley_neumann", the truncated series of arXiv 2506.19847,
-            section 3.3.
+            section 3.3; "cayley_series" is what PEFT below 0.18 computed, for its files.
         neumann_order: m, the highest power of Q that the series keeps (PEFT's "terms" minus one). Even orders scale
             the rotated planes, odd ones keep their length almost exactly: see docs/maths.md.
         scaled: divide the trained generator by 2 sqrt(b - 1), which makes the best learning rate nearly independent
@@ -31,18 +34,21 @@ class OFTConfig:
             every block's Q is brought to at most this bound. None leaves it free.
         share_qkv: one generator for the projections of an attention that read the same input: q, k and v, or k and v
             where q reads another. Runtimes that fuse these projections can then hold the adapter exactly.
+        side: "input" rotates what goes into a layer (OFTv2), "output" what comes out of it before the bias, which files
+            of the first OFT's tools ask for; it cannot be trained.
 
     Raises:
         ConfigError: a value is outside what is stated above.
     """
 
-    block_size: int | Literal["auto"] = 32
+    block_size: int | Literal["auto", "mixed"] = 32
     targets: str | tuple[str, ...] = "attention"
     parametrisation: Parametrisation = "cayley"
     neumann_order: int = 5
     scaled: bool = False
     coft_eps: float | None = None
     share_qkv: bool = False
+    side: Side = "input"
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):
@@ -53,6 +59,10 @@ class OFTConfig:
                 f"parametrisation={self.parametrisation!r} is unknown",
                 expected=f"one of {', '.join(PARAMETRISATIONS)}",
                 fix='use "cayley" unless a file was trained with the series',
+            )
+        if self.side not in SIDES:
+            raise ConfigError(
+                f"side={self.side!r} is unknown", expected=f"one of {', '.join(SIDES)}", fix="leave side out"
             )
         if not _is_int(self.neumann_order) or not 1 <= self.neumann_order <= 32:
             raise ConfigError(
@@ -104,7 +114,7 @@ def _pattern_tuple(targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_block_size(block_size: object) -> None:
-    if block_size == "auto" or (_is_int(block_size) and cast(int, block_size) >= 2):
+    if block_size in ("auto", "mixed") or (_is_int(block_size) and cast(int, block_size) >= 2):
         return
     raise ConfigError(
         f"block_size={block_size!r} is not usable",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oft_diffusion import rotation
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.plan import Active, Adapter, Stage
+from oft_diffusion.plan import Active, Adapter, Member, Part, Stage
 
 # Where deltas are wanted, and in which dtype.
 Placement = tuple[torch.device, torch.dtype]
@@ -21,35 +21,51 @@ Placement = tuple[torch.device, torch.dtype]
 class DeltaBuilder:
     """Builds deltas; keeps what is costly and constant of frozen adapters (spectra, deltas beside trainable ones)."""
 
-    def __init__(self, generators: nn.ParameterDict, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(
+        self, generators: nn.ParameterDict, scales: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+    ) -> None:
         self._generators = generators
+        self._scales = scales
         self._adapters = adapters
         self._spectra: dict[str, rotation.Spectrum] = {}
-        self._frozen: dict[Active, Tensor] = {}
+        self._frozen: dict[tuple[Active, str], Tensor] = {}
 
     def trainable(self, name: str) -> bool:
         """Whether an adapter is rebuilt in every forward: no cache can see every way to write a parameter."""
-        return bool(self._generators[name].requires_grad)
+        return any(self._generators[part.key].requires_grad for part in self._adapters[name].parts)
 
     def build(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas of every stage, `(blocks, b, b)`, float32. Differentiable in trainable generators."""
         with _no_autocast(device):
             return [self._stage(stage, device) for stage in stages]
 
-    def adapter(self, active: Active, device: torch.device) -> Tensor:
-        """One adapter's deltas at its strength, `(blocks, b, b)`, float32."""
+    def build_apart(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
+        """Flat deltas of every stage, its members not composed but side by side, behind the identity.
+
+        Shapes `(1 + members, blocks, b, b)`, float32.
+        """
+        with _no_autocast(device):
+            return [
+                torch.stack([torch.zeros_like(rows[0]), *rows])
+                for rows in ([self._member(stage, member, device) for member in stage.members] for stage in stages)
+            ]
+
+    def part(self, active: Active, part: Part, device: torch.device) -> Tensor:
+        """Deltas of a part of an adapter at its strength, `(blocks, b, b)`, float32."""
         if self.trainable(active.name):
             self.forget(active.name)
-            return self._compute(active, device)
-        if active not in self._frozen:
+            return self._compute(active, part, device)
+        kept = (active, part.key)
+        if kept not in self._frozen:
             with torch.inference_mode(False), torch.no_grad():
-                self._frozen[active] = self._compute(active, device)
-        return self._frozen[active].to(device)
+                self._frozen[kept] = self._compute(active, part, device)
+        return self._frozen[kept].to(device)
 
     def forget(self, name: str | None = None) -> None:
         """Drop what is kept of one adapter, or of all."""
-        self._spectra = {n: s for n, s in self._spectra.items() if name is not None and n != name}
-        self._frozen = {a: d for a, d in self._frozen.items() if name is not None and a.name != name}
+        keys = {part.key for part in self._adapters[name].parts} if name is not None else set(self._spectra)
+        self._spectra = {key: s for key, s in self._spectra.items() if key not in keys}
+        self._frozen = {kept: d for kept, d in self._frozen.items() if name is not None and kept[0].name != name}
 
     def forget_deltas(self) -> None:
         """Drop kept deltas, not spectra: constants hold what they were for."""
@@ -58,21 +74,28 @@ class DeltaBuilder:
     def _stage(self, stage: Stage, device: torch.device) -> Tensor:
         result: Tensor | None = None
         for member in stage.members:
-            delta = self.adapter(member.active, device)
-            if member.rows is not None:
-                identity = delta.new_zeros(1, stage.block_size, stage.block_size)
-                delta = torch.cat([delta, identity]).index_select(0, member.rows.to(device))
+            delta = self._member(stage, member, device)
             result = delta if result is None else rotation.compose_deltas(result, delta)
         assert result is not None
         # Row by row in memory, whatever it was computed as: some BLAS round a transposed matrix otherwise, and a
         # reloaded or unfused adapter would draw another last bit.
         return result.contiguous()
 
-    def _compute(self, active: Active, device: torch.device) -> Tensor:
-        parameter, config = self._generators[active.name], self._adapters[active.name].config
+    def _member(self, stage: Stage, member: Member, device: torch.device) -> Tensor:
+        delta = self.part(member.active, member.part, device)
+        if member.rows is None:
+            return delta
+        identity = delta.new_zeros(1, stage.block_size, stage.block_size)
+        return torch.cat([delta, identity]).index_select(0, member.rows.to(device))
+
+    def _compute(self, active: Active, part: Part, device: torch.device) -> Tensor:
+        parameter, config = self._generators[part.key], self._adapters[active.name].config
+        scale = self._scales[part.key].to(device) if part.key in self._scales else None
         packed = rotation.effective_generator(parameter, config)
         if active.mode == "linear" or active.strength == 1.0:
             delta = rotation.rotation_delta(packed.to(device), config)
+            if scale is not None:
+                delta = rotation.scaled_delta(delta, scale)
             return delta if active.strength == 1.0 else active.strength * delta
         if parameter.requires_grad and torch.is_grad_enabled():
             raise AdapterError(
@@ -81,12 +104,22 @@ class DeltaBuilder:
                 fix='use strength 1 or mode="linear", or evaluate under torch.no_grad()',
             )
         if active.strength == 0.0:  # the base, also for a series that has no other powers
-            size = self._adapters[active.name].block_size
-            return packed.new_zeros(len(packed), size, size, device=device)
-        parts = self._spectra.get(active.name) or rotation.spectrum(packed, config)
+            return packed.new_zeros(len(packed), part.block_size, part.block_size, device=device)
+        parts = self._spectra.get(part.key) or rotation.spectrum(packed, config)
         if not parameter.requires_grad:
-            self._spectra[active.name] = parts
-        return rotation.power_delta(parts, active.strength).to(device, parameter.dtype)
+            self._spectra[part.key] = parts
+        delta = rotation.power_delta(parts, active.strength).to(device, parameter.dtype)
+        return delta if scale is None else rotation.scaled_delta(delta, _power(scale, active))
+
+
+def _power(scale: Tensor, active: Active) -> Tensor:
+    if float(scale.min()) <= 0.0:
+        raise AdapterError(
+            f"adapter {active.name!r} scales outputs by {float(scale.min()):.3g}",
+            expected="positive factors, of which any power can be taken",
+            fix='use strength 1, or mode="linear"',
+        )
+    return scale**active.strength
 
 
 class ConstantDeltas:

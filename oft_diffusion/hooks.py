@@ -1,7 +1,8 @@
 """The forward hooks that adapt a model: one on the component, one on every target layer.
 
-The component's pre-hook has the bank prepare every delta once; each layer's pre-hook rotates that layer's input. They
-are objects, not closures, so that a copied or pickled component carries hooks that work.
+The component's pre-hook has the bank prepare every delta once; each layer's pre-hook rotates that layer's input. Two
+more kinds, for files of other tools, rotate its output or a convolution's patches. Hooks are objects, not closures, so
+that a copied or pickled component carries hooks that work.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion.errors import TargetError
+from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.kernels import block_rotate
+from oft_diffusion.plan import Place, layer_of
 
 if TYPE_CHECKING:
     from oft_diffusion.bank import OFTBank
@@ -29,39 +31,120 @@ class LayerHook:
     prepared: then the bank decides.
     """
 
-    def __init__(self, bank: OFTBank, name: str) -> None:
+    def __init__(self, bank: OFTBank, site: str) -> None:
         self.bank = bank
-        self.name = name
+        self.site = site
         self.grad_deltas: Deltas | None = ()
         self.eval_deltas: Deltas | None = ()
         self.fired = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not torch.compiler.is_compiling():
-            self.fired = True
-            if self.bank.between_forwards and torch.is_grad_enabled():
-                self.bank.refuse_lone_call(self.name)
-        deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
-        if not args:
-            raise TargetError(
-                f"layer {self.name} was called with keyword arguments only",
-                expected="its input as the first positional argument",
-                fix="leave this layer out of the targets",
-            )
-        x: Tensor = args[0]
-        if deltas is None:
-            deltas = self.bank.fresh_deltas(self.name)
-        for delta in deltas:
-            if delta.dtype != x.dtype or delta.device != x.device:
-                deltas = self.bank.fit_deltas(self, deltas, x)
-                break
+    def register(self, module: nn.Module) -> None:
+        """Hang this hook on its layer."""
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
+        x = self._input(args)
+        deltas = self._deltas_for(x)
         if deltas:
             x = _rotate_channels(x, deltas) if isinstance(module, nn.Conv2d) else _rotate(x, deltas)
         return (x, *args[1:])
 
+    def _input(self, args: tuple[Any, ...]) -> Tensor:
+        if not args:
+            raise TargetError(
+                f"layer {layer_of(self.site)} was called with keyword arguments only",
+                expected="its input as the first positional argument",
+                fix="leave this layer out of the targets",
+            )
+        x: Tensor = args[0]
+        return x
+
+    def _deltas_for(self, x: Tensor) -> Deltas:
+        """The slot's deltas, in the device and dtype of what they are to rotate."""
+        if not torch.compiler.is_compiling():
+            self.fired = True
+            if self.bank.between_forwards and torch.is_grad_enabled():
+                self.bank.refuse_lone_call(self.site)
+        deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
+        if deltas is None:
+            deltas = self.bank.fresh_deltas(self.site)
+        for delta in deltas:
+            if delta.dim() == 4 and x.shape[0] % delta.shape[0]:
+                raise _no_batch(self.site, x, delta)
+            if delta.dtype != x.dtype or delta.device != x.device:
+                return self.bank.fit_deltas(self, deltas, x)
+        return deltas
+
     def __getstate__(self) -> dict[str, Any]:
         # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
-        return {"bank": self.bank, "name": self.name, "grad_deltas": None, "eval_deltas": None, "fired": self.fired}
+        return {"bank": self.bank, "site": self.site, "grad_deltas": None, "eval_deltas": None, "fired": self.fired}
+
+
+class OutputHook(LayerHook):
+    """Rotates one layer's output, its bias aside: what `P W` instead of `W` would give."""
+
+    def register(self, module: nn.Module) -> None:
+        """Hang this hook on its layer."""
+        module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        y: Tensor = output[0]
+        deltas = self._deltas_for(y)
+        if not deltas:
+            return y
+        bias = module.bias
+        channels = isinstance(module, nn.Conv2d)
+        if isinstance(bias, Tensor):
+            bias = (bias.view(-1, 1, 1) if channels else bias).to(y.dtype)
+            y = y - bias
+        y = _rotate_channels(y, deltas) if channels else _rotate(y, deltas)
+        return y + bias if isinstance(bias, Tensor) else y
+
+
+class PatchHook(LayerHook):
+    """Rotates the patches of a convolution's input, `(in, kh, kw)` flattened, as OneTrainer's OFT does.
+
+    The layer's answer is kept, and what the rotation changes in the patches goes through its weight once more. A pass
+    of its own, which merging saves.
+    """
+
+    def register(self, module: nn.Module) -> None:
+        """Hang this hook on its layer, before those that rotate its output."""
+        module.register_forward_hook(self, prepend=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        assert isinstance(module, nn.Conv2d)
+        y, x = output[0], self._input(args)
+        deltas = self._deltas_for(x)
+        if not deltas:
+            return y
+        patches = _patches(module, x)
+        changed = (_rotate(patches, deltas) - patches) @ module.weight.flatten(1).T
+        return y + changed.transpose(1, 2).reshape(y.shape)
+
+
+def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What each output pixel's kernel meets, `(N, pixels, in kh kw)`."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode)
+        padding: Any = 0
+    else:
+        padding = conv.padding
+    unfolded = nn.functional.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
+    return unfolded.transpose(1, 2)
+
+
+HOOKS: dict[Place, type[LayerHook]] = {"input": LayerHook, "patches": PatchHook, "output": OutputHook}
+
+
+def _no_batch(site: str, x: Tensor, delta: Tensor) -> AdapterError:
+    return AdapterError(
+        f"layer {layer_of(site)} gets an input {tuple(x.shape)} in a batch of {delta.shape[0]} rows, and nothing tells "
+        "which part of it belongs to which row",
+        expected="inputs whose first axis is the batch, or the batch times something",
+        fix="draw with one adapter at a time on this model",
+    )
 
 
 def _rotate(x: Tensor, deltas: Deltas) -> Tensor:
@@ -86,7 +169,7 @@ class ComponentHook:
         x = _first_tensor(args, kwargs)
         device = x.device if x is not None else None
         dtype = x.dtype if x is not None and x.is_floating_point() else None
-        self.bank.begin_forward(module, device, dtype)
+        self.bank.begin_forward(module, device, dtype, _batch_of(args, kwargs))
 
 
 class ComponentEndHook:
@@ -124,11 +207,11 @@ def detach(model: nn.Module) -> None:
 
 
 def hooked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Target layers by name, as the bank spells them."""
+    """Target layers by site, as the bank spells them."""
     return {
-        hook.name: module
+        hook.site: module
         for module in unwrap(model).modules()
-        for hook in module._forward_pre_hooks.values()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if isinstance(hook, LayerHook)
     }
 
@@ -168,6 +251,16 @@ def for_recomputation(deltas: Deltas | None) -> Deltas | None:
     if deltas is None or torch.compiler.is_compiling():
         return None
     return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of a component's input: of its first tensor that is not one number each, or of a list of tensors."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return len(value)
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return len(value)
+    return 1
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""Adapting a model and undoing it: `inject_oft`, `remove_oft`, and the adapter's state by layer name."""
+"""Adapting a model and undoing it: `inject_oft`, `inject_state`, `remove_oft`, and an adapter's state by layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -10,13 +11,21 @@ from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import AdapterError, AdapterFileError
-from oft_diffusion.hooks import LayerHook, attach, bank_of, detach, reset_compiler, unwrap
-from oft_diffusion.plan import Adapter, check_adapter_name
+from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError
+from oft_diffusion.hooks import HOOKS, attach, bank_of, detach, reset_compiler, unwrap
+from oft_diffusion.plan import Adapter, Part, Place, check_adapter_name, layer_of, place_of, site_of
 from oft_diffusion.rotation import block_size_of
-from oft_diffusion.targets import canonical_name, choose_block_size, find_layers, find_targets, tied_projections
+from oft_diffusion.targets import (
+    Target,
+    canonical_name,
+    choose_block_size,
+    find_layers,
+    find_targets,
+    tied_projections,
+)
 
 KEY_SUFFIX = ".oft_R.weight"  # PEFT's name for the tensor
+SCALE_SUFFIX = ".oft_scale.weight"
 
 
 def inject_oft(
@@ -52,29 +61,114 @@ def inject_oft(
     config = config or OFTConfig()
     model = unwrap(model)
     check_adapter_name(adapter_name)
+    _refuse_untrainable(config)
     if layers is None:
         targets = find_targets(model, config.targets, hidden_state=hidden_state)
     else:
         targets = find_layers(model, layers)
-    block_size = choose_block_size(targets, config.block_size)
+    size = choose_block_size(targets, config.block_size)
+    tied = tied_projections(model, targets) if config.share_qkv else {}
+    part = Part(adapter_name, size, {t.name: t.in_features // size for t in targets}, tied)
+    return _add(model, adapter_name, Adapter(replace(config, block_size=size), (part,)), targets)
+
+
+def inject_state(
+    model: nn.Module, config: OFTConfig, state: Mapping[str, Tensor], adapter_name: str = "default"
+) -> OFTBank:
+    """Adapt a model by an adapter's tensors: layers, block sizes and places are read off their names and shapes.
+
+    Args:
+        model: as for `inject_oft`.
+        config: settings; `targets` and `block_size` are only noted down.
+        state: `<layer>.oft_R.weight`, `(r, b(b-1)/2)`, and maybe `<layer>.oft_scale.weight`, `(r, b)`: factors of
+            rotated outputs. A convolution's r b is its channels, or, in some files of other tools, channels times taps.
+        adapter_name: letters, digits, '-' and '_'.
+
+    Returns:
+        The component's bank. The new adapter holds the tensors' values, trainable, and is active after the others.
+
+    Raises:
+        TargetError: a layer is not there, or projections are fused.
+        AdapterFileError: shapes do not fit the layers; nothing is changed then.
+        AdapterError: the name is taken or not usable.
+    """
+    model = unwrap(model)
+    check_adapter_name(adapter_name)
+    targets = find_layers(model, [key.removesuffix(KEY_SUFFIX) for key in state if key.endswith(KEY_SUFFIX)])
+    given = {canonical_name(k.removesuffix(KEY_SUFFIX)): t for k, t in state.items() if k.endswith(KEY_SUFFIX)}
+    sizes: dict[int, dict[str, int]] = {}
+    problems = []
+    for target in targets:
+        count, width = given[canonical_name(target.name)].shape
+        size = block_size_of(width)
+        place = _place(target, config, count * size) if size is not None else None
+        if size is None or place is None:
+            problems.append(f"{target.name} has shape {(count, width)}, not {_wanted_shape(target, config, size)}")
+        else:
+            sizes.setdefault(size, {})[site_of(target.name, place)] = count
+    if problems:
+        raise _mismatch(type(model).__name__, problems, "generators whose blocks fill the axis that they rotate")
+    tied = tied_projections(model, targets) if config.share_qkv else {}
+    parts = []
+    for size, blocks in sizes.items():
+        key = adapter_name if len(sizes) == 1 else f"{adapter_name}/{size}"
+        parts.append(Part(key, size, blocks, {a: b for a, b in tied.items() if a in blocks and b in blocks}))
+    noted = replace(config, block_size=parts[0].block_size if len(parts) == 1 else "mixed")
+    bank = _add(model, adapter_name, Adapter(noted, tuple(parts)), targets)
+    try:
+        load_oft_state_dict(model, state, adapter_name)
+    except BaseException:
+        remove_oft(model, adapter_name)
+        raise
+    return bank
+
+
+def _add(model: nn.Module, name: str, adapter: Adapter, targets: Iterable[Target]) -> OFTBank:
+    """Put an adapter into the model's bank, and hooks where there are none yet."""
     bank = bank_of(model) or _new_bank(model)
-    adapter = Adapter(
-        replace(config, block_size=block_size),
-        block_size,
-        {t.name: t.in_features // block_size for t in targets},
-        tied_projections(model, targets) if config.share_qkv else {},
-    )
     bank.refuse_merged(bank.merged)  # x would meet the new one first, and the order of adapters would change
-    bank.add_adapter(adapter_name, adapter)
+    bank.add_adapter(name, adapter)
     if bank_of(model) is None:
         attach(model, bank)
         model.requires_grad_(False)
-    for target in targets:
-        if target.name not in bank.hooks:
-            bank.hooks[target.name] = LayerHook(bank, target.name)
-            target.module.register_forward_pre_hook(bank.hooks[target.name])
-    bank.activate(adapter_name)
+    modules = {target.name: target.module for target in targets}
+    for site in adapter.blocks:
+        if site not in bank.hooks:
+            bank.hooks[site] = HOOKS[place_of(site)](bank, site)
+            bank.hooks[site].register(modules[layer_of(site)])
+    bank.activate(name)
     return bank
+
+
+def _place(target: Target, config: OFTConfig, features: int) -> Place | None:
+    """What of a layer has that many features, None where nothing has."""
+    module = target.module
+    if config.side == "output":
+        return "output" if features == _output_width(module) else None
+    if features == target.in_features:
+        return "input"
+    taps = math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1
+    return "patches" if features == target.in_features * taps else None
+
+
+def _wanted_shape(target: Target, config: OFTConfig, size: int | None) -> str:
+    features = _output_width(target.module) if config.side == "output" else target.in_features
+    if size is None or features % size:
+        return f"one of blocks that divide its {features} features" + (f", as {size} does not" if size else "")
+    return str((features // size, size * (size - 1) // 2))
+
+
+def _output_width(module: nn.Module) -> int:
+    return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)  # type: ignore[arg-type]
+
+
+def _refuse_untrainable(config: OFTConfig) -> None:
+    if config.side == "output" or config.block_size == "mixed":
+        raise ConfigError(
+            f"side={config.side!r} with block_size={config.block_size!r} describes a file of another tool",
+            expected='side="input" and one block size, for an adapter that is to be trained',
+            fix="leave side out, and choose a block size",
+        )
 
 
 def remove_oft(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -121,14 +215,16 @@ def oft_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
     Raises:
         AdapterError: there is no such adapter.
     """
-    generators = require_bank(model).effective_generators(adapter_name)
-    return {name + KEY_SUFFIX: tensor.cpu().clone() for name, tensor in generators.items()}
+    bank = require_bank(model)
+    found = {name + KEY_SUFFIX: tensor for name, tensor in bank.effective_generators(adapter_name).items()}
+    found |= {name + SCALE_SUFFIX: tensor for name, tensor in bank.output_scales(adapter_name).items()}
+    return {key: tensor.cpu().clone() for key, tensor in found.items()}
 
 
 def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:
-    """Overwrite an injected adapter's generators, in place, from tensors as `oft_state_dict` returns them.
+    """Overwrite an injected adapter, in place, by tensors as `oft_state_dict` returns them: a hot swap.
 
-    Names match with or without transformers' optional `text_model.` prefix.
+    Names match with or without transformers' optional `text_model.` prefix. Compiled models go on with the new values.
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
@@ -138,9 +234,32 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
     bank = require_bank(model)
     adapter = bank.require(adapter_name)
     bank.refuse_merged([adapter_name])
-    width = bank.generators[adapter_name].shape[-1]
-    wanted = {canonical_name(name): (name, (count, width)) for name, count in adapter.blocks.items()}
-    given = {canonical_name(key.removesuffix(KEY_SUFFIX)): (key, tensor) for key, tensor in state.items()}
+    widths = {site: part.block_size for part in adapter.parts for site in part.blocks}
+    blocks = {canonical_name(layer_of(site)): (layer_of(site), n, widths[site]) for site, n in adapter.blocks.items()}
+    shapes = {name: (layer, (n, size * (size - 1) // 2)) for name, (layer, n, size) in blocks.items()}
+    generators, problems = _match({k: t for k, t in state.items() if not k.endswith(SCALE_SUFFIX)}, shapes, KEY_SUFFIX)
+    named = {canonical_name(k.removesuffix(SCALE_SUFFIX)) for k in state if k.endswith(SCALE_SUFFIX)}
+    wanted = {name: (layer, (n, size)) for name, (layer, n, size) in blocks.items() if name in named}
+    scales, more = _match({k: t for k, t in state.items() if k.endswith(SCALE_SUFFIX)}, wanted, SCALE_SUFFIX)
+    if problems or more:
+        sizes = ", ".join(str(part.block_size) for part in adapter.parts)
+        raise _mismatch(bank.component, problems + more, f"{len(blocks)} tensors of block size {sizes}")
+    for site, keeper in adapter.tied.items():
+        name, other = layer_of(site), layer_of(keeper)
+        if not torch.equal(generators[name], generators[other]):
+            raise AdapterFileError(
+                f"{name} and {other} of {bank.component} share one generator, and theirs differ here",
+                expected="equal tensors for the layers that share_qkv ties",
+                fix="load it into an adapter of share_qkv=False",
+            )
+    bank.swap(adapter_name, generators, scales)
+
+
+def _match(
+    state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, tuple[int, int]]], suffix: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by layer, and what is wrong with them. `wanted`: by canonical name, the layer and its tensor's shape."""
+    given = {canonical_name(key.removesuffix(suffix)): (key, tensor) for key, tensor in state.items()}
     problems = [f"{wanted[k][0]} is missing" for k in wanted if k not in given]
     problems += [f"{given[k][0]} matches no layer" for k in given if k not in wanted]
     kept = {key for key, _ in given.values()}
@@ -151,22 +270,16 @@ def load_oft_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter_n
             problems.append(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} has values that are not finite")
-    if problems:
-        raise AdapterFileError(
-            f"{len(problems)} mismatch(es) with {bank.component}: {'; '.join(sorted(problems)[:3])}"
-            + ("; ..." if len(problems) > 3 else ""),
-            expected=f"{len(wanted)} tensors of {width} columns (block size {block_size_of(width)})",
-            fix="load the adapter onto the architecture and target set it was trained with",
-        )
-    generators = {wanted[k][0]: given[k][1] for k in wanted}
-    for name, keeper in adapter.tied.items():
-        if not torch.equal(generators[name], generators[keeper]):
-            raise AdapterFileError(
-                f"{name} and {keeper} of {bank.component} share one generator, and theirs differ here",
-                expected="equal tensors for the layers that share_qkv ties",
-                fix="load it into an adapter of share_qkv=False",
-            )
-    bank.write_generators(adapter_name, generators)
+    return {wanted[key][0]: given[key][1] for key in wanted.keys() & given.keys()}, problems
+
+
+def _mismatch(component: str, problems: list[str], expected: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{len(problems)} mismatch(es) with {component}: {'; '.join(sorted(problems)[:3])}"
+        + ("; ..." if len(problems) > 3 else ""),
+        expected=expected,
+        fix="load the adapter onto the architecture and target set it was trained with",
+    )
 
 
 def _new_bank(model: nn.Module) -> OFTBank:

@@ -17,7 +17,7 @@ from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import hooked_layers, unwrap
 from oft_diffusion.inject import require_bank
-from oft_diffusion.plan import Active, Stage, as_names, make_stages, split_by_layer
+from oft_diffusion.plan import Active, Stage, as_names, layer_of, make_stages, place_of, split_by_site
 
 KeepBase = Literal["cpu", "disk", False]
 
@@ -25,14 +25,14 @@ KeepBase = Literal["cpu", "disk", False]
 def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu") -> None:
     """Replace each target's weight by the rotated one, `W_i R_i^T` per block of columns, and stop rotating its input.
 
-    A convolution's columns are its input channels, at every tap.
+    A convolution's columns are its input channels, at every tap. A rotation of outputs turns rows, `R_i^T W_i`.
 
     Merged equals live up to rounding in the weight's dtype; the product is taken in float32.
 
     Args:
         model: an adapted model.
         adapter_names: active adapters to merge, all of them if None. They must be the last in activation order,
-            since only what is next to W can move into it.
+            since only what is next to W can move into it; of those that rotate outputs, the first.
         keep_base: keep a copy of the base for a bit-exact `unmerge_oft`, in memory or in a temporary file, or False
             to save that memory and give up unmerging.
 
@@ -50,13 +50,12 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
     weights = _merge_targets(model, stages)
     with torch.no_grad():
         device = next(iter(weights.values())).device
-        deltas = split_by_layer(stages, bank.build_deltas(stages, device))
+        deltas = split_by_site(stages, bank.build_deltas(stages, device))
         copy = BaseCopy(weights, keep_base) if keep_base else None
         try:
-            for name, weight in weights.items():
-                # x meets the stages in order, so W takes the last one's rotation first.
-                for delta in reversed(deltas[name]):
-                    _rotate_columns_(weight, delta)
+            # x meets the rotations of its channels before those of patches, so W takes them the other way round.
+            for site in sorted(deltas, key=lambda site: place_of(site) != "patches"):
+                _rotate_(weights[layer_of(site)], site, deltas[site])
             bank.set_merged(staying, merging, copy)
         except BaseException:
             if copy is not None:
@@ -102,8 +101,7 @@ def unmerge_oft(model: nn.Module) -> None:
             fix="load the base model again",
         )
     refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
-    layers = hooked_layers(model)
-    bank.base_copy.put_back({name: _weight(layer) for name, layer in layers.items()})
+    bank.base_copy.put_back({layer_of(site): _weight(layer) for site, layer in hooked_layers(model).items()})
     bank.clear_merged()
 
 
@@ -164,18 +162,30 @@ def _split_active(bank: OFTBank, names: Sequence[str] | None) -> tuple[tuple[Act
             expected=f"active adapters; active now: {', '.join(a.name for a in active) or '(none)'}",
             fix="activate them with set_adapters first",
         )
-    if active[len(staying) :] != merging:
-        raise AdapterError(
-            f"adapter {merging[0].name!r} cannot be merged while {active[-1].name!r}, which acts after it, stays live",
-            expected=f"the last ones of {', '.join(a.name for a in active)}, which are next to the weight",
-            fix="merge all active adapters, or change their order with set_adapters",
-        )
+    _refuse_reordering(bank, staying, merging)
     return staying, merging
+
+
+def _refuse_reordering(bank: OFTBank, staying: tuple[Active, ...], merging: tuple[Active, ...]) -> None:
+    """What is merged must be next to W: the last of what rotates inputs, the first of what rotates outputs."""
+    for side in ("input", "output"):
+        here = [a for a in bank.active if bank.adapters[a.name].config.side == side]
+        if side == "output":
+            here.reverse()
+        stay, merge = [a for a in here if a in staying], [a for a in here if a in merging]
+        if here != stay + merge:
+            raise AdapterError(
+                f"adapter {merge[0].name!r} cannot be merged while {stay[-1].name!r}, which acts "
+                f"{'after' if side == 'input' else 'before'} it, stays live",
+                expected=f"the last ones of {', '.join(a.name for a in here)}, which are next to the weight",
+                fix="merge all active adapters, or change their order with set_adapters",
+            )
 
 
 def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
     """The weights that these stages rotate, by layer name."""
-    layers = {n: m for n, m in hooked_layers(model).items() if any(n in stage.layers for stage in stages)}
+    sites = {site for stage in stages for site in stage.sites}
+    layers = {layer_of(site): module for site, module in hooked_layers(model).items() if site in sites}
     for name, layer in layers.items():
         _check_weight(name, layer)
     return {name: _weight(layer) for name, layer in layers.items()}
@@ -196,8 +206,23 @@ def _check_weight(name: str, layer: nn.Module) -> None:
         )
 
 
+def _rotate_(weight: Tensor, site: str, deltas: Sequence[Tensor]) -> None:
+    """Rotate a weight `(out, in)` or `(out, in, kh, kw)` by a site's deltas, in the order in which x meets them."""
+    place = place_of(site)
+    if place == "output":
+        for delta in deltas:
+            _rotate_columns_(weight.transpose(0, 1), delta.transpose(1, 2))
+        return
+    columns = weight.flatten(1) if place == "patches" else weight  # a view: weights are contiguous
+    # W takes the last one's rotation first.
+    for delta in reversed(deltas):
+        _rotate_columns_(columns, delta)
+    if columns.data_ptr() != weight.data_ptr():
+        weight.copy_(columns.view(weight.shape))
+
+
 def _rotate_columns_(weight: Tensor, delta: Tensor) -> None:
-    """`W_i += W_i D_i^T` per block of columns of `(out, in)` or `(out, in, kh, kw)`, in float32, block by block."""
+    """`W_i += W_i D_i^T` per block of columns of `(out, in, ...)`, in float32, block by block."""
     block_size = delta.shape[-1]
     for index, block in enumerate(delta):
         columns = weight[:, index * block_size : (index + 1) * block_size].movedim(1, -1)

@@ -22,7 +22,7 @@ from oft_diffusion.files import (
     save_adapter_file,
 )
 from oft_diffusion.hooks import bank_of, unwrap
-from oft_diffusion.inject import KEY_SUFFIX, inject_oft, load_oft_state_dict, oft_state_dict, remove_oft
+from oft_diffusion.inject import inject_state, oft_state_dict, remove_oft
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
 from oft_diffusion.plan import StrengthMode, as_names, check_adapter_name, make_active
 from oft_diffusion.prediction import prediction_type
@@ -99,10 +99,8 @@ def load_oft_weights(
             state = file.components[part]
             # By the tensors' names, never by the file's target patterns: a stranger's regular expression may take for
             # ever, and what a target set's name means may have grown since.
-            layers = [key.removesuffix(KEY_SUFFIX) for key in state]
-            bank = inject_oft(module, file.metadata.components[part], name, layers=layers)
+            bank = inject_state(module, file.metadata.components[part], state, name)
             loaded.append(module)
-            load_oft_state_dict(module, state, name)
             bank.metadata[name] = file.metadata
             bank.freeze(name)
             bank.activate(name, strength)

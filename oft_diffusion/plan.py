@@ -2,6 +2,9 @@
 
 A layer's input meets the adapters in activation order, `y = W(x R_1 R_2 ...)`. Within a stage the small blocks are
 multiplied once, so that n adapters cost a layer as much as one; stages follow one another.
+
+A *site* is what is rotated: a layer's input, or, in some files of other tools, the patches that a convolution
+multiplies its kernel with (`patches`), or a layer's output before its bias (`output`).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +24,75 @@ StrengthMode = Literal["rotation", "linear"]
 STRENGTH_MODES: tuple[StrengthMode, ...] = ("rotation", "linear")
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter's settings (block size resolved to a number) and layout: blocks per layer, in the bank's order.
+Place = Literal["input", "patches", "output"]
+_MARK = "#"  # in no module's name
 
-    A tied layer has no generator of its own: `tied` says whose it uses (`OFTConfig.share_qkv`).
+
+def site_of(layer: str, place: Place) -> str:
+    """Where a rotation acts: a layer's input by the layer's name, `name#patches`, or `name#output`."""
+    return layer if place == "input" else f"{layer}{_MARK}{place}"
+
+
+def layer_of(site: str) -> str:
+    """The layer of a site."""
+    return site.partition(_MARK)[0]
+
+
+def place_of(site: str) -> Place:
+    """Which of its layer's tensors a site rotates."""
+    return cast(Place, site.partition(_MARK)[2] or "input")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sites of an adapter that have one block size, and so one parameter: blocks per site, in the bank's order.
+
+    A tied site has no generator of its own: `tied` says whose it uses (`OFTConfig.share_qkv`).
     """
 
-    config: OFTConfig
+    key: str
     block_size: int
     blocks: Mapping[str, int]
     tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def generators(self) -> dict[str, int]:
-        """Blocks per generator, by the layer that keeps it, as the parameter holds them."""
-        return {name: count for name, count in self.blocks.items() if name not in self.tied}
+        """Blocks per generator, by the site that keeps it, as the parameter holds them."""
+        return {site: count for site, count in self.blocks.items() if site not in self.tied}
 
     @property
     def total_blocks(self) -> int:
         return sum(self.generators.values())
 
-    def keeper(self, layer: str) -> str | None:
-        """The layer whose generator a layer uses, mostly its own; None where it is not adapted."""
-        return self.tied.get(layer, layer) if layer in self.blocks else None
+    def keeper(self, site: str) -> str | None:
+        """The site whose generator a site uses, mostly its own; None where it is not adapted."""
+        return self.tied.get(site, site) if site in self.blocks else None
 
     def slices(self) -> dict[str, slice]:
-        """Each layer's rows of the adapter's parameter; those of tied layers coincide."""
+        """Each site's rows of the parameter; those of tied sites coincide."""
         rows, start = {}, 0
-        for name, count in self.generators.items():
-            rows[name] = slice(start, start + count)
+        for site, count in self.generators.items():
+            rows[site] = slice(start, start + count)
             start += count
-        return {name: rows[self.tied.get(name, name)] for name in self.blocks}
+        return {site: rows[self.tied.get(site, site)] for site in self.blocks}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter's settings and layout. Those that are trained here have one part; files may have several sizes."""
+
+    config: OFTConfig
+    parts: tuple[Part, ...]
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks per site."""
+        return {site: count for part in self.parts for site, count in part.blocks.items()}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Sites without a generator of their own, and whose they use."""
+        return {site: keeper for part in self.parts for site, keeper in part.tied.items()}
 
 
 @dataclass(frozen=True)
@@ -66,25 +106,26 @@ class Active:
 
 @dataclass(frozen=True)
 class Member:
-    """An active adapter in a stage; `rows` says which of its blocks each of the stage's is, None where all are equal.
+    """A part of an active adapter in a stage; `rows` says which of its blocks each of the stage's is, None for all.
 
     One past its last block stands for the identity.
     """
 
     active: Active
+    part: Part
     rows: Tensor | None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive adapters of one block size, over the union of their layers.
+    """Rotations of one block size that follow one another, over the union of their sites.
 
-    `layers` says which entry of `blocks` each layer uses: layers that are tied in every member have one in common.
+    `sites` says which entry of `blocks` each site uses: sites that are tied in every member have one in common.
     """
 
     block_size: int
     blocks: Mapping[str, int]
-    layers: Mapping[str, str]
+    sites: Mapping[str, str]
     members: tuple[Member, ...]
 
     @property
@@ -93,53 +134,83 @@ class Stage:
 
     def structure(self) -> tuple[object, ...]:
         """What fixes the shapes of a stage's deltas; strengths and generators may change under it."""
-        return self.block_size, tuple(self.blocks.items()), tuple(self.layers.items())
+        return self.block_size, tuple(self.blocks.items()), tuple(self.sites.items())
 
 
 def make_stages(active: Sequence[Active], adapters: Mapping[str, Adapter]) -> tuple[Stage, ...]:
-    """Group the active adapters, in order, into stages."""
-    groups: list[list[Active]] = []
+    """Group the active adapters' parts, in order, into stages.
+
+    Raises:
+        AdapterError: one turns the channels of a convolution whose patches an earlier one has turned.
+    """
+    _check_places(active, adapters)
+    groups: list[list[tuple[Active, Part]]] = []
     for item in active:
-        if groups and adapters[groups[-1][0].name].block_size == adapters[item.name].block_size:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return tuple(_make_stage(group, adapters) for group in groups)
+        for part in adapters[item.name].parts:
+            group = _group_for(part, groups)
+            if group is None:
+                groups.append([(item, part)])
+            else:
+                group.append((item, part))
+    return tuple(_make_stage(group) for group in groups)
 
 
-def _make_stage(group: Sequence[Active], adapters: Mapping[str, Adapter]) -> Stage:
-    members = [adapters[item.name] for item in group]
-    counts = {name: count for member in members for name, count in member.blocks.items()}
+def _check_places(active: Sequence[Active], adapters: Mapping[str, Adapter]) -> None:
+    # A layer's input comes before its patches, whatever the order of activation.
+    patched: dict[str, str] = {}
+    for item in active:
+        sites = adapters[item.name].blocks
+        for site in sites.keys() & patched.keys():
+            raise AdapterError(
+                f"adapter {item.name!r} turns the channels of {site} after {patched[site]!r} turned its patches",
+                expected="channels before patches",
+                fix=f"activate {item.name!r} before {patched[site]!r}",
+            )
+        patched |= {layer_of(site): item.name for site in sites if place_of(site) == "patches"}
+
+
+def _group_for(part: Part, groups: Sequence[list[tuple[Active, Part]]]) -> list[tuple[Active, Part]] | None:
+    """The last group of this block size, if no group behind it has a site of the part, whose order would change."""
+    for group in reversed(groups):
+        if group[0][1].block_size == part.block_size:
+            return group
+        if any(not part.blocks.keys().isdisjoint(other.blocks) for _, other in group):
+            return None
+    return None
+
+
+def _make_stage(group: Sequence[tuple[Active, Part]]) -> Stage:
+    counts = {site: count for _, part in group for site, count in part.blocks.items()}
     entries: dict[tuple[str | None, ...], str] = {}
-    layers = {name: entries.setdefault(tuple(m.keeper(name) for m in members), name) for name in counts}
-    blocks = {name: counts[name] for name in entries.values()}
-    return Stage(
-        members[0].block_size,
-        blocks,
-        layers,
-        tuple(Member(item, _rows_in(adapters[item.name], blocks)) for item in group),
-    )
+    sites = {site: entries.setdefault(tuple(part.keeper(site) for _, part in group), site) for site in counts}
+    blocks = {site: counts[site] for site in entries.values()}
+    members = tuple(Member(item, part, rows_in(part, blocks)) for item, part in group)
+    return Stage(group[0][1].block_size, blocks, sites, members)
 
 
-def _rows_in(adapter: Adapter, blocks: Mapping[str, int]) -> Tensor | None:
-    if tuple(adapter.generators) == tuple(blocks):
+def rows_in(part: Part, blocks: Mapping[str, int]) -> Tensor | None:
+    """`Member.rows` of a part among a stage's blocks."""
+    if tuple(part.generators) == tuple(blocks):
         return None
-    rows, identity = adapter.slices(), adapter.total_blocks
-    parts = [
-        torch.arange(rows[name].start, rows[name].stop) if name in rows else torch.full((count,), identity)
-        for name, count in blocks.items()
+    rows, identity = part.slices(), part.total_blocks
+    found = [
+        torch.arange(rows[site].start, rows[site].stop) if site in rows else torch.full((count,), identity)
+        for site, count in blocks.items()
     ]
-    return torch.cat(parts)
+    return torch.cat(found)
 
 
-def split_by_layer(stages: Sequence[Stage], flats: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Per layer, its deltas `(r, b, b)` of every stage that has it, as views of the stages' flat deltas."""
+def split_by_site(stages: Sequence[Stage], flats: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Per site, its deltas of every stage that has it, as views of the stages' flat deltas.
+
+    Flat deltas are `(blocks, b, b)`, or `(images, blocks, b, b)` for a mixed batch.
+    """
     result: dict[str, tuple[Tensor, ...]] = {}
     for stage, flat in zip(stages, flats, strict=True):
-        # One split: slicing layer by layer costs many times as much in backward.
-        views = dict(zip(stage.blocks, flat.split(list(stage.blocks.values())), strict=True))
-        for name, entry in stage.layers.items():
-            result[name] = (*result.get(name, ()), views[entry])
+        # One split: slicing site by site costs many times as much in backward.
+        views = dict(zip(stage.blocks, flat.split(list(stage.blocks.values()), dim=-3), strict=True))
+        for site, entry in stage.sites.items():
+            result[site] = (*result.get(site, ()), views[entry])
     return result
 
 

@@ -79,6 +79,18 @@ def cayley_neumann_delta(q: Tensor, order: int) -> Tensor:
     return delta
 
 
+def cayley_series_delta(q: Tensor, order: int) -> Tensor:
+    """`D = 2Q + 2Q^2 + ... + 2Q^m`, m = `order`: the power series of the Cayley transform, cut off.
+
+    What PEFT below 0.18 computes (its "5 terms" are m = 4), where arXiv 2506.19847 has a last term of weight 1. It is
+    `R (I - 2 Q^(m+1) (I + Q)^-1) - I`.
+    """
+    delta = 2.0 * q
+    for _ in range(order - 1):
+        delta = torch.baddbmm(q, q, delta, beta=2.0)
+    return delta
+
+
 def rotation_delta(packed: Tensor, config: OFTConfig) -> Tensor:
     """Packed generators `(r, b(b-1)/2)` to deltas `(r, b, b)`, as the adapter's config says. Differentiable.
 
@@ -87,7 +99,13 @@ def rotation_delta(packed: Tensor, config: OFTConfig) -> Tensor:
     q = unpack(packed)
     if config.parametrisation == "cayley":
         return cayley_delta(q)
-    return cayley_neumann_delta(q, config.neumann_order)
+    series = cayley_neumann_delta if config.parametrisation == "cayley_neumann" else cayley_series_delta
+    return series(q, config.neumann_order)
+
+
+def scaled_delta(delta: Tensor, scale: Tensor) -> Tensor:
+    """The delta of rotating and then scaling each feature, `R diag(scale) - I`; `scale` is `(r, b)`."""
+    return delta * scale.unsqueeze(1) + torch.diag_embed(scale - 1.0)
 
 
 def effective_generator(trained: Tensor, config: OFTConfig) -> Tensor:
@@ -125,14 +143,19 @@ def spectrum(packed: Tensor, config: OFTConfig) -> Spectrum:
         w, vectors = torch.linalg.eigh(1j * q)
         if config.parametrisation == "cayley":
             return Spectrum(vectors, torch.zeros_like(w), -2.0 * torch.atan(w))
-        norm = float(w.abs().max()) if w.numel() else 0.0
-        if norm >= 1.0:
+        eigenvalues = -1j * w
+        power = eigenvalues**config.neumann_order
+        if config.parametrisation == "cayley_neumann":
+            lost = power  # of each eigenvalue, what the series lacks as a share of the exact rotation's
+        else:
+            lost = 2.0 * power * eigenvalues / (1.0 + eigenvalues)
+        if lost.numel() and float(lost.abs().max()) >= 1.0:
             raise AdapterError(
-                f"the series adapter's generators reach a spectral norm of {norm:.3g}",
+                f"the series adapter's generators reach a spectral norm of {float(w.abs().max()):.3g}",
                 expected="a norm below 1, past which the truncated series has no unique fractional power",
                 fix='use strength 1, or mode="linear"',
             )
-        series_tail = torch.log(1.0 - (-1j * w) ** config.neumann_order)
+        series_tail = torch.log(1.0 - lost)
         return Spectrum(vectors, series_tail.real, series_tail.imag - 2.0 * torch.atan(w))
 
 

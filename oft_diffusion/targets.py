@@ -147,12 +147,13 @@ def tied_projections(model: nn.Module, found: Iterable[Target]) -> dict[str, str
     return tied
 
 
-def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto"]) -> int:
+def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto", "mixed"]) -> int:
     """The block size to use; "auto" is the largest of 64, 32 and 16 that divides every target.
 
     Raises:
         TargetError: some target's in_features is not divisible. Sizes are never adjusted in silence.
     """
+    assert block_size != "mixed"  # of files, which tell each layer's
     found = list(found)
     sizes = sorted({t.in_features for t in found})
     fitting = [b for b in (128, 64, 32, 16, 8, 4, 2) if all(size % b == 0 for size in sizes)]

@@ -45,6 +45,8 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/deltas.py": Layer(f"{_MATHS} plan", "torch"),
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/audit.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
+    "oft_diffusion/store.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
+    "oft_diffusion/mixing.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/bank.py": Layer(f"{_MATHS} plan deltas", "torch"),
     "oft_diffusion/inject.py": Layer(f"{_MATHS} plan deltas bank", "torch"),
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),

@@ -16,7 +16,8 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
     Args:
         x: `(..., r * b)`, any floating dtype, any strides.
-        delta: `(r, b, b)`, x's dtype and device: `D = R - I`.
+        delta: `(r, b, b)`, x's dtype and device: `D = R - I`; or `(g, r, b, b)`, one for each of g equal parts of x's
+            first axis.
 
     Returns:
         `x + x blockdiag(D)`, x's shape and dtype, contiguous.
@@ -27,24 +28,29 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     return torch.ops.oft_diffusion.block_rotate(x, delta)
 
 
+def _blocks_first(x: Tensor, groups: int, block_size: int) -> Tensor:
+    """`(..., r b)` as `(groups * r, rows, b)`, in which one batched product does all blocks."""
+    blocks = x.shape[-1] // block_size
+    return x.reshape(groups, -1, blocks, block_size).transpose(1, 2).flatten(0, 1)
+
+
 @torch.library.custom_op("oft_diffusion::block_rotate", mutates_args=())
 def _block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     _check(x, delta)
-    blocks, block_size, _ = delta.shape
-    rows = x.reshape(-1, blocks, block_size)
-    # In (blocks, rows, b) order one batched product does all blocks; addition in x's order, so no second permute.
-    product = torch.bmm(rows.transpose(0, 1), delta)
-    out: Tensor = torch.add(rows, product.transpose(0, 1)).reshape(x.shape)
+    groups, block_size = delta.shape[0] if delta.dim() == 4 else 1, delta.shape[-1]
+    product = torch.bmm(_blocks_first(x, groups, block_size), delta.reshape(-1, block_size, block_size))
+    # Addition in x's order, so that there is no second permute.
+    rows = x.reshape(groups, -1, x.shape[-1] // block_size, block_size)
+    out: Tensor = torch.add(rows, product.unflatten(0, (groups, -1)).transpose(1, 2)).reshape(x.shape)
     return out.contiguous()
 
 
 @torch.library.custom_op("oft_diffusion::block_rotate_delta_grad", mutates_args=())
-def _block_rotate_delta_grad(x: Tensor, grad: Tensor, block_size: int) -> Tensor:
-    """`dD (r, b, b)`: per block `x_i^T g_i`, summed over rows."""
-    blocks = x.shape[-1] // block_size
-    rows = x.reshape(-1, blocks, block_size).transpose(0, 1)
-    grads = grad.reshape(-1, blocks, block_size).transpose(0, 1)
-    return torch.bmm(rows.transpose(1, 2), grads)
+def _block_rotate_delta_grad(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
+    groups, block_size = shape[0] if len(shape) == 4 else 1, shape[-1]
+    rows, grads = (_blocks_first(t, groups, block_size) for t in (x, grad))
+    return torch.bmm(rows.transpose(1, 2), grads).view(shape)
 
 
 @_block_rotate.register_fake
@@ -53,8 +59,8 @@ def _(x: Tensor, delta: Tensor) -> Tensor:
 
 
 @_block_rotate_delta_grad.register_fake
-def _(x: Tensor, grad: Tensor, block_size: int) -> Tensor:
-    return x.new_empty(x.shape[-1] // block_size, block_size, block_size)
+def _(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    return x.new_empty(shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -63,10 +69,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, delta = ctx.saved_tensors
-    dx = block_rotate(grad, delta.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+    dx = block_rotate(grad, delta.transpose(-1, -2)) if ctx.needs_input_grad[0] else None
     ddelta = None
     if ctx.needs_input_grad[1]:
-        ddelta = torch.ops.oft_diffusion.block_rotate_delta_grad(x, grad, delta.shape[-1])
+        ddelta = torch.ops.oft_diffusion.block_rotate_delta_grad(x, grad, list(delta.shape))
     return dx, ddelta
 
 
@@ -74,10 +80,12 @@ _block_rotate.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(x: Tensor, delta: Tensor) -> None:
-    if delta.dim() != 3 or delta.shape[1] != delta.shape[2] or x.shape[-1] != delta.shape[0] * delta.shape[1]:
+    fits = delta.dim() in (3, 4) and delta.shape[-1] == delta.shape[-2]
+    fits = fits and x.shape[-1] == delta.shape[-3] * delta.shape[-1]
+    if not fits or (delta.dim() == 4 and (x.dim() < 2 or x.shape[0] % delta.shape[0])):
         raise RuntimeError(
-            f"block_rotate: x {tuple(x.shape)} and delta {tuple(delta.shape)} do not fit: "
-            "expected (..., r * b) and (r, b, b)"
+            f"block_rotate: x {tuple(x.shape)} and delta {tuple(delta.shape)} do not fit: expected (..., r * b) and "
+            "(r, b, b), or (g, r, b, b) and a first axis of x that is a multiple of g"
         )
     if x.dtype != delta.dtype:
         raise RuntimeError(f"block_rotate: x is {x.dtype} and delta {delta.dtype}: cast delta to x's dtype first")

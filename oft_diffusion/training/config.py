@@ -348,7 +348,7 @@ class TrainConfig:
         Raises:
             ConfigError: a value is outside what `OFTConfig` allows.
         """
-        return OFTConfig(**{f.name: getattr(self, f.name) for f in fields(OFTConfig)})
+        return OFTConfig(**{f.name: getattr(self, f.name) for f in fields(OFTConfig) if f.name != "side"})
 
     @property
     def text_encoder_oft(self) -> OFTConfig:

@@ -81,7 +81,7 @@ def test_torch_agrees_that_it_is_an_operator(dtype: torch.dtype, shape: tuple[in
     arguments = (x.to(dtype).requires_grad_(), delta.to(dtype).requires_grad_())
     torch.library.opcheck(torch.ops.oft_diffusion.block_rotate, arguments)
     torch.library.opcheck(
-        torch.ops.oft_diffusion.block_rotate_delta_grad, (x.detach().to(dtype), x.detach().to(dtype), 8)
+        torch.ops.oft_diffusion.block_rotate_delta_grad, (x.detach().to(dtype), x.detach().to(dtype), [3, 8, 8])
     )
 
 

@@ -216,7 +216,7 @@ def test_the_layers_and_sizes_of_stable_diffusion_15(
         unet = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
     bank = inject_oft(unet, OFTConfig(targets=target_set))
     assert len(bank.hooks) == layers
-    assert bank.adapters["default"].total_blocks == blocks
+    assert sum(bank.adapters["default"].blocks.values()) == blocks
     assert sum(p.numel() for p in bank.parameters()) == parameters
 
 
@@ -242,7 +242,7 @@ def test_the_layers_of_stable_diffusion_2(target_set: str, unet_layers: int, tex
     bank = inject_oft(encoder, config)
     assert len(bank.hooks) == text_layers
     per_layer = {"attention": 4 * 32, "attention+mlp": 4 * 32 + 32 + 128, "all-linear": 4 * 32 + 32 + 128}[target_set]
-    assert bank.adapters["default"].total_blocks == 23 * per_layer
+    assert sum(bank.adapters["default"].blocks.values()) == 23 * per_layer
 
 
 def test_the_layers_and_sizes_of_clip_l() -> None:

@@ -73,7 +73,7 @@ def test_another_size_names_the_first_three_mismatches(pipe, make, mug, plain, l
 def test_a_block_size_that_does_not_divide_names_the_file(pipe, make):
     wide = make("wide", parts=("unet",), config=OFTConfig(block_size=16))
     pipe.unet = tiny_unet(width=24)
-    assert_loading_refused(pipe, wide, "wide.safetensors", "unet", "block_size=16")
+    assert_loading_refused(pipe, wide, "wide.safetensors", "unet", "divide its 24 features", "16")
 
 
 def without_layer(file, path, part, becomes=None):

@@ -1,0 +1,1 @@
+"""Adapter files of other tools, one module each."""
