@@ -6,6 +6,7 @@ The bank is never registered on the component: registered, it would enter the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class OFTBank(AdapterStore):
     Attributes, beside those of `AdapterStore`:
         hooks: the hook of each site (`plan`): for nearly all, of a layer's input, by layer name.
         base_copy: target weights as they were before a merge (`merge.BaseCopy`), if kept.
+        disabled: adapters that keep their place, at strength 0 until they are enabled again, and what they were.
         was_trainable: the component's parameters that required grad before injection froze it.
     """
 
@@ -43,6 +45,7 @@ class OFTBank(AdapterStore):
         self.hooks: dict[str, LayerHook] = {}
         self.base_copy: Any = None
         self.was_trainable: frozenset[str] = frozenset()
+        self.disabled: dict[str, Active] = {}
         self._merged_active: tuple[Active, ...] = ()
         self._active: tuple[Active, ...] = ()
         self._stages: tuple[Stage, ...] = ()
@@ -78,6 +81,7 @@ class OFTBank(AdapterStore):
         self.require(name)
         self.refuse_merged([name])
         self._use(tuple(a for a in self._active if a.name != name))
+        self.disabled.pop(name, None)
         self._builder.forget(name)
         self.discard(name)
 
@@ -121,8 +125,12 @@ class OFTBank(AdapterStore):
         self.refuse_merged(names)
         self.use(make_active(names, strengths, mode))
 
-    def use(self, active: tuple[Active, ...]) -> None:
+    def use(self, active: tuple[Active, ...], disabled: Mapping[str, Active] | None = None) -> None:
         """`set_adapters` with a mode each. After an error, the adapters of before are in use again.
+
+        Args:
+            active: the adapters, in order.
+            disabled: of those whose strength is 0 only for now, what they are when they are enabled.
 
         Raises:
             AdapterError: a series adapter's norm allows no fractional power.
@@ -133,11 +141,39 @@ class OFTBank(AdapterStore):
         except AdapterError:
             self._use(before)
             raise
+        self.disabled = dict(disabled or {})
 
-    def activate(self, name: str, strength: float = 1.0) -> None:
+    def activate(self, name: str, strength: float = 1.0, mode: StrengthMode = "rotation") -> None:
         """Put an adapter after those that are active."""
         self.require(name)
-        self.use((*(a for a in self._active if a.name != name), *make_active([name], strength, "rotation")))
+        others = tuple(a for a in self._active if a.name != name)
+        disabled = {n: a for n, a in self.disabled.items() if n != name}
+        self.use((*others, *make_active([name], strength, mode)), disabled)
+
+    @property
+    def chosen(self) -> tuple[Active, ...]:
+        """The active adapters with the strengths that they have when they are enabled."""
+        return tuple(self.disabled.get(a.name, a) for a in self._active)
+
+    def enable(self, name: str, enabled: bool = True) -> None:
+        """Let an active adapter do nothing, at its place, or act again as strongly as before; no layout changes.
+
+        Raises:
+            AdapterError: the adapter is unknown, or not active.
+        """
+        self.require(name)
+        chosen = {a.name: a for a in self.chosen}
+        if name not in chosen:
+            raise AdapterError(
+                f"adapter {name!r} of {self.component} is not active",
+                expected=f"one of: {', '.join(chosen) or '(none is active)'}",
+                fix="activate it with set_adapters first",
+            )
+        disabled = {n: a for n, a in self.disabled.items() if n != name}
+        if not enabled:
+            disabled[name] = chosen[name]
+        active = (replace(a, strength=0.0) if a.name in disabled else a for a in chosen.values())
+        self.use(tuple(active), disabled)
 
     def mix(self, mixture: Mixture | None) -> None:
         """Give each image of a batch its own adapter, instead of those that are active; None ends that.
@@ -161,6 +197,11 @@ class OFTBank(AdapterStore):
             mixed.check(self._placement)
             self._mixed = mixed
         self._start_over()
+
+    @property
+    def images(self) -> int:
+        """How many images a mixed batch has, 0 where there is none."""
+        return 0 if self._mixed is None else self._mixed.images
 
     @property
     def merged(self) -> tuple[str, ...]:

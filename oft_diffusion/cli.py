@@ -111,7 +111,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from oft_diffusion.files import is_writable
+    from oft_diffusion.disk import is_writable
     from oft_diffusion.generate import Picture, generate
     from oft_diffusion.images import free_path, labelled_grid, save_png
     from oft_diffusion.load import load_pipeline

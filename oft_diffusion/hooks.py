@@ -68,12 +68,24 @@ class LayerHook:
         deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
         if deltas is None:
             deltas = self.bank.fresh_deltas(self.site)
+        if deltas and deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
+            deltas = self._deltas_of_some_rows(deltas, x)
         for delta in deltas:
-            if delta.dim() == 4 and x.shape[0] % delta.shape[0]:
-                raise _no_batch(self.site, x, delta)
             if delta.dtype != x.dtype or delta.device != x.device:
                 return self.bank.fit_deltas(self, deltas, x)
         return deltas
+
+    def _deltas_of_some_rows(self, deltas: Deltas, x: Tensor) -> Deltas:
+        """Of a mixed batch, where an attention takes copies of the images apart (perturbed guidance does)."""
+        rows, images = x.shape[0], self.bank.images
+        if images and rows < deltas[0].shape[0] and rows % images == 0:
+            return tuple(delta[:rows] for delta in deltas)  # all copies have their images in one order
+        raise AdapterError(
+            f"layer {layer_of(self.site)} gets an input {tuple(x.shape)} in a batch of {deltas[0].shape[0]} rows, and "
+            "nothing tells which part of it belongs to which row",
+            expected="inputs whose first axis is the batch, or the batch times something",
+            fix="draw with one adapter at a time on this model",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
@@ -136,15 +148,6 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 HOOKS: dict[Place, type[LayerHook]] = {"input": LayerHook, "patches": PatchHook, "output": OutputHook}
-
-
-def _no_batch(site: str, x: Tensor, delta: Tensor) -> AdapterError:
-    return AdapterError(
-        f"layer {layer_of(site)} gets an input {tuple(x.shape)} in a batch of {delta.shape[0]} rows, and nothing tells "
-        "which part of it belongs to which row",
-        expected="inputs whose first axis is the batch, or the batch times something",
-        fix="draw with one adapter at a time on this model",
-    )
 
 
 def _rotate(x: Tensor, deltas: Deltas) -> Tensor:

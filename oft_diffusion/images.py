@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import DataError, OFTError
-from oft_diffusion.files import write_atomically
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_KINDS = "PNG, JPEG or WebP"

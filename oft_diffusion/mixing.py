@@ -66,6 +66,7 @@ class MixedDeltas:
     def __init__(self, mixture: Mixture, builder: DeltaBuilder, adapters: Mapping[str, Adapter]) -> None:
         self._mixture = mixture
         self._builder = builder
+        self.images = len(mixture.images)
         self.stages = _stages(mixture.adapters, adapters)
         self._apart: dict[Placement, list[Tensor]] = {}
         self._last: tuple[object, dict[str, tuple[Tensor, ...]]] = ((), {})

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from oft_diffusion.files import write_atomically
+from oft_diffusion.disk import write_atomically
 
 WIDEST = 1600  # pixels; wider sheets are scaled down, or a page about large pictures would have tens of megabytes
 

@@ -103,6 +103,19 @@ def rotation_delta(packed: Tensor, config: OFTConfig) -> Tensor:
     return series(q, config.neumann_order)
 
 
+def rotate_vectors(x: Tensor, packed: Tensor, config: OFTConfig) -> Tensor:
+    """`x R` per block, `(r, b)`, without building any R: one linear solve, or the series by Horner's rule."""
+    q, rows = unpack(packed), x.unsqueeze(1)
+    if config.parametrisation == "cayley":
+        # z (I - Q) = x (I + Q), transposed: (I + Q) z^T = (I - Q) x^T.
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        return torch.linalg.solve_ex(identity + q, rows.mT - q @ rows.mT)[0].squeeze(2)
+    tail = rows if config.parametrisation == "cayley_neumann" else 2.0 * rows
+    for _ in range(config.neumann_order - 1):
+        tail = torch.baddbmm(rows, tail, q, beta=2.0)
+    return (rows + tail @ q).squeeze(1)
+
+
 def scaled_delta(delta: Tensor, scale: Tensor) -> Tensor:
     """The delta of rotating and then scaling each feature, `R diag(scale) - I`; `scale` is `(r, b)`."""
     return delta * scale.unsqueeze(1) + torch.diag_embed(scale - 1.0)

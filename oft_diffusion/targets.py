@@ -126,6 +126,14 @@ def find_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
     return found
 
 
+def layer_names(model: nn.Module) -> frozenset[str]:
+    """Canonical names of all layers that OFT can adapt."""
+    named = (
+        (name, m) for name, m in model.named_modules() if not hasattr(m, "base_layer") and not _FOREIGN.search(name)
+    )
+    return frozenset(canonical_name(normalise_name(name)) for name, m in named if _input_width(m) is not None)
+
+
 def tied_projections(model: nn.Module, found: Iterable[Target]) -> dict[str, str]:
     """Which layers `OFTConfig.share_qkv` gives the generator of another: each by name, with that other's name.
 

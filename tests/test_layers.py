@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} prediction files formats images pipeline load generate report"
+_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats images pipeline load generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -50,13 +50,20 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/bank.py": Layer(f"{_MATHS} plan deltas", "torch"),
     "oft_diffusion/inject.py": Layer(f"{_MATHS} plan deltas bank", "torch"),
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),
-    "oft_diffusion/files.py": Layer(_ADAPTER, "torch safetensors"),
-    "oft_diffusion/formats/": Layer(f"{_ADAPTER} files", "torch safetensors"),
-    "oft_diffusion/images.py": Layer("errors files", "numpy PIL"),
-    "oft_diffusion/pipeline.py": Layer(f"{_ADAPTER} prediction files formats", f"torch PIL {_HUGGING_FACE}"),
+    "oft_diffusion/proof.py": Layer(_ADAPTER, "torch"),
+    "oft_diffusion/disk.py": Layer("errors", "torch safetensors"),
+    "oft_diffusion/metadata.py": Layer("errors config", ""),
+    "oft_diffusion/files.py": Layer(f"{_ADAPTER} proof disk metadata", "torch safetensors"),
+    "oft_diffusion/formats/": Layer(f"{_ADAPTER} proof disk metadata files", "torch safetensors"),
+    "oft_diffusion/images.py": Layer("errors disk", "numpy PIL"),
+    "oft_diffusion/pipeline/": Layer(
+        f"{_ADAPTER} prediction proof disk metadata files formats", f"torch PIL {_HUGGING_FACE}"
+    ),
     "oft_diffusion/load.py": Layer("errors text_encoders", "torch diffusers huggingface_hub"),
-    "oft_diffusion/generate.py": Layer(f"{_ADAPTER} files formats images pipeline load", "torch PIL diffusers"),
-    "oft_diffusion/report.py": Layer("errors files images", "PIL"),
+    "oft_diffusion/generate.py": Layer(
+        f"{_ADAPTER} metadata files formats images pipeline load", "torch PIL diffusers"
+    ),
+    "oft_diffusion/report.py": Layer("errors disk images", "PIL"),
     "oft_diffusion/pocket/": Layer("errors", "torch numpy PIL diffusers transformers safetensors"),
     "oft_diffusion/evaluation/": Layer(f"{_LIBRARY} pocket", f"{_CORE} skimage matplotlib"),
     "oft_diffusion/training/": Layer(f"{_LIBRARY} pocket evaluation", f"{_CORE} tomli"),
@@ -168,7 +175,7 @@ def test_a_row_names_only_rows_above_it() -> None:
         ("oft_diffusion/config.py", "import torch.nn", "config may not import the package torch"),
         ("oft_diffusion/bank.py", "from oft_diffusion import OFTBank", "bank may not import __init__"),
         ("oft_diffusion/cli.py", "import app.main", "cli may not import app"),
-        ("oft_diffusion/pipeline.py", "from train_scripts import demo", "pipeline may not import train_scripts"),
+        ("oft_diffusion/pipeline/using.py", "from train_scripts import demo", "pipeline may not import train_scripts"),
         ("oft_diffusion/training/loop.py", "import gradio", "training may not import the package gradio"),
         ("oft_diffusion/evaluation/looks.py", "from oft_diffusion.training import data", "may not import training"),
         ("app/session.py", "import gradio", "app may not import the package gradio"),

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import OFTError
-from oft_diffusion.files import write_atomically
 from oft_diffusion.pocket.pretrain.autoencoder import PictureLoss, cached_latents, condensed, train_decoder, train_vae
 from oft_diffusion.pocket.pretrain.classifiers import PERCEPTION_WIDTHS, export_classifier, train_classifier
 from oft_diffusion.pocket.pretrain.data import rendered

@@ -15,8 +15,8 @@ from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import Looks, instance_images, looks_of
 from oft_diffusion.evaluation.measure import GUIDANCE, STEPS, evaluate
-from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.load import load_pipeline
+from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.pipeline import load_oft_weights
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier

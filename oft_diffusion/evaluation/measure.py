@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oft_diffusion.disk import write_atomically
 from oft_diffusion.evaluation.figures import Figure, Row, figures
 from oft_diffusion.evaluation.looks import Looks
 from oft_diffusion.evaluation.prompts import (
@@ -20,7 +21,6 @@ from oft_diffusion.evaluation.prompts import (
     subject_prompts,
 )
 from oft_diffusion.evaluation.reading import read
-from oft_diffusion.files import write_atomically
 from oft_diffusion.generate import generate
 from oft_diffusion.pipeline import set_oft_adapters
 from oft_diffusion.pocket.classifier import AttributeClassifier

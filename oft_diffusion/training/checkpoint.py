@@ -29,8 +29,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from oft_diffusion.bank import OFTBank
+from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import AdapterFileError, TrainingError
-from oft_diffusion.files import AdapterMetadata, save_adapter_file, software_versions, write_atomically
+from oft_diffusion.files import save_adapter_file
+from oft_diffusion.metadata import AdapterMetadata, software_versions
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.model import ADAPTER
 

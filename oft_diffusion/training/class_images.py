@@ -16,8 +16,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import DataError
-from oft_diffusion.files import write_atomically
 from oft_diffusion.images import image_files, read_picture
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from oft_diffusion.config import OFTConfig
+from oft_diffusion.disk import is_writable
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
 from oft_diffusion.evaluation import Looks, looks_of
-from oft_diffusion.files import FILE_NAME, is_writable, load_adapter_file
+from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer

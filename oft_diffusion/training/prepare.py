@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from transformers import get_scheduler, get_wsd_schedule
 
 from oft_diffusion.bank import OFTBank
-from oft_diffusion.files import FILE_NAME, load_adapter_file, write_atomically
+from oft_diffusion.disk import write_atomically
+from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base

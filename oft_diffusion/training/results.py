@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from oft_diffusion.files import write_atomically
+from oft_diffusion.disk import write_atomically
 
 # What a run writes into output_dir, beside checkpoint-* and the adapter.
 LOSSES = "losses.json"

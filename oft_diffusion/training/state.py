@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from oft_diffusion.errors import OFTError, TrainingError
-from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.inject import oft_state_dict
+from oft_diffusion.metadata import AdapterMetadata
+from oft_diffusion.pipeline import probe_layers
 from oft_diffusion.training.checkpoint import (
     Checkpoint,
     collect_training,
@@ -87,10 +88,13 @@ def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
 def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMetadata:
     """What an adapter file says about itself."""
     settings: Mapping[str, Any] = {k: v for k, v in config.to_dict().items() if k not in _PRIVATE}
+    components = {name: bank.adapters[ADAPTER].config for name, bank in parts.banks.items()}
+    modules = {name: parts.family.module(name) for name in components}
     return AdapterMetadata(
-        components={name: bank.adapters[ADAPTER].config for name, bank in parts.banks.items()},
+        components=components,
         base=parts.family.describe(),
         trigger=config.trigger,
         class_word=config.class_word,
         training={"steps_done": step, **settings},
+        probes=probe_layers(modules, adapter_tensors(parts), components),
     )

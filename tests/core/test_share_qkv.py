@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, unmerge_oft
 from oft_diffusion.errors import AdapterFileError
-from oft_diffusion.files import AdapterMetadata, load_adapter_file, save_adapter_file
+from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.targets import find_targets, tied_projections
 from tests.core.reference import relative
 from tests.helpers import tiny_denoisers as tiny

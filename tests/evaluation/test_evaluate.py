@@ -15,8 +15,8 @@ from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.measure import draw_rows
 from oft_diffusion.evaluation.prompts import prompt
 from oft_diffusion.evaluation.reading import read
-from oft_diffusion.files import AdapterMetadata
 from oft_diffusion.generate import Picture
+from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.pocket import SUBJECTS, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.world import ATTRIBUTES, UNCAPTIONED, render, sample_scene, subject_scenes

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError, OFTError
-from oft_diffusion.files import HEADER_KEY, AdapterMetadata, save_adapter_file
+from oft_diffusion.files import save_adapter_file
 from oft_diffusion.inject import inject_oft
+from oft_diffusion.metadata import HEADER_KEY, AdapterMetadata
 from oft_diffusion.pipeline import list_oft_adapters, load_oft_weights, save_oft_weights
 from oft_diffusion.rotation import block_size_of, packed_size, unpack
 

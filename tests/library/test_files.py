@@ -17,18 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from oft_diffusion.config import OFTConfig
+from oft_diffusion.disk import tensor_digest, write_atomically
 from oft_diffusion.errors import AdapterFileError
-from oft_diffusion.files import (
-    FILE_NAME,
-    FORMAT_VERSION,
-    HEADER_KEY,
-    AdapterMetadata,
-    load_adapter_file,
-    save_adapter_file,
-    tensor_digest,
-    write_atomically,
-)
+from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.inject import inject_oft, load_oft_state_dict, oft_state_dict
+from oft_diffusion.metadata import FORMAT_VERSION, HEADER_KEY, AdapterMetadata
 from tests.library.support import (
     adapter_file,
     assert_one_sentence,
@@ -324,7 +317,7 @@ def test_a_read_only_filesystem_is_one_sentence(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("oft_diffusion.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("oft_diffusion.disk.tempfile.mkstemp", refuse)
     with pytest.raises(AdapterFileError) as error:
         adapter_file(tmp_path)
     assert_one_sentence(error, "mug.safetensors", "Permission denied")

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
-from oft_diffusion.files import FORMAT_VERSION, HEADER_KEY, AdapterMetadata, load_adapter_file, save_adapter_file
+from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.metadata import FORMAT_VERSION, HEADER_KEY, AdapterMetadata
 from tests.library.support import (
     LAYER,
     adapter_file,

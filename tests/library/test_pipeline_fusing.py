@@ -8,7 +8,6 @@ from oft_diffusion import (
     list_oft_adapters,
     load_oft_weights,
     merge_oft,
-    pipeline,
     save_oft_weights,
     set_oft_adapters,
     unfuse_oft,
@@ -16,6 +15,7 @@ from oft_diffusion import (
 )
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.files import load_adapter_file
+from oft_diffusion.pipeline import fusing
 from tests.library.support import (
     assert_one_sentence,
     assert_unchanged,
@@ -141,7 +141,7 @@ def test_fusing_that_breaks_off_leaves_every_component(pipe, mug, monkeypatch, k
         fused.append(model)
         merge_oft(model, names, **options)
 
-    monkeypatch.setattr(pipeline, "merge_oft", second_fails)
+    monkeypatch.setattr(fusing, "merge_oft", second_fails)
     with pytest.raises(KeyboardInterrupt):
         fuse_oft(pipe, keep_base=keep_base)
     assert len(fused) == 1

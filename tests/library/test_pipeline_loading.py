@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 
 from oft_diffusion import list_oft_adapters, load_oft_weights, oft_state_dict
-from oft_diffusion.files import FILE_NAME, AdapterMetadata, load_adapter_file, save_adapter_file
+from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.inject import require_bank
+from oft_diffusion.metadata import AdapterMetadata
 from tests.library.support import (
     assert_loading_refused,
     copy_pipe,
@@ -47,7 +48,7 @@ def test_files_folders_and_names_of_both_kinds(pipe, plain, tmp_path, monkeypatc
             ("step-100.safetensors", {}),
         ]
     ):
-        load_oft_weights(pipe, source, adapter_name=f"a{i}", strength=0.0, **options)
+        load_oft_weights(pipe, source, adapter_name=f"a{i}", strength=0.0, **options)  # type: ignore[arg-type]
         found = oft_state_dict(pipe.unet, f"a{i}")
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -79,7 +80,7 @@ def test_any_trigger_gives_a_usable_name(pipe, plain, tmp_path, trigger):
 
 @given(trigger=st.text(max_size=20))
 def test_no_trigger_is_too_odd(base_pipe, tmp_path_factory, plain, trigger):
-    from oft_diffusion.pipeline import _default_name
+    from oft_diffusion.pipeline.loading import _default_name
     from oft_diffusion.plan import check_adapter_name
 
     check_adapter_name(_default_name(base_pipe, trigger))

@@ -7,7 +7,8 @@ import torch
 
 from oft_diffusion import OFTConfig, inject_oft, list_oft_adapters, load_oft_weights, oft_state_dict, save_oft_weights
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.files import AdapterMetadata, load_adapter_file, save_adapter_file
+from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.metadata import AdapterMetadata
 from tests.library.support import (
     BOTH,
     assert_loading_refused,

@@ -1,0 +1,355 @@
+"""Merged models: a base's single-file checkpoint, or a folder in diffusers' format, with live adapters in the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from oft_diffusion.audit import refuse_fused_lora
+from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion.formats.components import describe
+from oft_diffusion.formats.names import Leaf, checkpoint_names
+from oft_diffusion.hooks import bank_of, unwrap
+from oft_diffusion.merge import _merge_targets, _rotate_, merge_oft, unmerge_oft
+from oft_diffusion.metadata import software_versions
+from oft_diffusion.plan import layer_of, make_stages, place_of, split_by_site
+
+EXPORT_KEY = "oft_diffusion_export"  # in a header: what was exported, and how
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 2**24  # bytes that are copied at a time
+
+
+def export_checkpoint(pipe: Any, base: str | Path, path: str | Path) -> Path:
+    """Write a copy of a base's single-file checkpoint with the live adapters, at their strengths, in its weights.
+
+    Only tensors that they rotate change, from what the file has of them, in its dtype; all else is copied byte by
+    byte. Of the file, one tensor is in memory at a time.
+
+    Args:
+        pipe: a diffusers pipeline of that base with live adapters.
+        base: the base's `.safetensors` file, with the names of its original implementation.
+        path: the new file.
+
+    Returns:
+        The new file's path.
+
+    Raises:
+        AdapterError: nothing is live, or an adapter or a LoRA is fused.
+        TargetError: a weight is quantized or not in memory, or has no name in a checkpoint that we know.
+        AdapterFileError: `base` is no such file, lacks a tensor, has a quantized one, or is another base than the
+            pipeline's; or the new file cannot be written, or would replace the base. Nothing is left then.
+    """
+    source, target = safetensors_path(base), safetensors_path(path)
+    live, about = live_components(pipe), describe(modules_of(pipe))
+    header, start = _read_header(source)
+    if target.exists() and target.samefile(source):
+        raise AdapterFileError(f"{target} is the base itself", expected="a new file", fix="choose another name")
+    told = header.pop("__metadata__", {})
+    touched: dict[str, list[tuple[str, Leaf, LiveWeight]]] = {}
+    for part, layers in live.items():
+        for name, meaning in checkpoint_names(about, part, layers, header, source=source.name).items():
+            touched[name] = [(part, leaf, layers[leaf.layer]) for leaf in meaning.leaves if leaf.layer in layers]
+    _refuse_quantized(source, {name: header[name]["dtype"] for name in touched})
+    note = export_note(pipe, "checkpoint", file=source.name)
+    written = json.dumps({"__metadata__": {**told, EXPORT_KEY: note}, **header}, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8 bytes
+    with source.open("rb") as reader, writing_atomically(target) as writer:
+        writer.write(len(written).to_bytes(8, "little") + written)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, end = entry["data_offsets"]
+            reader.seek(start + first)
+            if name not in touched:
+                _copy(reader, writer, end - first)
+                continue
+            data = bytearray(reader.read(end - first))
+            native = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+            for part, leaf, layer in touched[name]:
+                own = leaf.take(native)
+                _refuse_other_base(source, name, f"{part}.{layer.layer}", own, layer.weight)
+                leaf.put(native, layer.rotated(own.reshape(layer.weight.shape)).reshape(own.shape))
+            writer.write(data)
+    return target
+
+
+def export_folder(pipe: Any, folder: str | Path, *, keep_base: Literal["cpu", "disk"] = "cpu") -> Path:
+    """Write the pipeline in diffusers' format with the live adapters, at their strengths, in its weights.
+
+    Afterwards the pipeline is as it was, bit by bit, with its adapters live.
+
+    Args:
+        pipe: a diffusers pipeline with live adapters.
+        folder: the new folder. It appears whole or not at all.
+        keep_base: where the base's weights wait meanwhile.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: nothing is live, an adapter is fused, a LoRA is loaded, or the base's weights cannot be kept.
+        TargetError: a weight is quantized or not in memory.
+        AdapterFileError: the folder is there already, or cannot be written.
+    """
+    folder, modules = Path(folder), modules_of(pipe)
+    adapted = [modules[part] for part in live_components(pipe)]
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise AdapterFileError(f"{folder} is there already", expected="a new folder", fix="choose another name")
+    if wrapped := [part for part, module in modules.items() if any(hasattr(m, "base_layer") for m in module.modules())]:
+        raise AdapterError(
+            f"a LoRA is loaded into {wrapped[0]}, and folders cannot hold one",
+            expected="no adapters but OFT's",
+            fix="unload_lora_weights first, or fuse_oft, fuse_lora, unload_lora_weights and save_pretrained yourself",
+        )
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+        for module in adapted:
+            merge_oft(module, keep_base=keep_base)
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        for file in temporary.rglob("*"):
+            _sync(file)
+        temporary.chmod(0o777 & ~_umask())  # temporary folders are private
+        temporary.replace(folder)
+        temporary = None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for module in adapted:
+            if (bank := bank_of(module)) is not None and bank.merged:
+                unmerge_oft(module)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+# -- single files -----------------------------------------------------------------------------------------------------
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin."""
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:  # which checks it
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(length)), 8 + length
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path.name} cannot be read ({str(error)[:200]})",
+            expected="a whole safetensors file",
+            fix="check the path, or download or copy the file again",
+        ) from error
+
+
+def _refuse_quantized(source: Path, dtypes: Mapping[str, str]) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise AdapterFileError(
+                f"{source.name} has {name} in {dtype}, which cannot be rotated",
+                expected=f"one of {', '.join(_DTYPES)}",
+                fix="use the checkpoint that is not quantized",
+            )
+
+
+def _refuse_other_base(source: Path, name: str, layer: str, found: Tensor, weight: Tensor) -> None:
+    """Both may have been rounded, each to its own dtype."""
+    coarse = max(torch.finfo(found.dtype), torch.finfo(weight.dtype), key=lambda info: info.eps)
+    apart = f"{tuple(found.shape)} instead of {tuple(weight.shape)}"
+    if found.numel() == weight.numel():
+        theirs, ours = found.double().flatten(), weight.cpu().double().flatten()
+        difference = (theirs - ours).abs()
+        if (difference <= coarse.eps * (torch.maximum(theirs.abs(), ours.abs()) + coarse.smallest_normal)).all():
+            return
+        apart = f"{float(difference.max()):.3g} apart"
+    raise AdapterFileError(
+        f"{source.name} is not the base of this pipeline: its {name} is not {layer}'s weight ({apart})",
+        expected="the checkpoint that the pipeline was made of",
+        fix="load the pipeline from this very file, and the adapter into it",
+    )
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
+    while count:
+        chunk = reader.read(min(count, _CHUNK))
+        if not chunk:
+            raise OSError("the file was cut while it was read")
+        writer.write(chunk)
+        count -= len(chunk)
+
+
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its name when it is whole, synced; after any error there is none.
+
+    Raises:
+        AdapterFileError: the folder cannot be made or written, or the disk is full.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())  # temporary files are private
+        Path(temporary).replace(path)
+        temporary = None
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        if temporary is not None:  # Ctrl-C leaves nothing behind either
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path} cannot be written ({error.strerror or error})",
+        expected="a writable folder with enough space",
+        fix="free some space, or choose another folder",
+    )
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- what is live -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LiveWeight:
+    """A layer's weight and what the active adapters make of it.
+
+    Attributes:
+        layer: its name in the component.
+        weight: the base's, `(out, in)` or `(out, in, kh, kw)`, as it lies in the model.
+        deltas: by site, in the order in which the weight takes them.
+    """
+
+    layer: str
+    weight: Tensor
+    deltas: Mapping[str, tuple[Tensor, ...]]
+
+    @torch.no_grad()
+    def rotated(self, weight: Tensor) -> Tensor:
+        """What becomes of a weight of this layer, in a tensor of its own, of at least 32 bits."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for site, deltas in self.deltas.items():
+            _rotate_(wide, site, deltas)
+        return wide
+
+
+def live_weights(model: nn.Module) -> list[LiveWeight]:
+    """Every layer that a model's active adapters rotate. The model stays as it is.
+
+    Raises:
+        AdapterError: an adapter is merged, or a LoRA is fused into such a layer.
+        TargetError: a weight is not a floating matrix in memory (a quantized or offloaded layer).
+    """
+    bank = bank_of(model)
+    if bank is None:
+        return []
+    bank.refuse_merged(bank.merged)
+    refuse_fused_lora(unwrap(model))
+    stages = make_stages(bank.active, bank.adapters)
+    weights = _merge_targets(model, stages)
+    if not weights:
+        return []
+    with torch.no_grad():
+        found = split_by_site(stages, bank.build_deltas(stages, next(iter(weights.values())).device))
+    by_layer: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in weights}
+    for site in sorted(found, key=lambda site: place_of(site) != "patches"):  # as merging does
+        by_layer[layer_of(site)][site] = found[site]
+    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in by_layer.items()]
+
+
+def live_components(pipe: Any) -> dict[str, dict[str, LiveWeight]]:
+    """`live_weights` of every component of a pipeline that has some, by layer.
+
+    Raises:
+        AdapterError: it is no pipeline, no adapter acts in it, or one of `live_weights`' reasons.
+        TargetError: as there.
+    """
+    modules = modules_of(pipe)
+    live = {part: {layer.layer: layer for layer in live_weights(module)} for part, module in modules.items()}
+    active = [item for module in modules.values() if (bank := bank_of(module)) for item in bank.active]
+    if all(item.strength == 0.0 for item in active):
+        raise AdapterError(
+            "nothing to export: no adapter acts in this pipeline",
+            expected="active adapters with a strength other than 0",
+            fix="load one, or activate one with set_oft_adapters",
+        )
+    return {part: layers for part, layers in live.items() if layers}
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's components that are modules.
+
+    Raises:
+        AdapterError: it is no pipeline.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise AdapterError(
+            f"a {type(pipe).__name__} is no pipeline",
+            expected="a diffusers pipeline with its components",
+            fix="pass the pipeline itself, not one of its components",
+        )
+    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
+
+
+def export_note(pipe: Any, carrier: str, **more: Any) -> str:
+    """A header's text about an export: its kind, the base's name, the adapters with their strengths, the software."""
+    name = str(getattr(getattr(pipe, "config", None), "_name_or_path", ""))
+    local = Path(name)
+    adapters = {
+        part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active]
+        for part, module in modules_of(pipe).items()
+        if (bank := bank_of(module)) is not None and bank.active
+    }
+    note = {
+        "format": carrier,
+        # Of a local path the last part only: files are shared, and where a base lay is nobody's business.
+        "base": local.absolute().name if name and (local.is_absolute() or local.exists()) else name,
+        "adapters": adapters,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "software": software_versions(),
+        **more,
+    }
+    return json.dumps(note, sort_keys=True)
+
+
+def safetensors_path(path: str | Path) -> Path:
+    """A path of that kind.
+
+    Raises:
+        AdapterFileError: its name says something else.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise AdapterFileError(
+            f"{Path(path).name} is no name of a safetensors file",
+            expected="a name that ends in .safetensors",
+            fix=f"use {Path(path).stem}.safetensors",
+        )
+    return Path(path)

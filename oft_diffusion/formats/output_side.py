@@ -1,0 +1,134 @@
+"""Files of the first OFT, which rotates outputs: sd-scripts `networks.oft` and `oft_flux`, LyCORIS diag-oft.
+
+Full matrices B per block of output rows: `Q = B - B^T`, `R = C(Q)` exactly, merged `R^T W`, which is our output side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import AdapterFileError
+from oft_diffusion.formats.source import Match, Source
+from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX
+from oft_diffusion.rotation import block_size_of, pack
+
+
+def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OFTConfig, dict[str, Tensor]]]:
+    """Per component, its settings and its tensors as ours.
+
+    Raises:
+        AdapterFileError: BOFT; shapes that do not fill a layer's outputs; blocks that lie across two layers of a fused
+            weight; a matrix that is no rotation.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for match in matches:
+        state, scales = states.setdefault(match.meaning.component, {}), _scales(source, match)
+        for layer, q in _read_match(source, match):
+            if layer + KEY_SUFFIX in state:
+                raise _bad(source, match, f"{layer} for the second time", "one rotation per layer")
+            state[layer + KEY_SUFFIX] = pack(q).float()
+            if layer in scales:
+                state[layer + SCALE_SUFFIX] = scales[layer].view(len(q), -1).float()
+    return {part: (OFTConfig(block_size=_size(state), targets=".*", side="output"), state)
+            for part, state in states.items()}  # fmt: skip
+
+
+def _read_match(source: Source, match: Match) -> list[tuple[str, Tensor]]:
+    """Per leaf, its layer's `Q (r, b, b)`, in float64."""
+    leaves, tensors = match.meaning.leaves, match.tensors
+    if "oft_diag" in tensors:
+        return _leaves(source, match, _of_rotation(source, match, tensors["oft_diag"]))
+    if "oft_blocks" in tensors:
+        return _leaves(source, match, _skew(source, match, tensors["oft_blocks"]))
+    splits = [tensors.get(f"oft_blocks.{number}") for number in range(len(leaves))]
+    numbers = sum(name.startswith("oft_blocks.") for name in tensors)
+    if None in splits or numbers != len(leaves):
+        raise _bad(source, match, f"{numbers} sets of blocks", f"one for each of {', '.join(match.meaning.layers)}")
+    found = []
+    for leaf, module, blocks in zip(leaves, match.modules, splits, strict=True):
+        assert blocks is not None
+        q = _skew(source, match, blocks)
+        if len(q) * q.shape[1] != _outputs(module):
+            raise _bad(source, match, f"{len(q)} blocks of {q.shape[1]}", f"{_outputs(module)} outputs of {leaf.layer}")
+        found.append((leaf.layer, q))
+    return found
+
+
+def _skew(source: Source, match: Match, blocks: Tensor) -> Tensor:
+    if blocks.dim() == 4:
+        raise AdapterFileError(
+            f"{source.name} is BOFT, as the four axes of {match.key}.oft_blocks tell, which has no counterpart here",
+            expected="OFT: blocks of three axes",
+            fix="use it in the tool that wrote it, or merge it into a model there",
+        )
+    if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or 0 in blocks.shape or not blocks.is_floating_point():
+        raise _bad(source, match, f"blocks of shape {tuple(blocks.shape)}, {blocks.dtype}", "square matrices")
+    q = blocks.double() - blocks.double().mT
+    alpha = match.tensors.get("alpha")
+    bound = float(alpha) * len(q) * q.shape[1] if alpha is not None and alpha.numel() == 1 else 0.0
+    # Not a scale: a bound on all blocks together. LyCORIS writes 0 where there is none, sd-scripts always has one.
+    if bound > 0 or source.header.get("ss_network_module", "").startswith("networks.oft"):
+        q = q * min(1.0, bound / max(float(q.norm()), 1e-12))
+    return q
+
+
+def _of_rotation(source: Source, match: Match, stored: Tensor) -> Tensor:
+    """`Q` of rotations that are stored themselves, as LyCORIS did in 2023."""
+    if stored.dim() != 3 or stored.shape[1] != stored.shape[2] or 0 in stored.shape or not stored.is_floating_point():
+        raise _bad(source, match, f"matrices of shape {tuple(stored.shape)}, {stored.dtype}", "square matrices")
+    r, identity = stored.double(), torch.eye(stored.shape[1], dtype=torch.float64)
+    error = float((r @ r.mT - identity).abs().max())
+    allowed = 1e-4 if stored.dtype in (torch.float32, torch.float64) else 2e-2  # rounded when it was saved
+    if error > allowed or float(torch.linalg.eigvals(r).real.min()) < -0.999:
+        raise _bad(
+            source, match, f"matrices that are no rotations (orthogonality error {error:.2g})",
+            "rotations, which some builds of LyCORIS of 2023 did not store under this name",
+        )  # fmt: skip
+    q = torch.linalg.solve(r + identity, r - identity)
+    return (q - q.mT) / 2
+
+
+def _leaves(source: Source, match: Match, q: Tensor) -> list[tuple[str, Tensor]]:
+    """Each leaf's blocks of a weight that several layers share: rotations act on rows, so leaves must not cut one."""
+    size, outputs = q.shape[1], sum(_outputs(module) for module in match.modules)
+    if len(q) * size != outputs:
+        raise _bad(source, match, f"{len(q)} blocks of {size}", f"blocks that fill its {outputs} outputs")
+    found = []
+    for leaf in match.meaning.leaves:
+        rows = leaf.take(torch.arange(outputs).unsqueeze(1)).flatten()
+        blocks = rows.view(-1, size) // size if len(rows) % size == 0 else None
+        aligned = blocks is not None and torch.equal(blocks[:, :1] * size + torch.arange(size), rows.view(-1, size))
+        if blocks is None or not aligned:
+            raise _bad(source, match, f"blocks of {size} across {leaf.layer} and another layer", "blocks within each")
+        found.append((leaf.layer, q[blocks[:, 0]]))
+    return found
+
+
+def _scales(source: Source, match: Match) -> dict[str, Tensor]:
+    stored = match.tensors.get("rescale")
+    if stored is None:
+        return {}
+    if stored.numel() != sum(_outputs(module) for module in match.modules) or not stored.is_floating_point():
+        raise _bad(source, match, f"rescale of shape {tuple(stored.shape)}", "one factor per output")
+    return {leaf.layer: leaf.take(stored.double().reshape(-1, 1)).flatten() for leaf in match.meaning.leaves}
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)  # type: ignore[arg-type]
+
+
+def _size(state: dict[str, Tensor]) -> Any:
+    sizes = {block_size_of(t.shape[1]) for key, t in state.items() if key.endswith(KEY_SUFFIX)}
+    return sizes.pop() if len(sizes) == 1 else "mixed"
+
+
+def _bad(source: Source, match: Match, found: str, expected: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{source.name} has for {match.key} {found}",
+        expected=expected,
+        fix="load it onto the model that it was trained on, or get the file again",
+    )

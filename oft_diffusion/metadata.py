@@ -1,0 +1,144 @@
+"""`AdapterMetadata`: all that a file says about its adapter beside its tensors, as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import AdapterFileError, OFTError
+
+FORMAT_VERSION = 1
+HEADER_KEY = "oft_diffusion"
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "base": (dict,),
+    "trigger": (str, type(None)),
+    "class_word": (str, type(None)),
+    "training": (dict,),
+    "software": (dict,),
+    "created": (str,),
+    "sha256": (str,),
+    "probes": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What a file says about its adapter.
+
+    Attributes:
+        components: each component's settings, block size resolved.
+        base: what it was trained on, for example `{"name": ..., "components": {"unet": "UNet2DConditionModel"}}`.
+        trigger: the trigger token, None where there is none.
+        class_word: the subject's class, for example "mug".
+        training: the training settings, plain JSON types.
+        software: versions of what wrote the file; filled in on saving.
+        created: ISO 8601 date and time, UTC; filled in on saving.
+        sha256: of the tensors (`tensor_digest`); filled in on saving.
+        probes: what `proof` computed when the file was written: by component and layer, "rotations" (filled in on
+            saving), and "layers" where the base was there.
+        format_version: of this layout.
+    """
+
+    components: Mapping[str, OFTConfig]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    trigger: str | None = None
+    class_word: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    software: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    sha256: str = ""
+    probes: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` inverts it."""
+        data = {k: v for k, v in self.__dict__.items() if k != "components"}
+        data["components"] = {name: config.to_dict() for name, config in self.components.items()}
+        return json.dumps(data, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterMetadata:
+        """Parse `to_json`'s output.
+
+        Raises:
+            ValueError, TypeError, KeyError, OFTError: it is not such output.
+        """
+        data = json.loads(text)
+        data["components"] = {name: OFTConfig.from_dict(config) for name, config in data["components"].items()}
+        metadata = cls(**data)
+        wrong = [name for name, kinds in _KINDS.items() if not isinstance(getattr(metadata, name), kinds)]
+        classes = {} if "base" in wrong else metadata.base.get("components", {})
+        if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
+            wrong.append("base")
+        prints = {} if "base" in wrong else metadata.base.get("fingerprints", {})
+        if not isinstance(prints, dict) or not all(_is_fingerprint(p) for p in prints.values()):
+            wrong.append("base")
+        if "probes" not in wrong and not _are_probes(metadata.probes):
+            wrong.append("probes")
+        if wrong:
+            raise TypeError(f"not of the right type: {', '.join(wrong)}")
+        return metadata
+
+
+def _are_probes(found: Mapping[str, Any]) -> bool:
+    if not all(isinstance(kind, dict) for kind in found.values()):
+        return False
+    parts = [part for kind in found.values() for part in kind.values()]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(type(value) in (int, float) and abs(value) < float("inf") for part in parts for value in part.values())
+
+
+def _is_fingerprint(found: object) -> bool:
+    samples = found.get("samples", []) if isinstance(found, dict) else None
+    return isinstance(samples, list) and all(s is None or type(s) in (int, float) for s in samples)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what an adapter's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for package in ("oft-diffusion", "torch", "diffusers", "transformers", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def parse_metadata(file_name: str, header: Mapping[str, str]) -> AdapterMetadata:
+    """The metadata in a file's header.
+
+    Raises:
+        AdapterFileError: there is none of ours, of a newer version, or broken.
+    """
+    text = header.get(HEADER_KEY)
+    if text is None:
+        raise AdapterFileError(
+            f"{file_name} was written by another tool: its metadata says nothing of how its rotations are built",
+            expected=f"metadata under {HEADER_KEY!r}",
+            fix="load it with the tool that wrote it",
+        )
+    try:
+        format_version = json.loads(text).get("format_version")
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{file_name} has format version {format_version}",
+                expected=f"an integer from 1 to {FORMAT_VERSION}",
+                fix="upgrade oft-diffusion",
+            )
+        return AdapterMetadata.from_json(text)
+    except AdapterFileError:
+        raise
+    except OFTError as error:
+        raise AdapterFileError(f"{file_name}: {error.problem}", expected=error.expected, fix=error.fix) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{file_name} has metadata that cannot be read ({str(error)[:200]})",
+            expected=f"the JSON that oft-diffusion writes under {HEADER_KEY!r}",
+            fix="get the file again, or ask its author to save it again",
+        ) from error

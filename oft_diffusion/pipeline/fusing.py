@@ -1,0 +1,70 @@
+"""A pipeline's adapters merged into its weights, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from oft_diffusion.errors import AdapterError
+from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
+from oft_diffusion.pipeline.state import list_oft_adapters, require_banks
+from oft_diffusion.plan import as_names
+
+
+def fuse_oft(
+    pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
+) -> None:
+    """Merge active adapters into the weights: no cost per step any more, and the same pictures up to rounding.
+
+    Args:
+        pipe: a pipeline with active adapters.
+        adapter_names: which; all active ones if None. They must be the last in order.
+        keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
+
+    Raises:
+        AdapterError: nothing is active, the order would change, a LoRA is fused there, or `keep_base` is none of the
+            three, or a disk that is full.
+        TargetError: a layer has no floating weight, as in a quantized base.
+
+    After any error nothing is fused, in no component; but for one amid the work (Ctrl-C, no memory) with
+    `keep_base=False`: load the pipeline again then.
+    """
+    check_keep_base(keep_base)
+    names = None if adapter_names is None else as_names(adapter_names)
+    wanted: dict[str, list[str]] = {}
+    for part, bank in require_banks(pipe, names or ()).items():
+        here = [a.name for a in bank.active] if names is None else [n for n in names if n in bank.adapters]
+        if here:
+            wanted[part] = here
+    if not wanted:
+        fused = [a.name for a in list_oft_adapters(pipe) if a.fused]
+        raise AdapterError(
+            f"nothing to fuse: no adapter is active or named{f' ({fused[0]} is fused already)' if fused else ''}",
+            expected="active adapters",
+            fix="activate them with set_oft_adapters first",
+        )
+    for part, here in wanted.items():
+        check_merge(getattr(pipe, part), here)
+    done: list[str] = []
+    try:
+        for part, here in wanted.items():
+            merge_oft(getattr(pipe, part), here, keep_base=keep_base)
+            done.append(part)
+    except BaseException:  # Ctrl-C, too
+        for part in done if keep_base else ():
+            unmerge_oft(getattr(pipe, part))
+        raise
+
+
+def unfuse_oft(pipe: DiffusionPipeline) -> None:
+    """Put the base's weights back, bit by bit; fused adapters act live again.
+
+    Raises:
+        AdapterError: nothing is fused, or the base was not kept.
+    """
+    fused = [part for part, bank in require_banks(pipe, ()).items() if bank.merged]
+    if not fused:
+        raise AdapterError("nothing is fused in this pipeline", expected="a fused adapter", fix="call fuse_oft first")
+    for part in fused:
+        unmerge_oft(getattr(pipe, part))
