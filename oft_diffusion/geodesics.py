@@ -1,8 +1,8 @@
 """The geometry of SO(b): what is between two rotations, the mean of several, and the way back to exact Cayley.
 
 Rotations are deltas `D = R - I`, `(n, b, b)` float64, for n blocks at once. The distance of two is the largest angle of
-a plane of `R_1^T R_2`, in radians. At 180 degrees nothing here is unique, so every function tells the angle; beyond
-`CUT` its other results are finite, but mean nothing.
+a plane of `R_1^T R_2`, in radians. At 180 degrees nothing here is unique, so every function tells the angle too: beyond
+`CUT` its other results mean nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Mean:
 
 
 def _step_size(step: Tensor, before: Tensor, pull: Tensor) -> Tensor:
-    """`(n, 1, 1)`: one over the curvature that the last step met (Barzilai and Borwein), which 1 is a bound of."""
+    """`(n, 1, 1)`: one over the curvature that the last step met, at most 1 (Barzilai and Borwein's step)."""
     met = (step * (before - pull)).sum((1, 2), keepdim=True)
     return ((step * step).sum((1, 2), keepdim=True) / met).clamp(0.5, 4.0)
 
@@ -89,7 +89,7 @@ def _step_size(step: Tensor, before: Tensor, pull: Tensor) -> Tensor:
 def cayley_generators(delta: Tensor) -> tuple[Tensor, Tensor]:
     """Packed generators `(n, b(b-1)/2)` of `Q = (R - I)(R + I)^-1`, and each block's largest angle `(n,)`."""
     versine = torch.linalg.eigvalsh(_versine(delta))
-    # D is nearly singular where R is near the identity, D + 2 only at 180 degrees.
+    # R + I = D + 2 I is singular at 180 degrees, for which solve_ex raises nothing.
     q = torch.linalg.solve_ex(delta + 2.0 * torch.eye(delta.shape[-1], dtype=delta.dtype), delta)[0]
     return pack((q - q.mT) / 2), _angle(versine[:, -1])
 

@@ -242,7 +242,7 @@ class _Carrier:
             delta = change.delta
             norms = [float(torch.linalg.vector_norm(t)) for t in (made[name].to(delta) - delta, delta, change.rotated)]
             self._norms[f"{part}.{name}"] = _Norms(*norms)
-            self._base[f"{part}.{name}"] = tensor_digest({name: self.live[part][name].weight})
+            self._base[f"{part}.{name}"] = tensor_digest({name: self.live[part][name].weight.flatten()})
 
     def save(self, carrier: str, header: Mapping[str, str] | None = None, **more: Any) -> Exported:
         """Write the file; `more` is noted down."""
@@ -252,7 +252,7 @@ class _Carrier:
             self._pipe,
             carrier,
             naming=self._naming,
-            sha256=tensor_digest({name: t if t.dim() else t.view(1) for name, t in self.tensors.items()}),
+            sha256=tensor_digest({name: t.flatten() for name, t in self.tensors.items()}),
             weights_sha256=base if carrier != "glora" else None,  # those that the numbers were computed from
             errors={"delta": overall.delta, "weight": overall.weight},
             **more,

@@ -84,7 +84,7 @@ NAMINGS: Mapping[str, Naming] = {
 
 # By these prefixes other tools mean the denoiser, whatever its kind.
 _DENOISER_DOTTED = ("diffusion_model.", "model.diffusion_model.", "lora_unet.")
-_DENOISER_FLAT = ("lora_unet_", "oft_unet_")
+_DENOISER_FLAT = ("lora_unet_", "oft_unet_", "oftv2_unet_")
 # These stand before its tensors in single-file checkpoints.
 _DENOISER_TENSORS = ("model.diffusion_model.", "", "diffusion_model.")
 
