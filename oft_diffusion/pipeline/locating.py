@@ -9,7 +9,7 @@ from typing import Any
 
 from oft_diffusion.errors import AdapterFileError, first_line
 from oft_diffusion.files import FILE_NAME, resolve_adapter_path
-from oft_diffusion.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+from oft_diffusion.formats.writing import CONFIG_NAME, WEIGHTS_NAME
 
 _HUB_OPTIONS = (
     "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version",

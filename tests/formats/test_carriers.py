@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from oft_diffusion import OFTConfig, inject_oft, merge_oft, remove_oft
 from oft_diffusion.disk import tensor_digest
 from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, TargetError
-from oft_diffusion.formats.carriers import EXPORT_KEY, Exported, export_diff, export_glora, export_lora
+from oft_diffusion.formats.carriers import Exported, export_diff, export_glora, export_lora
+from oft_diffusion.formats.checkpoint import EXPORT_KEY
 from oft_diffusion.formats.names import ComponentLayers, Meaning, describe, read_names
 from oft_diffusion.inject import inject_state
 from oft_diffusion.rotation import packed_size
@@ -46,7 +47,7 @@ def every_layer(name: str, layer: nn.Module) -> bool:
 
 def no_kernels(name: str, layer: nn.Module) -> bool:
     del name
-    return layer.weight[0].numel() == layer.weight.shape[1]  # type: ignore[union-attr,index,operator]
+    return layer.weight[0].numel() == layer.weight.shape[1]  # type: ignore[index]
 
 
 def attention(name: str, layer: nn.Module) -> bool:
@@ -84,7 +85,7 @@ def layers_of(pipe: Any) -> dict[tuple[str, str], nn.Module]:
 
 
 def weights_of(pipe: Any) -> Weights:
-    return {name: layer.weight.detach().clone() for name, layer in layers_of(pipe).items()}  # type: ignore[union-attr,operator]
+    return {name: layer.weight.detach().clone() for name, layer in layers_of(pipe).items()}  # type: ignore[operator]
 
 
 def another_base(pipe: Any, seed: int) -> None:
@@ -92,7 +93,7 @@ def another_base(pipe: Any, seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for layer in layers_of(pipe).values():
-            layer.weight.normal_(std=0.2)  # type: ignore[union-attr,operator]
+            layer.weight.normal_(std=0.2)  # type: ignore[operator]
 
 
 def merged(pipe: Any) -> Weights:
