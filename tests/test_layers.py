@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats images pipeline load generate report"
+_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats images pipeline load skeleton generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -60,6 +60,7 @@ LAYERS: dict[str, Layer] = {
         f"{_ADAPTER} prediction proof disk metadata files formats", f"torch PIL {_HUGGING_FACE}"
     ),
     "oft_diffusion/load.py": Layer("errors text_encoders", "torch diffusers huggingface_hub"),
+    "oft_diffusion/skeleton.py": Layer("errors", "torch diffusers transformers huggingface_hub"),
     "oft_diffusion/generate.py": Layer(
         f"{_ADAPTER} metadata files formats images pipeline load", "torch PIL diffusers"
     ),

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import diffusers
-import torch
-import transformers
 from torch import nn
 
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import ConfigError, first_line
+from oft_diffusion.skeleton import component_skeleton
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
 
@@ -32,35 +27,4 @@ def skeleton(base: Base, component: str) -> nn.Module:
     Raises:
         ConfigError: diffusers or transformers cannot build it.
     """
-    name = base.classes[component]
-    try:
-        with torch.device("meta"):
-            if component in base.denoisers:
-                kind: Any = getattr(diffusers, name)
-                model: nn.Module = kind.from_config(dict(base.parts[component]))
-                return model
-            folder = str(base.configs / component)
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            encoder: nn.Module = getattr(transformers, name)(_own(config, name))
-            return encoder
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        IndexError,
-        ZeroDivisionError,
-        AttributeError,
-    ) as error:
-        raise ConfigError(
-            f"no model can be built from {base.configs / component / 'config.json'} ({first_line(error)})",
-            expected="the config that came with the model",
-            fix="download or copy the model again",
-        ) from error
-
-
-def _own(config: Any, name: str) -> Any:
-    """The part of a config that a class takes: a CLIP text model's may lie inside a CLIP's."""
-    wanted = getattr(transformers, name).config_class
-    return config if wanted is None or isinstance(config, wanted) else getattr(config, "text_config", config)
+    return component_skeleton(base.configs / component, base.classes[component])
