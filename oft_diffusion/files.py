@@ -54,7 +54,8 @@ def save_adapter_file(
             file cannot be written.
     """
     path = _file_to_write(Path(path))
-    tensors = {f"{part}.{name}": t.contiguous() for part, state in components.items() for name, t in state.items()}
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {f"{p}.{name}": t.detach().clone().contiguous() for p, s in components.items() for name, t in s.items()}
     _check_tensors(path, tensors)
     _check_settings(path, {part: state for part, state in components.items() if state}, metadata)
     filled = AdapterMetadata(**{

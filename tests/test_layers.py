@@ -28,7 +28,7 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats images pipeline load skeleton generate report"
+_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline load skeleton generate report"
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -55,6 +55,9 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/metadata.py": Layer("errors config", ""),
     "oft_diffusion/files.py": Layer(f"{_ADAPTER} proof disk metadata", "torch safetensors"),
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} proof disk metadata files", "torch safetensors"),
+    "oft_diffusion/geodesics.py": Layer("errors config rotation", "torch", name="arithmetic"),
+    "oft_diffusion/matching.py": Layer(f"{_ADAPTER} disk metadata files", "torch", name="arithmetic"),
+    "oft_diffusion/arithmetic.py": Layer(f"{_ADAPTER} disk metadata files", "torch"),
     "oft_diffusion/images.py": Layer("errors disk", "numpy PIL"),
     "oft_diffusion/pipeline/": Layer(
         f"{_ADAPTER} prediction proof disk metadata files formats", f"torch PIL {_HUGGING_FACE}"

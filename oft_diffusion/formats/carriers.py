@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from oft_diffusion.formats.checkpoint import (
     live_components,
     modules_of,
     safetensors_path,
+    same_name,
 )
 from oft_diffusion.formats.components import Components, describe, encoder_of
 from oft_diffusion.formats.names import Meaning, write_names
@@ -38,6 +39,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAMINGS = ("kohya", "flat", "comfy")
 # Denoisers of whose fused weights ComfyUI finds the rows by diffusers' names, `lora_transformer_`.
 _SPLIT_IN_COMFY = ("SD3Transformer2DModel", "FluxTransformer2DModel", "ChromaTransformer2DModel")
+# `load_lora_weights(..., load_into_transformer_2=True)` looks for the first expert's names.
+_LOADED_AS = {"transformer_2": "transformer"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,16 @@ def export_diff(pipe: Any, path: str | Path, *, naming: str = "kohya", dtype: to
             fused weights split (of transformers, ComfyUI knows SD 3's, Flux's and Chroma's); "comfy" for dotted native
             names.
         dtype: of the file.
+        components: which adapted ones of the pipeline's; all if None.
 
     Raises:
         AdapterError: nothing is live, or an adapter or a LoRA is fused.
-        TargetError: a weight is quantized or not in memory, or a layer has no name of this kind.
+        TargetError: a weight is quantized or not in memory, a layer has no name of this kind, or the same one as another
+            component's.
         ConfigError: `naming` or `dtype` is unusable.
         AdapterFileError: the file cannot be written, or a value is too large for `dtype`.
     """
-    file = _Carrier(pipe, path, dtype, naming, NAMINGS)
+    file = _Carrier(pipe, path, dtype, naming, NAMINGS, components)
     for key, meaning, changes in file.changes():
         made = file.put(f"{key}.diff", _native(meaning, changes))
         file.judge(meaning.component, changes, {leaf.layer: leaf.take(made) for leaf in meaning.leaves})
@@ -99,6 +104,7 @@ def export_lora(
     rank: int | None = None,
     naming: str = "kohya",
     dtype: torch.dtype = torch.float16,
+    components: Collection[str] | None = None,
 ) -> Exported:
     """Write `W' - W` of every layer as a LoRA: exactly, at full rank, or the best of a smaller rank.
 
@@ -112,6 +118,7 @@ def export_lora(
         naming: "diffusers" for what `pipe.load_lora_weights` takes, `unet.<layer>.lora_A.weight`; the others are those
             of `export_diff`, with `lora_up`, `lora_down` and `alpha`.
         dtype: of the file, but for `alpha`.
+        components: as for `export_diff`.
 
     Raises:
         AdapterError, TargetError, ConfigError, AdapterFileError: as `export_diff`; or `rank` is not positive, or
@@ -119,7 +126,7 @@ def export_lora(
     """
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"rank={rank!r} is unusable", expected="a positive integer", fix="leave it out for full rank")
-    file = _Carrier(pipe, path, dtype, naming, (*NAMINGS, "diffusers"))
+    file = _Carrier(pipe, path, dtype, naming, (*NAMINGS, "diffusers"), components)
     peft = naming == "diffusers"
     if peft:
         _refuse_unread(pipe, file.live)
@@ -139,7 +146,13 @@ def export_lora(
     return file.save("lora", header, rank=rank)
 
 
-def export_glora(pipe: Any, path: str | Path, *, dtype: torch.dtype = torch.float16) -> Exported:
+def export_glora(
+    pipe: Any,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    components: Collection[str] | None = None,
+) -> Exported:
     """Write `R^T - I` of every layer as a GLoRA, which ComfyUI and Forge apply to any base: exact, but dense.
 
     A file has two matrices `(in, in)` per layer. A fused weight is written as one where all its layers are rotated
@@ -149,12 +162,13 @@ def export_glora(pipe: Any, path: str | Path, *, dtype: torch.dtype = torch.floa
         pipe: a diffusers pipeline with live adapters.
         path: a `.safetensors` file.
         dtype: of the file.
+        components: as for `export_diff`.
 
     Raises:
         AdapterError, TargetError, ConfigError, AdapterFileError: as `export_diff`; or an adapter rotates outputs, or a
             kernel of more than one tap, or layers of a fused weight differently where ComfyUI cannot tell them apart.
     """
-    file = _Carrier(pipe, path, dtype, "kohya", NAMINGS)
+    file = _Carrier(pipe, path, dtype, "kohya", NAMINGS, components)
     for part, layers in file.live.items():
         turns = {name: _right_factor(part, layer) for name, layer in layers.items()}
         for key, meaning in _glora_names(file.about, part, turns).items():
@@ -203,7 +217,15 @@ class _Norms(NamedTuple):
 class _Carrier:
     """A file in the making: its tensors, and how far what they stand for is from what is live."""
 
-    def __init__(self, pipe: Any, path: str | Path, dtype: torch.dtype, naming: str, namings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        path: str | Path,
+        dtype: torch.dtype,
+        naming: str,
+        namings: Sequence[str],
+        components: Collection[str] | None,
+    ) -> None:
         for what, value, usable in (("naming", naming, namings), ("dtype", dtype, DTYPES)):
             if value not in usable:
                 raise ConfigError(
@@ -212,7 +234,7 @@ class _Carrier:
                     fix=f"leave {what} out",
                 )
         self._pipe, self._path, self._dtype, self._naming = pipe, safetensors_path(path), dtype, naming
-        self.live = live_components(pipe)
+        self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
         self.tensors: dict[str, Tensor] = {}
         self._norms: dict[str, _Norms] = {}
@@ -222,6 +244,8 @@ class _Carrier:
         """Every key to write, with the changes of the layers in it."""
         for part, layers in self.live.items():
             for key, meaning in write_names(self.about, part, layers, self._naming).items():
+                if self._naming == "diffusers" and part in _LOADED_AS:
+                    key = _LOADED_AS[part] + key.removeprefix(part)
                 yield key, meaning, {name: _Change.of(layers[name]) for name in meaning.layers if name in layers}
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
@@ -233,6 +257,8 @@ class _Carrier:
                 expected=f"numbers up to {torch.finfo(self._dtype).max:.3g}",
                 fix="write bfloat16 or float32, or take a smaller strength",
             )
+        if name in self.tensors:
+            raise same_name(name, *list(self.live)[:2])
         self.tensors[name] = stored
         return stored.to(tensor.device, torch.float32)
 
@@ -251,6 +277,7 @@ class _Carrier:
         note = export_note(
             self._pipe,
             carrier,
+            self.live,
             naming=self._naming,
             sha256=tensor_digest({name: t.flatten() for name, t in self.tensors.items()}),
             weights_sha256=base if carrier != "glora" else None,  # those that the numbers were computed from
@@ -332,7 +359,7 @@ def _lora_configs(about: Components, ranks: Mapping[str, Mapping[str, int]]) -> 
             "r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": others,
             "target_modules": [canonical_name(layer) for layer in by_layer],
         }  # fmt: skip
-        told |= {f"{part}.{name}": value for name, value in config.items()}
+        told |= {f"{_LOADED_AS.get(part, part)}.{name}": value for name, value in config.items()}
     return told
 
 

@@ -1,4 +1,4 @@
-"""Merged models: a base's single-file checkpoint, or a folder in diffusers' format, with live adapters in the weights."""
+"""Merged models: a base's single-file checkpoint or a folder in diffusers' format, live adapters in the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from oft_diffusion.audit import refuse_fused_lora
-from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
 from oft_diffusion.formats.components import describe
 from oft_diffusion.formats.names import Leaf, checkpoint_names
 from oft_diffusion.hooks import bank_of, unwrap
@@ -31,7 +31,9 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _CHUNK = 2**24  # bytes that are copied at a time
 
 
-def export_checkpoint(pipe: Any, base: str | Path, path: str | Path) -> Path:
+def export_checkpoint(
+    pipe: Any, base: str | Path, path: str | Path, *, components: Collection[str] | None = None
+) -> Path:
     """Write a copy of a base's single-file checkpoint with the live adapters, at their strengths, in its weights.
 
     Only tensors that they rotate change, from what the file has of them, in its dtype; all else is copied byte by
@@ -41,18 +43,20 @@ def export_checkpoint(pipe: Any, base: str | Path, path: str | Path) -> Path:
         pipe: a diffusers pipeline of that base with live adapters.
         base: the base's `.safetensors` file, with the names of its original implementation.
         path: the new file.
+        components: which adapted ones of the pipeline's; all if None.
 
     Returns:
         The new file's path.
 
     Raises:
         AdapterError: nothing is live, or an adapter or a LoRA is fused.
-        TargetError: a weight is quantized or not in memory, or has no name in a checkpoint that we know.
+        TargetError: a weight is quantized or not in memory, has no name in a checkpoint that we know, or has the same
+            one as another component's.
         AdapterFileError: `base` is no such file, lacks a tensor, has a quantized one, or is another base than the
             pipeline's; or the new file cannot be written, or would replace the base. Nothing is left then.
     """
     source, target = safetensors_path(base), safetensors_path(path)
-    live, about = live_components(pipe), describe(modules_of(pipe))
+    live, about = live_components(pipe, components), describe(modules_of(pipe))
     header, start = _read_header(source)
     if target.exists() and target.samefile(source):
         raise AdapterFileError(f"{target} is the base itself", expected="a new file", fix="choose another name")
@@ -60,9 +64,11 @@ def export_checkpoint(pipe: Any, base: str | Path, path: str | Path) -> Path:
     touched: dict[str, list[tuple[str, Leaf, LiveWeight]]] = {}
     for part, layers in live.items():
         for name, meaning in checkpoint_names(about, part, layers, header, source=source.name).items():
+            if name in touched:
+                raise same_name(name, touched[name][0][0], part)
             touched[name] = [(part, leaf, layers[leaf.layer]) for leaf in meaning.leaves if leaf.layer in layers]
     _refuse_quantized(source, {name: header[name]["dtype"] for name in touched})
-    note = export_note(pipe, "checkpoint", file=source.name)
+    note = export_note(pipe, "checkpoint", live, file=source.name)
     written = json.dumps({"__metadata__": {**told, EXPORT_KEY: note}, **header}, separators=(",", ":")).encode()
     written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8 bytes
     with source.open("rb") as reader, writing_atomically(target) as writer:
@@ -163,14 +169,16 @@ def _refuse_quantized(source: Path, dtypes: Mapping[str, str]) -> None:
 
 def _refuse_other_base(source: Path, name: str, layer: str, found: Tensor, weight: Tensor) -> None:
     """Both may have been rounded, each to its own dtype."""
-    coarse = max(torch.finfo(found.dtype), torch.finfo(weight.dtype), key=lambda info: info.eps)
     apart = f"{tuple(found.shape)} instead of {tuple(weight.shape)}"
     if found.numel() == weight.numel():
+        dtypes = [torch.finfo(found.dtype), torch.finfo(weight.dtype)]
+        rounding, least = max(d.eps for d in dtypes), max(d.smallest_normal * d.eps for d in dtypes)
         theirs, ours = found.double().flatten(), weight.cpu().double().flatten()
         difference = (theirs - ours).abs()
-        if (difference <= coarse.eps * (torch.maximum(theirs.abs(), ours.abs()) + coarse.smallest_normal)).all():
+        other = ~(difference <= rounding * torch.maximum(theirs.abs(), ours.abs()) + least)
+        if not other.any():
             return
-        apart = f"{float(difference.max()):.3g} apart"
+        apart = f"{float(difference[other].max()):.3g} apart"
     raise AdapterFileError(
         f"{source.name} is not the base of this pipeline: its {name} is not {layer}'s weight ({apart})",
         expected="the checkpoint that the pipeline was made of",
@@ -272,7 +280,7 @@ def live_weights(model: nn.Module) -> list[LiveWeight]:
         return []
     bank.refuse_merged(bank.merged)
     refuse_fused_lora(unwrap(model))
-    stages = make_stages(bank.active, bank.adapters)
+    stages = make_stages([item for item in bank.active if item.strength != 0.0], bank.adapters)
     weights = _merge_targets(model, stages)
     if not weights:
         return []
@@ -284,23 +292,29 @@ def live_weights(model: nn.Module) -> list[LiveWeight]:
     return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in by_layer.items()]
 
 
-def live_components(pipe: Any) -> dict[str, dict[str, LiveWeight]]:
-    """`live_weights` of every component of a pipeline that has some, by layer.
+def live_components(pipe: Any, components: Collection[str] | None = None) -> dict[str, dict[str, LiveWeight]]:
+    """`live_weights` of the components of a pipeline in which adapters act, by layer; of these alone, if some are named.
 
     Raises:
-        AdapterError: it is no pipeline, no adapter acts in it, or one of `live_weights`' reasons.
+        AdapterError: it is no pipeline, no adapter acts in it, or in a named component, or as in `live_weights`.
         TargetError: as there.
     """
     modules = modules_of(pipe)
-    live = {part: {layer.layer: layer for layer in live_weights(module)} for part, module in modules.items()}
-    active = [item for module in modules.values() if (bank := bank_of(module)) for item in bank.active]
-    if all(item.strength == 0.0 for item in active):
-        raise AdapterError(
-            "nothing to export: no adapter acts in this pipeline",
-            expected="active adapters with a strength other than 0",
-            fix="load one, or activate one with set_oft_adapters",
-        )
+    wanted = modules if components is None else [part for part in components if part in modules]
+    live = {part: {layer.layer: layer for layer in live_weights(modules[part])} for part in wanted}
+    if idle := [part for part in components or () if not live.get(part)]:
+        raise _nothing_acts(idle[0])
+    if not any(live.values()):
+        raise _nothing_acts("this pipeline")
     return {part: layers for part, layers in live.items() if layers}
+
+
+def _nothing_acts(where: str) -> AdapterError:
+    return AdapterError(
+        f"nothing to export: no adapter acts in {where}",
+        expected="active adapters with a strength other than 0",
+        fix="load one, or activate one with set_oft_adapters",
+    )
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
@@ -319,14 +333,14 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
     return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
 
 
-def export_note(pipe: Any, carrier: str, **more: Any) -> str:
-    """A header's text about an export: its kind, the base's name, the adapters with their strengths, the software."""
+def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> str:
+    """A header's text about an export: its kind, the base's name, what is live in these components, the software."""
     name = str(getattr(getattr(pipe, "config", None), "_name_or_path", ""))
     local = Path(name)
     adapters = {
-        part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active]
+        part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active if a.strength != 0.0]
         for part, module in modules_of(pipe).items()
-        if (bank := bank_of(module)) is not None and bank.active
+        if part in live and (bank := bank_of(module)) is not None
     }
     note = {
         "format": carrier,
@@ -338,6 +352,15 @@ def export_note(pipe: Any, carrier: str, **more: Any) -> str:
         **more,
     }
     return json.dumps(note, sort_keys=True)
+
+
+def same_name(name: str, first: str, second: str) -> TargetError:
+    """The error about two components, such as Wan's experts, of which a file can hold one."""
+    return TargetError(
+        f"{name} is a name of a layer of {first} and of {second}",
+        expected="a file for each of them",
+        fix=f'export them one by one, components=["{first}"] and components=["{second}"]',
+    )
 
 
 def safetensors_path(path: str | Path) -> Path:

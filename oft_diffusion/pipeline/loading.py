@@ -80,6 +80,7 @@ def load_oft_weights(
     file = imported.file
     parts = {part: component_for(pipe, file, part) for part in file.components}
     check_prediction(pipe, file)
+    told = (*imported.notes, *check_base(parts, file))
     note = Note(file.metadata, imported.format, imported.mode, imported.unmatched)
     if hotswap:
         name = adapter_name or ""
@@ -87,8 +88,8 @@ def load_oft_weights(
     else:
         name = adapter_name or _default_name(pipe, file.metadata.trigger or label)
         _add(pipe, name, parts, file, note, strength)
-    for told in (*imported.notes, *check_base(parts, file)):
-        warnings.warn(told, stacklevel=2)
+    for sentence in told:
+        warnings.warn(sentence, stacklevel=2)
     return next(a for a in list_oft_adapters(pipe) if a.name == name)
 
 

@@ -265,6 +265,8 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [drawn(i, layers="abcdef") for i in range(3)]
     whole = average(files)
     monkeypatch.setattr(matching, "_BATCH", 200)  # two layers of 6 blocks of 4
+    sources = [matching.Source("mug", file) for file in files]
+    assert len(list(matching.batches(matching.match_layers(sources), sources))) == 3
     for key, tensor in average(files).components["unet"].items():
         assert gap(tensor, whole.components["unet"][key]) < 1e-7
 

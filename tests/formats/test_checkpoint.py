@@ -1,4 +1,4 @@
-"""Merged checkpoints and folders: the fused pipeline's pictures, and nothing else changed in files or in the pipeline."""
+"""Merged checkpoints and folders: the fused pipeline's pictures, and nothing else changed, in files or pipeline."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def rewritten(source: Path, path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def rewritten(source: Path, path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     tensors = load_file(source)
     change(tensors)
     save_file(tensors, path, metadata=metadata(source))

@@ -48,7 +48,7 @@ def test_a_composed_file_draws_what_its_adapters_draw_live(
     assert distance(alone(base_pipe, weighed, tmp_path), draw(pipe)) < ROUNDING
 
 
-def test_between_two_adapters_lie_pictures_between_theirs(
+def test_the_geodesic_begins_at_the_first_and_the_mean_is_its_middle(
     pipe: Any, base_pipe: Any, mug: Path, plain: Path, tmp_path: Path
 ) -> None:
     first, second = load_adapter_file(mug), load_adapter_file(plain)
@@ -57,3 +57,13 @@ def test_between_two_adapters_lie_pictures_between_theirs(
     middle = alone(base_pipe, average([first, second]), tmp_path)
     assert distance(middle, draw(pipe)) > MOVED
     assert distance(middle, alone(base_pipe, interpolate(second, first, 0.5), tmp_path)) < ROUNDING
+
+
+def test_what_shares_a_generator_loads_as_such(pipe: Any, base_pipe: Any, make: Maker, tmp_path: Path) -> None:
+    config = OFTConfig(block_size=8, share_qkv=True)
+    paths = [make(name, seed=i, config=config) for i, name in enumerate(("one", "two"))]
+    for path in paths:
+        load_oft_weights(pipe, path)
+    result = compose([load_adapter_file(path) for path in paths])
+    assert all(settings.share_qkv for settings in result.metadata.components.values())
+    assert distance(alone(base_pipe, result, tmp_path), draw(pipe)) < ROUNDING
