@@ -1,4 +1,4 @@
-"""The console script `oft-diffusion`: train, generate, evaluate, info."""
+"""The console script `oft-diffusion`: train, generate, evaluate, convert, merge, info."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments[1:])
         if arguments[:1] == ["evaluate"]:
             return _evaluate(arguments[1:])
+        if arguments[:1] == ["convert"]:
+            return _convert(arguments[1:])
+        if arguments[:1] == ["merge"]:
+            return _merge(arguments[1:])
         options = _parser().parse_args(arguments)
         return {"generate": _generate, "info": _info}[options.verb](options)
     except OFTError as error:
@@ -63,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("train", help="DreamBooth: pictures of a subject to an adapter (train --help for its options)")
     verbs.add_parser("evaluate", help="what an adapter did to the pocket base, measured (evaluate --help)")
+
+    verbs.add_parser("convert", help="an adapter into another tool's format, or out of it (convert --help)")
+    verbs.add_parser("merge", help="several adapters as one (merge --help)")
 
     generate = verbs.add_parser("generate", help="pictures from a prompt, with adapters")
     generate.add_argument("prompt", help="what to draw")
@@ -106,6 +113,18 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from oft_diffusion.evaluation.command import main as evaluate_main
 
     return evaluate_main(arguments)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from oft_diffusion.convert import convert_main
+
+    return convert_main(arguments)
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from oft_diffusion.convert import merge_main
+
+    return merge_main(arguments)
 
 
 def _generate(options: argparse.Namespace) -> int:

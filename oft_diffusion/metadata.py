@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,7 @@ class AdapterMetadata:
         trigger: the trigger token, None where there is none.
         class_word: the subject's class, for example "mug".
         training: the training settings, plain JSON types.
+        strength: what its author recommends.
         software: versions of what wrote the file; filled in on saving.
         created: ISO 8601 date and time, UTC; filled in on saving.
         sha256: of the tensors (`tensor_digest`); filled in on saving.
@@ -49,6 +51,7 @@ class AdapterMetadata:
     trigger: str | None = None
     class_word: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
     software: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     sha256: str = ""
@@ -80,6 +83,8 @@ class AdapterMetadata:
             wrong.append("base")
         if "probes" not in wrong and not _are_probes(metadata.probes):
             wrong.append("probes")
+        if type(metadata.strength) not in (int, float) or not abs(metadata.strength) <= sys.float_info.max:
+            wrong.append("strength")
         if wrong:
             raise TypeError(f"not of the right type: {', '.join(wrong)}")
         return metadata

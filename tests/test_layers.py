@@ -72,6 +72,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/evaluation/": Layer(f"{_LIBRARY} pocket", f"{_CORE} skimage matplotlib"),
     "oft_diffusion/training/": Layer(f"{_LIBRARY} pocket evaluation", f"{_CORE} tomli"),
     "oft_diffusion/evaluation/command.py": Layer(f"{_LIBRARY} pocket evaluation training", _CORE, name="cli"),
+    "oft_diffusion/convert.py": Layer(f"{_LIBRARY} pocket", _CORE, name="cli"),
     "oft_diffusion/cli.py": Layer(f"{_LIBRARY} training pocket evaluation", _CORE),
     # The facade, and the door: nothing in the package imports them.
     "oft_diffusion/quiet.py": Layer("", ""),

@@ -71,7 +71,14 @@ class Exported:
     layers: Mapping[str, Fidelity]
 
 
-def export_diff(pipe: Any, path: str | Path, *, naming: str = "kohya", dtype: torch.dtype = torch.float16) -> Exported:
+def export_diff(
+    pipe: Any,
+    path: str | Path,
+    *,
+    naming: str = "kohya",
+    dtype: torch.dtype = torch.float16,
+    components: Collection[str] | None = None,
+) -> Exported:
     """Write `W' - W` of every layer as `<key>.diff`, for ComfyUI, Forge and A1111: exact, and as large as the weights.
 
     Args:
@@ -85,7 +92,7 @@ def export_diff(pipe: Any, path: str | Path, *, naming: str = "kohya", dtype: to
 
     Raises:
         AdapterError: nothing is live, or an adapter or a LoRA is fused.
-        TargetError: a weight is quantized or not in memory, a layer has no name of this kind, or the same one as another
+        TargetError: a weight is quantized or not in memory, or a layer has no name of this kind, or that of another
             component's.
         ConfigError: `naming` or `dtype` is unusable.
         AdapterFileError: the file cannot be written, or a value is too large for `dtype`.
@@ -117,7 +124,7 @@ def export_lora(
         rank: of every layer that allows it; None for full rank, `min(in, out)`.
         naming: "diffusers" for what `pipe.load_lora_weights` takes, `unet.<layer>.lora_A.weight`; the others are those
             of `export_diff`, with `lora_up`, `lora_down` and `alpha`.
-        dtype: of the file, but for `alpha`.
+        dtype: of the file.
         components: as for `export_diff`.
 
     Raises:
@@ -134,13 +141,16 @@ def export_lora(
     ranks: dict[str, dict[str, int]] = {part: {} for part in file.live}
     for key, meaning, changes in file.changes():
         delta = _native(meaning, changes)
-        up, down = _balanced(*_factors(delta.flatten(1), rank))
+        up, down = _factors(delta.flatten(1), rank)
         ranks[meaning.component][meaning.layers[0]] = len(down)
+        # One alpha for all layers, which readers divide by the rank: diffusers' reader of flat names mixes up several.
+        scale = 1.0 if peft else 1.0 / len(down)
+        up, down = _balanced(up / scale, down)
         up = file.put(f"{key}.{names[0]}.weight", up.view(*up.shape, *(1 for _ in delta.shape[2:])))
         down = file.put(f"{key}.{names[1]}.weight", down.view(-1, *delta.shape[1:]))
         if not peft:
-            file.tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))  # float32: 16 bits cannot hold every rank
-        made = (up.flatten(1) @ down.flatten(1)).view(delta.shape)
+            file.put(f"{key}.alpha", torch.tensor(1.0))
+        made = scale * (up.flatten(1) @ down.flatten(1)).view(delta.shape)
         file.judge(meaning.component, changes, {leaf.layer: leaf.take(made) for leaf in meaning.leaves})
     header = {"lora_adapter_metadata": json.dumps(_lora_configs(file.about, ranks))} if peft else {}
     return file.save("lora", header, rank=rank)
@@ -170,10 +180,12 @@ def export_glora(
     """
     file = _Carrier(pipe, path, dtype, "kohya", NAMINGS, components)
     for part, layers in file.live.items():
-        turns = {name: _right_factor(part, layer) for name, layer in layers.items()}
-        for key, meaning in _glora_names(file.about, part, turns).items():
+        for layer in layers.values():
+            _check_glora(part, layer)
+        for key, meaning in _glora_names(file.about, part, layers).items():
+            file.claim(key, part)
             changes = {name: _Change.of(layers[name]) for name in meaning.layers}
-            turn = turns[meaning.layers[0]]
+            turn = _right_factor(layers[meaning.layers[0]])
             a1 = file.put(f"{key}.a1.weight", turn).to(turn)
             file.put(f"{key}.a2.weight", torch.eye(len(turn)))
             # The second term, b1 b2, may not be absent. An alpha may: without it nothing is scaled.
@@ -237,6 +249,7 @@ class _Carrier:
         self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
         self.tensors: dict[str, Tensor] = {}
+        self._owners: dict[str, str] = {}
         self._norms: dict[str, _Norms] = {}
         self._base: dict[str, str] = {}
 
@@ -246,7 +259,14 @@ class _Carrier:
             for key, meaning in write_names(self.about, part, layers, self._naming).items():
                 if self._naming == "diffusers" and part in _LOADED_AS:
                     key = _LOADED_AS[part] + key.removeprefix(part)
+                self.claim(key, part)
                 yield key, meaning, {name: _Change.of(layers[name]) for name in meaning.layers if name in layers}
+
+    def claim(self, key: str, part: str) -> None:
+        """Refuse a key that means layers of two components."""
+        first = self._owners.setdefault(key, part)
+        if first != part:
+            raise same_name(key, first, part)
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """Add a tensor, and return it as a reader will see it, in float32."""
@@ -257,8 +277,6 @@ class _Carrier:
                 expected=f"numbers up to {torch.finfo(self._dtype).max:.3g}",
                 fix="write bfloat16 or float32, or take a smaller strength",
             )
-        if name in self.tensors:
-            raise same_name(name, *list(self.live)[:2])
         self.tensors[name] = stored
         return stored.to(tensor.device, torch.float32)
 
@@ -348,7 +366,7 @@ def _refuse_unread(pipe: Any, live: Mapping[str, object]) -> None:
 
 
 def _lora_configs(about: Components, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """What diffusers makes PEFT's configurations of. Without it, some of its versions scale unequal ranks wrongly."""
+    """What diffusers makes PEFT's configurations of. Without it, older ones (0.37) scale unequal ranks wrongly."""
     told: dict[str, Any] = {}
     for part, by_layer in ranks.items():
         # Of text encoders names' ends are compared: they have `text_model.` before them, or not.
@@ -366,28 +384,31 @@ def _lora_configs(about: Components, ranks: Mapping[str, Mapping[str, int]]) -> 
 # -- GLoRA ------------------------------------------------------------------------------------------------------------
 
 
-def _right_factor(component: str, layer: LiveWeight) -> Tensor:
-    """`R^T - I` `(in, in)`, by rotating an identity."""
-    weight = layer.weight
-    if any(place_of(site) != "input" for site in layer.deltas) or weight[0].numel() != weight.shape[1]:
+def _check_glora(part: str, layer: LiveWeight) -> None:
+    if any(place_of(site) != "input" for site in layer.deltas) or layer.weight[0].numel() != layer.weight.shape[1]:
         raise TargetError(
-            f"{component}.{layer.layer} {tuple(weight.shape)} is no layer that a GLoRA can rotate",
+            f"{part}.{layer.layer} {tuple(layer.weight.shape)} is no layer that a GLoRA can rotate",
             expected="rotated inputs of linear layers and 1x1 convolutions",
             fix="write a .diff file, or a LoRA of full rank",
         )
+
+
+def _right_factor(layer: LiveWeight) -> Tensor:
+    """`R^T - I` `(in, in)`, by rotating an identity."""
+    weight = layer.weight
     identity = torch.eye(weight.shape[1], dtype=_widest(weight), device=weight.device)
     return layer.rotated(identity) - identity
 
 
-def _glora_names(about: Components, part: str, turns: Mapping[str, Tensor]) -> dict[str, Meaning]:
+def _glora_names(about: Components, part: str, layers: Mapping[str, LiveWeight]) -> dict[str, Meaning]:
     """Native names, but split ones for the layers of a fused weight that are not all rotated alike."""
     found: dict[str, Meaning] = {}
-    for key, meaning in write_names(about, part, turns, "kohya").items():
-        first, *others = (turns.get(name) for name in meaning.layers)
-        if first is not None and all(other is not None and torch.equal(other, first) for other in others):
+    for key, meaning in write_names(about, part, layers, "kohya").items():
+        here = [layers[name] for name in meaning.layers if name in layers]
+        if not meaning.missing and all(_alike(layer, here[0]) for layer in here):
             found[key] = meaning
         elif about[part].class_name in _SPLIT_IN_COMFY:
-            found |= write_names(about, part, [name for name in meaning.layers if name in turns], "flat")
+            found |= write_names(about, part, [layer.layer for layer in here], "flat")
         else:
             raise TargetError(
                 f"{', '.join(meaning.layers)} of {part} are one weight in ComfyUI, and not all rotated alike",
@@ -395,3 +416,8 @@ def _glora_names(about: Components, part: str, turns: Mapping[str, Tensor]) -> d
                 fix="write a .diff file, or a LoRA of full rank",
             )
     return found
+
+
+def _alike(one: LiveWeight, other: LiveWeight) -> bool:
+    [ours], [theirs] = one.deltas.values(), other.deltas.values()  # each has one site, its input
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))

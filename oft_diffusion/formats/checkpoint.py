@@ -293,10 +293,10 @@ def live_weights(model: nn.Module) -> list[LiveWeight]:
 
 
 def live_components(pipe: Any, components: Collection[str] | None = None) -> dict[str, dict[str, LiveWeight]]:
-    """`live_weights` of the components of a pipeline in which adapters act, by layer; of these alone, if some are named.
+    """`live_weights` by layer of a pipeline's components, or of some of them; those without any are left out.
 
     Raises:
-        AdapterError: it is no pipeline, no adapter acts in it, or in a named component, or as in `live_weights`.
+        AdapterError: it is no pipeline, no adapter acts in it, or in one that is named, or as in `live_weights`.
         TargetError: as there.
     """
     modules = modules_of(pipe)

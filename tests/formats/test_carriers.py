@@ -387,13 +387,8 @@ LOADED = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("told", [True, False])
-def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> None:
-    pipe = tiny_family(name, tmp_path)
-    plain = draw(pipe, name)
-    adapt(pipe, lambda layer, _: layer != "text_projection", LOADED[name])
-    path = export_lora(pipe, tmp_path / "x.safetensors", naming="diffusers", dtype=torch.float32).path
+def compare_with_diffusers(pipe: Any, name: str, source: Any, plain: Tensor) -> None:
+    """Draw with live adapters, and with what diffusers loads from a LoRA file instead."""
     live = {}
     for strength in STRENGTHS:
         for bank in banks(pipe):
@@ -402,14 +397,84 @@ def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> 
     for part in LOADED[name]:
         remove_oft(getattr(pipe, part))
     assert torch.equal(draw(pipe, name), plain)
-    # Newer versions read ranks off the tensors, too, where the header tells none.
-    pipe.load_lora_weights(path if told else load_file(path), adapter_name="oft")
+    pipe.load_lora_weights(source, adapter_name="oft")
     for strength, picture in live.items():
         pipe.set_adapters(["oft"], [strength])
         assert float((draw(pipe, name) - picture).abs().max()) < 1e-4
         assert float((picture - plain).abs().max()) > 1e-2
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe, name), plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("told", [True, False])
+def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> None:
+    pipe = tiny_family(name, tmp_path)
+    plain = draw(pipe, name)
+    adapt(pipe, lambda layer, _: told or layer != "text_projection", LOADED[name])
+    path = export_lora(pipe, tmp_path / "x.safetensors", naming="diffusers", dtype=torch.float32).path
+    # Newer versions read ranks off the tensors, too, where the header tells none.
+    compare_with_diffusers(pipe, name, path if told else load_file(path), plain)
+
+
+@pytest.mark.parametrize("name", [SD, XL])
+@pytest.mark.parametrize("naming", ["kohya", "flat"])
+def test_diffusers_reads_flat_names_of_unets(name: str, naming: str, tmp_path: Path) -> None:
+    pipe = tiny_family(name, tmp_path)
+    plain = draw(pipe, name)
+    adapt(pipe, attention, LOADED[name])
+    path = export_lora(pipe, tmp_path / "x.safetensors", naming=naming, dtype=torch.float32).path
+    compare_with_diffusers(pipe, name, path, plain)
+
+
+def test_wan_has_a_file_for_each_expert(tmp_path: Path) -> None:
+    pipe = tiny_family("WanPipeline", tmp_path)
+    parts = ("transformer", "transformer_2")
+    adapt(pipe, no_kernels, parts)
+    draw_from = torch.Generator().manual_seed(0)
+    told = [torch.randn(shape, generator=draw_from) for shape in ((1, 4, 1, 8, 8), (1, 6, 32))]
+
+    def answers() -> list[Tensor]:
+        with torch.no_grad():
+            return [getattr(pipe, part)(told[0], torch.tensor([300.0]), told[1]).sample for part in parts]
+
+    for naming in ("diffusers", "kohya"):
+        with pytest.raises(TargetError) as error:
+            export_lora(pipe, tmp_path / "x.safetensors", naming=naming)
+        assert_one_sentence(error, "a layer of transformer and of transformer_2", "components")
+    paths = [
+        export_lora(
+            pipe, tmp_path / f"{part}.safetensors", naming="diffusers", dtype=torch.float32, components=[part]
+        ).path
+        for part in parts
+    ]
+    live = answers()
+    for part in parts:
+        remove_oft(getattr(pipe, part))
+    plain = answers()
+    pipe.load_lora_weights(paths[0], adapter_name="oft")
+    pipe.load_lora_weights(paths[1], adapter_name="oft", load_into_transformer_2=True)
+    for answer, wanted, base in zip(answers(), live, plain, strict=True):
+        assert_same(answer, wanted)
+        assert float((wanted - base).abs().max()) > 1e-2
+
+
+def test_components_can_be_chosen_and_resting_adapters_are_left_out(tmp_path: Path) -> None:
+    pipe = many_kinds(tmp_path)
+    weigh(pipe, "linear")
+    layers = export_diff(pipe, tmp_path / "x.safetensors", components=["text_encoder"]).layers
+    assert {name.partition(".")[0] for name in layers} == {"text_encoder"}
+    [bank] = {hook.bank for hook in pipe.unet._forward_pre_hooks.values()}
+    bank.set_adapters(["inputs", "patches", "outputs"], [0.0, 1.0, 0.0])
+    found = export_diff(pipe, tmp_path / "x.safetensors", components=["unet"])
+    assert found.layers.keys() == {f"unet.{_BLOCK}attn1.to_q", "unet.down_blocks.0.resnets.0.conv1"}
+    with safe_open(found.path, framework="pt") as file:
+        note = json.loads(file.metadata()[EXPORT_KEY])
+    assert note["adapters"] == {"unet": [{"name": "patches", "strength": 1.0, "mode": "rotation"}]}
+    for wrong in ("vae", "text_encoder_2"):
+        with pytest.raises(AdapterError) as error:
+            export_diff(pipe, tmp_path / "y.safetensors", components=["unet", wrong])
+        assert_one_sentence(error, f"no adapter acts in {wrong}")
 
 
 def test_the_header_tells_diffusers_every_rank(tmp_path: Path) -> None:

@@ -286,6 +286,21 @@ def test_another_base_is_refused(base_of: Callable[[str], Base], tmp_path: Path)
     assert float((new[free] - load_file(base.file)[free]).abs().max()) == pytest.approx(1.0)
 
 
+def test_of_two_components_of_one_name_one_is_written(tmp_path: Path) -> None:
+    pipe = tiny_family("WanPipeline", tmp_path)
+    native_file(pipe, "transformer_2", tmp_path / "base.safetensors")
+    adapt(pipe, ["transformer", "transformer_2"], lambda layer: layer != "patch_embedding")
+    target = tmp_path / "merged.safetensors"
+    refused(pipe, tmp_path / "base.safetensors", target, "transformer and of transformer_2", kind=TargetError)
+    with pytest.raises(AdapterFileError) as error:
+        export_checkpoint(pipe, tmp_path / "base.safetensors", target, components=["transformer"])
+    assert_one_sentence(error, "is not the base of this pipeline")
+    path = export_checkpoint(pipe, tmp_path / "base.safetensors", target, components=["transformer_2"])
+    fuse_oft(pipe)
+    name = "model.diffusion_model.blocks.0.self_attn.q.weight"
+    assert distance(load_file(path)[name], weight(pipe.transformer_2.blocks[0].attn1.to_q)) < 1e-6
+
+
 def test_files_that_cannot_be_merged_are_refused(base_of: Callable[[str], Base], tmp_path: Path) -> None:
     base, target = base_of(SD), tmp_path / "merged.safetensors"
     pipe = base.load()

@@ -1,0 +1,178 @@
+"""How long it takes to change adapters, side by side with PEFT and diffusers: benchmarks/data/swapping.csv.
+
+python -m benchmarks.swapping            # measures and appends
+python -m benchmarks.swapping --table    # the newest run as Markdown
+
+On the UNet of Stable Diffusion 1.5 (real configuration, random weights, float32): adapters on q, k, v and out of every
+attention. Ways are taken in turn, `--repeats` times; figures are medians, and their spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks.records import DATA, append, load
+from oft_diffusion import OFTConfig, inject_oft, merge_oft, oft_state_dict, unmerge_oft
+from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.inject import load_oft_state_dict
+from oft_diffusion.metadata import AdapterMetadata
+
+FILE = DATA / "swapping.csv"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+RANK = 16
+
+
+def unet() -> Any:
+    """Stable Diffusion 1.5's."""
+    torch.manual_seed(0)
+    return (
+        UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval().requires_grad_(False)
+    )
+
+
+def ours(folder: Path) -> dict[str, Callable[[], object]]:
+    """What a user of this package does."""
+    model = unet()
+    bank = inject_oft(model, OFTConfig(block_size=32), "a")
+    states = []
+    for seed in (1, 2):
+        with torch.no_grad():
+            bank.generators["a"].copy_(
+                0.02 * torch.randn(bank.generators["a"].shape, generator=torch.Generator().manual_seed(seed))
+            )
+        states.append(oft_state_dict(model, "a"))
+    bank.freeze("a")
+    described = AdapterMetadata({"unet": bank.adapters["a"].config})
+    paths = [save_adapter_file(folder / f"{i}.safetensors", {"unet": s}, described) for i, s in enumerate(states)]
+    turn = _turns()
+
+    def first_strength() -> None:
+        bank.refresh()  # forgets the decomposition
+        bank.set_adapters(["a"], 0.5)
+
+    return {
+        "hot swap, in memory": lambda: load_oft_state_dict(model, states[turn()], "a"),
+        "hot swap, from a file": lambda: load_oft_state_dict(
+            model, load_adapter_file(paths[turn()]).components["unet"], "a"
+        ),
+        "strength, first time": first_strength,
+        "strength": lambda: bank.set_adapters(["a"], (0.3, 0.7)[turn()]),
+        "strength, linear": lambda: bank.set_adapters(["a"], (0.3, 0.7)[turn()], mode="linear"),
+        "back to 1": lambda: bank.set_adapters(["a"], 1.0),
+        "fuse": lambda: merge_oft(model),
+        "unfuse": lambda: unmerge_oft(model),
+    }
+
+
+def pefts_oft() -> dict[str, Callable[[], object]]:
+    """PEFT has no hot swap of OFT: what is merged is unmerged, the other adapter made active, and merged."""
+    config = peft.OFTConfig(oft_block_size=32, target_modules=TARGETS)
+    model = peft.get_peft_model(unet(), config, "a")
+    model.add_adapter("b", config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(std=0.02)
+    turn = _turns()
+    model.merge_adapter(["a"])
+
+    def swap() -> None:
+        model.unmerge_adapter()
+        model.merge_adapter([("a", "b")[turn()]])
+
+    return {"PEFT OFT: unmerge and merge": swap}
+
+
+def diffusers_lora(folder: Path) -> dict[str, Callable[[], object]]:
+    """diffusers' hot swap of LoRA, from a file and from memory."""
+    model, states = unet(), []
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False)
+    model.add_adapter(config, "a")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = {k: torch.randn_like(t) for k, t in peft.get_peft_model_state_dict(model, adapter_name="a").items()}
+        states.append(state)
+    model.save_lora_adapter(folder / "lora", adapter_name="a")
+    turn = _turns()
+    model.delete_adapters("a")
+    model.load_lora_adapter(dict(states[0]), adapter_name="a", prefix=None)
+    return {
+        "diffusers LoRA: hot swap": lambda: model.load_lora_adapter(
+            dict(states[turn()]), adapter_name="a", prefix=None, hotswap=True
+        )
+    }
+
+
+def measure(repeats: int, threads: int) -> None:
+    """Append one run."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ways = {**ours(folder), **diffusers_lora(folder), **pefts_oft()}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(repeats + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                if turn:  # the first turn warms up
+                    times[name].append(time.perf_counter() - started)
+    rows = [
+        {
+            "way": name, "threads": threads, "repeats": repeats, "median": f"{statistics.median(values):.5f}",
+            "least": f"{min(values):.5f}", "most": f"{max(values):.5f}",
+        }
+        for name, values in times.items()
+    ]  # fmt: skip
+    append(FILE, rows, "cpu")
+
+
+def table() -> str:
+    """The newest run."""
+    rows = load(FILE)
+    newest = [row for row in rows if row["date"] == rows[-1]["date"] and row["threads"] == rows[-1]["threads"]]
+    newest = list({row["way"]: row for row in newest}.values())
+    swap = next(float(row["median"]) for row in newest if row["way"] == "hot swap, in memory")
+    lines = ["| | ms, median (least to most) | of a hot swap |", "|---|---|---|"]
+    for row in newest:
+        median, least, most = (1000 * float(row[key]) for key in ("median", "least", "most"))
+        lines.append(f"| {row['way']} | {median:.1f} ({least:.1f} to {most:.1f}) | {median / 1000 / swap:.1f} |")
+    told = newest[-1]
+    lines += ["", f"{told['hardware']}, {told['threads']} thread(s), {told['repeats']} turns, torch {told['torch']}."]
+    return "\n".join(lines)
+
+
+def _turns() -> Callable[[], int]:
+    """0, 1, 0, 1, ..."""
+    state = SimpleNamespace(at=0)
+
+    def turn() -> int:
+        state.at = 1 - state.at
+        return int(state.at)
+
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
+    parser.add_argument("--repeats", type=int, default=7, help="turns (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options.repeats, options.threads)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Adapters in company: pipelines that share components, ControlNet, IP-Adapter, LoRA, offloading, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor, nn
+
+from oft_diffusion import (
+    fuse_oft,
+    list_oft_adapters,
+    load_oft_weights,
+    set_oft_adapters,
+    unfuse_oft,
+    unload_oft_weights,
+)
+from tests.library.support import PROMPT, assert_unchanged, copy_pipe, distance, draw, fingerprint
+
+MOVED = 0.005
+PICTURE = Image.new("RGB", (16, 16), (200, 60, 20))
+MASK = Image.new("L", (16, 16), 255)
+
+
+def call(pipe: Any, **more: Any) -> Tensor:
+    options = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    images: Tensor = pipe(PROMPT, **{**options, **more}).images
+    return images
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def without_checker(pipe: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if name not in ("safety_checker", "image_encoder")}
+
+
+def image_to_image(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, requires_safety_checker=False)
+    return quiet(other), {"image": PICTURE, "strength": 1.0}
+
+
+def inpainting(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    other = diffusers.StableDiffusionInpaintPipeline.from_pipe(pipe, requires_safety_checker=False)
+    return quiet(other), {"image": PICTURE, "mask_image": MASK, "height": 16, "width": 16}
+
+
+def control_net(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval()
+    for parameter in net.controlnet_down_blocks.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    net.controlnet_cond_embedding = diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding(
+        pipe.unet.config.block_out_channels[0], 3, block_out_channels=(4, 8)
+    )
+    parts = without_checker(pipe)
+    other = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=net, safety_checker=None, requires_safety_checker=False
+    )
+    return quiet(other), {"image": PICTURE}
+
+
+@pytest.mark.parametrize("sharing", [image_to_image, inpainting, control_net])
+def test_pipelines_that_share_the_components(
+    pipe: Any, mug: Path, sharing: Callable[[Any], tuple[Any, dict[str, Any]]]
+) -> None:
+    other, options = sharing(pipe)
+    base = call(other, **options)
+    before = draw(pipe)
+    load_oft_weights(other, mug, adapter_name="mug")
+    assert [a.name for a in list_oft_adapters(pipe)] == ["mug"]
+    live = call(other, **options)
+    assert distance(live, base) > MOVED
+    assert distance(draw(pipe), before) > MOVED
+    fuse_oft(pipe)
+    assert distance(call(other, **options), live) < 1e-4
+    unfuse_oft(other)
+    assert torch.equal(call(other, **options), live)
+    unload_oft_weights(pipe)  # from both: the component is one
+    assert list_oft_adapters(other) == []
+    assert torch.equal(call(other, **options), base)
+    assert torch.equal(draw(pipe), before)
+
+
+def test_a_pipeline_made_after_loading_has_the_adapter(pipe: Any, mug: Path) -> None:
+    load_oft_weights(pipe, mug, adapter_name="mug", strength=0.5)
+    other, options = image_to_image(pipe)
+    (listed,) = list_oft_adapters(other)
+    assert (listed.name, listed.strength) == ("mug", 0.5)
+    half = call(other, **options)
+    set_oft_adapters(other, "mug", 1.0)
+    assert list_oft_adapters(pipe)[0].strength == 1.0
+    assert distance(call(other, **options), half) > MOVED
+
+
+def test_an_ip_adapters_attention_beside(pipe: Any, mug: Path) -> None:
+    """Its processors add keys and values of a picture to cross-attention; q, k, v and out go on through the layers."""
+    unet = pipe.unet
+    torch.manual_seed(0)
+    processors = {}
+    for name, processor in unet.attn_processors.items():
+        if name.endswith("attn1.processor"):
+            processors[name] = processor
+            continue
+        width = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+        made = diffusers.models.attention_processor.IPAdapterAttnProcessor2_0(width, 32, num_tokens=(4,))
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        processors[name] = made
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = diffusers.models.embeddings.MultiIPAdapterImageProjection(
+        [
+            diffusers.models.embeddings.ImageProjection(
+                image_embed_dim=16, cross_attention_dim=32, num_image_text_embeds=4
+            )
+        ]
+    )
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    pictures = {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 16), torch.randn(1, 1, 16)])]}
+    base, other_picture = call(pipe, **pictures), {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
+    assert distance(call(pipe, **other_picture), base) > MOVED
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    live = call(pipe, **pictures)
+    assert distance(live, base) > MOVED
+    fuse_oft(pipe)
+    assert distance(call(pipe, **pictures), live) < 1e-4
+    unfuse_oft(pipe)
+    unload_oft_weights(pipe)
+    assert torch.equal(call(pipe, **pictures), base)
+
+
+@pytest.mark.parametrize("lora_first", [False, True])
+def test_a_lora_that_diffusers_loads_beside(
+    pipe: Any, base_pipe: Any, mug: Path, tmp_path: Path, lora_first: bool
+) -> None:
+    donor = copy_pipe(base_pipe)
+    donor.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    donor.save_lora_weights(tmp_path, unet_lora_layers=_lora_state(donor.unet))
+    before = draw(pipe)
+    if lora_first:
+        pipe.load_lora_weights(tmp_path, adapter_name="lora")
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    if not lora_first:
+        pipe.load_lora_weights(tmp_path, adapter_name="lora")
+    both = draw(pipe)
+    pipe.disable_lora()
+    only_oft = draw(pipe)
+    pipe.enable_lora()
+    set_oft_adapters(pipe, [])
+    only_lora = draw(pipe)
+    assert min(distance(both, one) for one in (only_oft, only_lora, before)) > 1e-3
+    set_oft_adapters(pipe, ["mug"])
+    assert distance(draw(pipe), both) < 1e-6
+    fuse_oft(pipe)
+    assert distance(draw(pipe), both) < 1e-4
+    unfuse_oft(pipe)
+    assert torch.equal(draw(pipe), both)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), only_oft)
+    unload_oft_weights(pipe)
+    assert torch.equal(draw(pipe), before)
+
+
+def _lora_state(unet: Any) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = get_peft_model_state_dict(unet)
+    return state
+
+
+def test_saving_a_pipeline_saves_the_base(pipe: Any, mug: Path, tmp_path: Path) -> None:
+    before = draw(pipe)
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    live = draw(pipe)
+    pipe.save_pretrained(tmp_path / "live")
+    fuse_oft(pipe)
+    pipe.save_pretrained(tmp_path / "fused")
+    for folder, wanted in (("live", before), ("fused", live)):
+        again = quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / folder))
+        assert distance(draw(again), wanted) < 1e-4
+        assert list_oft_adapters(again) == []
+
+
+def test_moving_and_casting(pipe: Any, mug: Path) -> None:
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    live = call(pipe, latents=noise)
+    pipe.to(torch.float64)
+    assert distance(call(pipe, latents=noise.double()).float(), live) < 1e-4
+    pipe.to(torch.float32)
+    assert distance(call(pipe, latents=noise), live) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("load_first", [False, True])
+def test_group_offloading(pipe: Any, mug: Path, kind: str, load_first: bool) -> None:
+    """On a machine without an accelerator, from the processor to itself: the hooks are real, their devices are not."""
+    if load_first:
+        load_oft_weights(pipe, mug, adapter_name="mug")
+    reference = copy_pipe(pipe)
+    if not load_first:
+        load_oft_weights(reference, mug, adapter_name="mug")
+    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.unet.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind, **more
+    )
+    if not load_first:
+        load_oft_weights(pipe, mug, adapter_name="mug")
+    assert torch.equal(draw(pipe), draw(reference))
+    set_oft_adapters(pipe, "mug", 0.3)
+    set_oft_adapters(reference, "mug", 0.3)
+    assert torch.equal(draw(pipe), draw(reference))
+    unload_oft_weights(pipe)
+    unload_oft_weights(reference)
+    assert torch.equal(draw(pipe), draw(reference))
+
+
+def test_many_times_in_and_out_leaves_nothing(pipe: Any, mug: Path, style: Path) -> None:
+    before = fingerprint(pipe)
+    for _ in range(50):
+        load_oft_weights(pipe, mug, adapter_name="mug")
+        load_oft_weights(pipe, style, adapter_name="style")
+        unload_oft_weights(pipe, "mug")
+        unload_oft_weights(pipe)
+    assert_unchanged(pipe, before)

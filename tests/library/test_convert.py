@@ -1,0 +1,170 @@
+"""The verbs `convert` and `merge`, from the command line to a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from oft_diffusion import OFTConfig, load_oft_weights, set_oft_adapters
+from oft_diffusion.cli import main
+from oft_diffusion.files import load_adapter_file
+from tests.helpers.single_files import write_single_file
+from tests.library.support import copy_pipe, distance, draw
+
+FIVE_TERMS = OFTConfig(8, parametrisation="cayley_neumann", neumann_order=4)
+ROUNDING = 1e-4
+
+
+def run(capsys: Any, *arguments: object) -> tuple[int, str]:
+    status = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+@pytest.fixture(scope="session")
+def series(make: Any) -> Path:
+    """An adapter of the series that all tools have."""
+    path: Path = make("series", seed=6, config=FIVE_TERMS, trigger="sks")
+    return path
+
+
+def drawn(pipe: Any, path: Path, **options: Any) -> Any:
+    load_oft_weights(pipe, path, **options)
+    return draw(pipe)
+
+
+@pytest.mark.parametrize("name", ["onetrainer", "comfyui-oftv2", "sd-scripts"])
+def test_there_and_back(
+    pipe: Any, base_pipe: Any, series: Path, model_folder: Path, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    wanted = drawn(pipe, series)
+    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours"
+    status, text = run(capsys, "convert", series, theirs, "--to", name, "--model", model_folder)
+    assert (status, text) == (0, f"wrote {theirs}\n")
+    assert torch.equal(drawn(copy_pipe(base_pipe), theirs), wanted)
+    status, text = run(capsys, "convert", theirs, ours, "--to", "oft", "--model", model_folder)
+    assert status == 0
+    assert "sd-scripts" in text
+    assert torch.equal(drawn(copy_pipe(base_pipe), ours), wanted)
+
+
+def test_peft_folders(pipe: Any, base_pipe: Any, series: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    wanted = drawn(pipe, series)
+    assert run(capsys, "convert", series, tmp_path / "peft", "--to", "peft", "--model", model_folder)[0] == 0
+    theirs = copy_pipe(base_pipe)
+    for part in ("unet", "text_encoder"):
+        model = peft.PeftModel.from_pretrained(getattr(theirs, part), tmp_path / "peft" / part)
+        setattr(theirs, part, model.base_model.model)
+    assert distance(draw(theirs), wanted) < ROUNDING
+    ours = copy_pipe(base_pipe)
+    for part in ("unet", "text_encoder"):
+        load_oft_weights(ours, tmp_path / "peft" / part, component=part)
+    assert distance(draw(ours), wanted) < 1e-6
+
+
+def test_a_strength_baked_in(pipe: Any, base_pipe: Any, mug: Path, tmp_path: Path, capsys: Any) -> None:
+    wanted = drawn(pipe, mug, strength=0.4)
+    assert run(capsys, "convert", mug, tmp_path / "weak", "--to", "oft", "--strength", 0.4)[0] == 0
+    assert distance(drawn(copy_pipe(base_pipe), tmp_path / "weak"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_lora_that_diffusers_loads(
+    pipe: Any, base_pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, strength: float
+) -> None:
+    wanted = drawn(pipe, mug, strength=strength)
+    lora = tmp_path / "lora.safetensors"
+    options = ("--dtype", "float32", "--naming", "diffusers", "--strength", strength)
+    status, text = run(capsys, "convert", mug, lora, "--to", "lora", "--model", model_folder, *options)
+    assert status == 0
+    assert "0.00% is lost" in text
+    theirs = copy_pipe(base_pipe)
+    theirs.load_lora_weights(lora)
+    assert distance(draw(theirs), wanted) < ROUNDING
+    status, text = run(capsys, "convert", mug, lora, "--to", "lora", "--model", model_folder, "--rank", 2)
+    assert float(text.partition("weights, ")[2].partition("%")[0]) > 5
+
+
+@pytest.mark.parametrize("name", ["diff", "glora"])
+def test_other_carriers_lose_nothing(mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+    out = tmp_path / "x.safetensors"
+    status, text = run(capsys, "convert", mug, out, "--to", name, "--model", model_folder, "--dtype", "float32")
+    assert status == 0
+    assert "0.00% is lost" in text
+    assert out.stat().st_size > 0
+
+
+def test_models_with_the_adapter_inside(pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    checkpoint = write_single_file(StableDiffusionPipeline.from_pretrained(model_folder), tmp_path / "base.safetensors")
+    wanted = drawn(pipe, mug)
+    assert run(capsys, "convert", mug, tmp_path / "merged", "--to", "folder", "--model", model_folder)[0] == 0
+    folder = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    folder.set_progress_bar_config(disable=True)
+    assert distance(draw(folder), wanted) < ROUNDING
+    out = tmp_path / "merged.safetensors"
+    status, _ = run(
+        capsys, "convert", mug, out, "--to", "checkpoint", "--model", model_folder, "--checkpoint", checkpoint
+    )
+    assert status == 0
+    single = StableDiffusionPipeline.from_single_file(str(out), config=str(model_folder), local_files_only=True)
+    single.set_progress_bar_config(disable=True)
+    assert distance(draw(single), wanted) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "peft"], ["--model FOLDER"]),
+        (["--to", "oft", "--rank", "3"], ["--rank means nothing with --to oft"]),
+        (["--to", "checkpoint", "--model", "pocket"], ["--checkpoint FILE"]),
+        (["--to", "folder", "--model", "pocket", "--naming", "flat"], ["--naming means nothing"]),
+        (["--to", "onetrainer", "--model", "/nowhere/at/all"], ["/nowhere/at/all"]),
+    ],
+)
+def test_options_that_do_not_fit(
+    mug: Path, tmp_path: Path, capsys: Any, arguments: list[str], words: list[str]
+) -> None:
+    status, text = run(capsys, "convert", mug, tmp_path / "out", *arguments)
+    assert status == 1
+    assert text.startswith("error: ")
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tools_file_wants_a_model(series: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    theirs = tmp_path / "theirs.safetensors"
+    run(capsys, "convert", series, theirs, "--to", "onetrainer", "--model", model_folder)
+    status, text = run(capsys, "convert", theirs, tmp_path / "ours", "--to", "oft")
+    assert status == 1
+    assert "its layers go by the names of a model" in text
+
+
+@pytest.mark.parametrize("how", ["compose", "average", "interpolate", "subtract"])
+def test_merging_adapters(
+    pipe: Any, base_pipe: Any, mug: Path, plain: Path, tmp_path: Path, capsys: Any, how: str
+) -> None:
+    status, text = run(capsys, "merge", mug, plain, "--how", how, "--out", tmp_path / "both")
+    assert status == 0, text
+    got = drawn(copy_pipe(base_pipe), tmp_path / "both")
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    load_oft_weights(pipe, plain, adapter_name="plain")
+    if how == "compose":
+        assert distance(draw(pipe), got) < 1e-5
+    if how == "subtract":
+        set_oft_adapters(pipe, ["mug", "plain"], [1.0, -1.0])
+        assert distance(draw(pipe), got) < 1e-5
+    assert load_adapter_file(tmp_path / "both").metadata.training["combined"] == how
+    assert distance(got, draw(base_pipe)) > 0.001
+
+
+def test_merging_wants_two(mug: Path, tmp_path: Path, capsys: Any) -> None:
+    status, text = run(capsys, "merge", mug, "--how", "interpolate", "--out", tmp_path / "x")
+    assert status == 1
+    assert "was given 1 adapters" in text
