@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from oft_diffusion.errors import ConfigError, OFTError
@@ -97,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     generate.add_argument("--grid", action="store_true", help="write one more PNG with all pictures")
 
-    info = verbs.add_parser("info", help="what an adapter file is")
+    info = verbs.add_parser("info", help="what an adapter file is, ours or another tool's")
     info.add_argument("file", type=Path, help="a .safetensors file, or a folder with one")
     return parser
 
@@ -190,27 +189,9 @@ def _warn_without_trigger(prompt: str, trigger: str | None) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from oft_diffusion.config import OFTConfig
-    from oft_diffusion.files import load_adapter_file
-    from oft_diffusion.rotation import orthogonality_error, rotation_delta
+    from oft_diffusion.info import describe_file
 
-    file = load_adapter_file(options.file)
-    meta = file.metadata
-    parameters = sum(t.numel() for state in file.components.values() for t in state.values())
-    print(f"{file.path}  {file.path.stat().st_size / 1e6:.2f} MB, {parameters:,} parameters, written {meta.created}")
-    print(f"trigger    {meta.trigger or '(none)'}    class word  {meta.class_word or '(none)'}")
-    print(f"base       {meta.base.get('name', '(unknown)')}")
-    for part, state in file.components.items():
-        config = meta.components[part]
-        error = max(float(orthogonality_error(rotation_delta(t.float(), config))) for t in state.values())
-        settings = ", ".join(f"{f.name} {getattr(config, f.name)}" for f in fields(OFTConfig))
-        print(f"{part:<10} {len(state)} layers of {meta.base.get('components', {}).get(part, 'an unknown class')}")
-        print(f"           {settings}")
-        print(f"           orthogonality error {error:.1e}")
-    for title, entries in (("training", meta.training), ("software", meta.software)):
-        if entries:
-            print(f"{title:<10} " + "\n           ".join(f"{k} = {v}" for k, v in entries.items()))
-    print(f"sha256     {meta.sha256} (verified)")
+    print("\n".join(describe_file(options.file)))
     return 0
 
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from oft_diffusion.errors import AdapterFileError, OFTError
+from oft_diffusion.errors import AdapterFileError, first_line
 
-_MAX_HEADER_BYTES = 25_000_000  # safetensors' own limit is 100 MB; an adapter of 10,000 layers needs 2
+SEAL_KEY = "oft_diffusion_file_sha256"
+_SEAL = re.compile(rb'"' + SEAL_KEY.encode() + rb'"\s*:\s*"([0-9a-f]{64})"')
+_UNSEALED = "0" * 64
+# safetensors' own limit is 100 MB, of which it makes gigabytes. An adapter of 10,000 layers needs 2.5 MB, and one of
+# the tool with the most tensors per layer, for the largest denoisers, has 12,000.
+_MAX_HEADER_BYTES = 5_000_000
+_MAX_TENSORS = 20_000
+_MAX_TEXTS = 1_000
+_MAX_NAME = 250
+_MAX_AXES = 8
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -23,8 +35,73 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def parse_json(text: str) -> Any:
+    """JSON that says one thing: a key that is there twice is refused, where parsers choose the first or the last.
+
+    Raises:
+        ValueError: it is no such JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_only_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"{name[:80]!r} is there twice")
+        seen.add(name)
+    raise AssertionError
+
+
+def sealed(data: bytes) -> bytes:
+    """A safetensors file with the SHA-256 of all its bytes in its header's entry `SEAL_KEY`.
+
+    It is taken with 64 zeros in its own place. Unlike a digest of what the file means it sees every bit: order,
+    padding, other entries.
+
+    Args:
+        data: a file with that entry, whatever digest is in it.
+    """
+    changed = bytearray(data)
+    place = _place_of_seal(data[: 8 + int.from_bytes(data[:8], "little")])
+    assert place is not None
+    changed[place] = _UNSEALED.encode()
+    changed[place] = hashlib.sha256(changed).hexdigest().encode()
+    return bytes(changed)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file's bytes are those that `sealed` returned."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            header = bytearray(start + file.read(min(int.from_bytes(start, "little"), _MAX_HEADER_BYTES)))
+            place = _place_of_seal(header)
+            if place is None:
+                return False
+            told, header[place] = bytes(header[place]).decode(), _UNSEALED.encode()
+            digest = hashlib.sha256(header)
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except OSError:
+        return False
+    return digest.hexdigest() == told
+
+
+def _place_of_seal(header: bytes | bytearray) -> slice | None:
+    # No text in the header can hold the pattern: there, its quotation marks would be escaped.
+    found = [match.span(1) for match in _SEAL.finditer(header)]
+    return slice(*found[0]) if len(found) == 1 else None
 
 
 def is_writable(folder: Path) -> bool:
@@ -72,38 +149,76 @@ def read_safetensors(path: Path, check: Callable[[Sequence[str]], None]) -> tupl
         check: is given the tensors' names before any is read, and may raise.
 
     Raises:
-        AdapterFileError: the file is missing, truncated or corrupt, or its header is too large to be true.
+        AdapterFileError: the file is missing, truncated or corrupt, its header is too large to be true, or says
+            something twice.
     """
+    names, texts = _read_header(path)
+    check(names)
     try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise AdapterFileError(
-                f"{path.name} claims a header of {header_bytes:,} bytes",
-                expected=f"at most {_MAX_HEADER_BYTES:,} bytes",
-                fix="do not trust this file; get it again from its author",
-            )
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            check(names)
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, OFTError):
-            raise
-        raise AdapterFileError(
-            f"{path.name} is truncated or corrupt ({str(error)[:200]})",
-            expected="a whole safetensors file",
-            fix="download or copy the file again",
-        ) from error
+            return {name: file.get_tensor(name) for name in names}, texts
+    # safetensors lets through what torch then refuses, in exceptions of its own.
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise _corrupt(path, first_line(error)) from error
 
 
 def has_metadata(path: Path, entry: str) -> bool:
     """Whether a safetensors file's header has this text; False also where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > _MAX_HEADER_BYTES:
-                return False
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return entry in (file.metadata() or {})
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError):
+        return entry in _read_header(path)[1]
+    except AdapterFileError:
         return False
+
+
+def _read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of a file's tensors, and the texts beside them.
+
+    Raises:
+        AdapterFileError: it cannot be read; or safetensors would spend much on it, or choose between two meanings.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _MAX_HEADER_BYTES:
+                raise _hostile(path, f"a header of {size:,} bytes", f"at most {_MAX_HEADER_BYTES:,} bytes")
+            raw = file.read(size)
+        if len(raw) < size:
+            raise ValueError(f"its header of {size:,} bytes ends after {len(raw):,}")
+        entries = parse_json(raw.decode())
+        texts = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("its header is no table of tensors and texts")
+    except (OSError, ValueError) as error:  # of which an AdapterFileError is one
+        if isinstance(error, AdapterFileError):
+            raise
+        raise _corrupt(path, first_line(error)) from error
+    if len(entries) > _MAX_TENSORS or len(texts) > _MAX_TEXTS:
+        found = f"{len(entries):,} tensors and {len(texts):,} texts"
+        raise _hostile(path, found, f"at most {_MAX_TENSORS:,} tensors and {_MAX_TEXTS:,} texts")
+    for name, entry in entries.items():
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise _hostile(path, f"a tensor named {name[:80]!r}, {len(name):,} characters", "the name of a layer")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise _corrupt(path, f"{name} is described by something else than dtype, shape and data_offsets")
+        shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
+        if not all(isinstance(told, list) and all(type(n) is int for n in told) for told in (shape, offsets)):
+            raise _corrupt(path, f"the shape or place of {name} are no integers")
+        if not isinstance(dtype, str) or len(shape) > _MAX_AXES:
+            raise _corrupt(path, f"{name} is a {str(dtype)[:20]} with {len(shape)} axes")
+    return list(entries), texts
+
+
+def _hostile(path: Path, claim: str, expected: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path.name} claims {claim}",
+        expected=expected,
+        fix="do not trust this file; get it again from its author",
+    )
+
+
+def _corrupt(path: Path, why: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path.name} is truncated or corrupt ({why[:200]})",
+        expected="a whole safetensors file",
+        fix="download or copy the file again",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 600  # characters of each of an error's parts, where a file may have given them
+
 
 class OFTError(ValueError):
     """Base of every error that this package raises on purpose.
@@ -38,6 +40,10 @@ class AdapterError(OFTError):
 class AdapterFileError(OFTError):
     """An adapter file cannot be read, written, or does not fit the model."""
 
+    def __init__(self, problem: str, *, expected: str, fix: str) -> None:
+        # What a file calls things may be anything: no line break, escape sequence or megabyte gets into a message.
+        super().__init__(_harmless(problem), expected=_harmless(expected), fix=_harmless(fix))
+
 
 class DataError(OFTError):
     """Instance images, class images or captions are unusable."""
@@ -50,6 +56,12 @@ class TrainingError(OFTError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line of at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _harmless(text: str) -> str:
+    short = text if len(text) <= _LONGEST else text[:_LONGEST]
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    return shown if len(text) == len(short) and len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
 
 def _sentence(text: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from oft_diffusion.disk import read_safetensors, tensor_digest, write_atomically
+from oft_diffusion.disk import SEAL_KEY, is_sealed, read_safetensors, sealed, tensor_digest, write_atomically
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX
 from oft_diffusion.metadata import FORMAT_VERSION, HEADER_KEY, AdapterMetadata, parse_metadata, software_versions
@@ -68,7 +68,8 @@ def save_adapter_file(
         }},
         "format_version": FORMAT_VERSION,
     })  # fmt: skip
-    write_atomically(path, save(tensors, metadata={"format": "pt", HEADER_KEY: filled.to_json()}))
+    header = {"format": "pt", HEADER_KEY: filled.to_json(), SEAL_KEY: "0" * 64}
+    write_atomically(path, sealed(save(tensors, metadata=header)))
     return path
 
 
@@ -87,7 +88,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
 
     Raises:
         AdapterFileError: it is missing, truncated, corrupt or not an OFT adapter; its tensors are misshapen, of a
-            wrong dtype or not finite; or they are not those that its digest was taken of.
+            wrong dtype or not finite; or any bit of it is another than when it was written.
     """
     path = resolve_adapter_path(path)
     tensors, header = read_safetensors(path, lambda names: _check_names(path, names))
@@ -96,6 +97,13 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     if tensor_digest(tensors) != metadata.sha256:
         raise AdapterFileError(
             f"{path.name}: the tensors' SHA-256 is not the one in its metadata",
+            expected="an unaltered file",
+            fix="download or copy the file again",
+        )
+    intact = is_sealed(path) if metadata.format_version > 1 else SEAL_KEY not in header  # version 1 had none
+    if not intact:
+        raise AdapterFileError(
+            f"{path.name}: its SHA-256 is not the one in its header; something beside the tensors was changed",
             expected="an unaltered file",
             fix="download or copy the file again",
         )
@@ -164,8 +172,10 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             problems.append(f"{name} is {tensor.dtype}, not a floating dtype")
         elif tensor.dim() != 2 or 0 in tensor.shape or _no_block(name, tensor.shape[1]):
             problems.append(f"{name} has shape {tuple(tensor.shape)}, not (blocks, b(b-1)/2)")
-        elif not torch.isfinite(tensor).all():
+        elif not torch.isfinite(tensor.float()).all():  # in float32, as they act
             problems.append(f"{name} has values that are not finite")
+        elif name.endswith(SCALE_SUFFIX) and not _fits_generator(name, tensors):
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, not that of rotated outputs")
     if problems:
         raise AdapterFileError(
             f"{path.name} has {len(problems)} unusable tensor(s): {'; '.join(problems[:3])}"
@@ -177,6 +187,13 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _no_block(name: str, columns: int) -> bool:
     return name.endswith(KEY_SUFFIX) and block_size_of(columns) is None
+
+
+def _fits_generator(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    generator = tensors.get(name.removesuffix(SCALE_SUFFIX) + KEY_SUFFIX)
+    if generator is None or generator.dim() != 2:
+        return False
+    return tuple(tensors[name].shape) == (len(generator), block_size_of(generator.shape[1]))
 
 
 def _check_settings(path: Path, components: Mapping[str, Mapping[str, Tensor]], metadata: AdapterMetadata) -> None:

@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from oft_diffusion.config import OFTConfig
+from oft_diffusion.disk import parse_json
 from oft_diffusion.errors import AdapterFileError, OFTError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no seal (`disk.sealed`) and was never released
 HEADER_KEY = "oft_diffusion"
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "base": (dict,),
@@ -71,7 +72,7 @@ class AdapterMetadata:
         Raises:
             ValueError, TypeError, KeyError, OFTError: it is not such output.
         """
-        data = json.loads(text)
+        data = parse_json(text)
         data["components"] = {name: OFTConfig.from_dict(config) for name, config in data["components"].items()}
         metadata = cls(**data)
         wrong = [name for name, kinds in _KINDS.items() if not isinstance(getattr(metadata, name), kinds)]
@@ -83,8 +84,10 @@ class AdapterMetadata:
             wrong.append("base")
         if "probes" not in wrong and not _are_probes(metadata.probes):
             wrong.append("probes")
-        if type(metadata.strength) not in (int, float) or not abs(metadata.strength) <= sys.float_info.max:
+        if not _is_number(metadata.strength):
             wrong.append("strength")
+        if not all(config.coft_eps is None or _is_number(config.coft_eps) for config in metadata.components.values()):
+            wrong.append("coft_eps")
         if wrong:
             raise TypeError(f"not of the right type: {', '.join(wrong)}")
         return metadata
@@ -96,12 +99,17 @@ def _are_probes(found: Mapping[str, Any]) -> bool:
     parts = [part for kind in found.values() for part in kind.values()]
     if not all(isinstance(part, dict) for part in parts):
         return False
-    return all(type(value) in (int, float) and abs(value) < float("inf") for part in parts for value in part.values())
+    return all(_is_number(value) for part in parts for value in part.values())
 
 
 def _is_fingerprint(found: object) -> bool:
     samples = found.get("samples", []) if isinstance(found, dict) else None
-    return isinstance(samples, list) and all(s is None or type(s) in (int, float) for s in samples)
+    return isinstance(samples, list) and all(s is None or _is_number(s) for s in samples)
+
+
+def _is_number(found: Any) -> bool:
+    """Whether it is one that a float can hold: JSON has integers of any length, and Python's has NaN."""
+    return type(found) in (int, float) and abs(found) <= sys.float_info.max
 
 
 def software_versions() -> dict[str, str]:
@@ -129,7 +137,7 @@ def parse_metadata(file_name: str, header: Mapping[str, str]) -> AdapterMetadata
             fix="load it with the tool that wrote it",
         )
     try:
-        format_version = json.loads(text).get("format_version")
+        format_version = parse_json(text).get("format_version")
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise AdapterFileError(
                 f"{file_name} has format version {format_version}",
@@ -141,7 +149,7 @@ def parse_metadata(file_name: str, header: Mapping[str, str]) -> AdapterMetadata
         raise
     except OFTError as error:
         raise AdapterFileError(f"{file_name}: {error.problem}", expected=error.expected, fix=error.fix) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise AdapterFileError(
             f"{file_name} has metadata that cannot be read ({str(error)[:200]})",
             expected=f"the JSON that oft-diffusion writes under {HEADER_KEY!r}",

@@ -28,7 +28,9 @@ _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _MATHS = "errors config rotation kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
-_LIBRARY = f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline load skeleton generate report"
+_LIBRARY = (
+    f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline load skeleton generate report"
+)
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
 # Longest matching path wins. In the order of the tree: a row names only rows above it.
@@ -46,13 +48,14 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/audit.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/store.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
+    "oft_diffusion/choice.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/mixing.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/bank.py": Layer(f"{_MATHS} plan deltas", "torch"),
     "oft_diffusion/inject.py": Layer(f"{_MATHS} plan deltas bank", "torch"),
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),
     "oft_diffusion/proof.py": Layer(_ADAPTER, "torch"),
     "oft_diffusion/disk.py": Layer("errors", "torch safetensors"),
-    "oft_diffusion/metadata.py": Layer("errors config", ""),
+    "oft_diffusion/metadata.py": Layer("errors config disk", ""),
     "oft_diffusion/files.py": Layer(f"{_ADAPTER} proof disk metadata", "torch safetensors"),
     "oft_diffusion/formats/": Layer(f"{_ADAPTER} proof disk metadata files", "torch safetensors"),
     "oft_diffusion/geodesics.py": Layer("errors config rotation", "torch", name="arithmetic"),
@@ -60,7 +63,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/arithmetic.py": Layer(f"{_ADAPTER} disk metadata files", "torch"),
     "oft_diffusion/images.py": Layer("errors disk", "numpy PIL"),
     "oft_diffusion/pipeline/": Layer(
-        f"{_ADAPTER} prediction proof disk metadata files formats", f"torch PIL {_HUGGING_FACE}"
+        f"{_ADAPTER} prediction proof disk metadata files formats images", f"torch PIL {_HUGGING_FACE}"
     ),
     "oft_diffusion/load.py": Layer("errors text_encoders", "torch diffusers huggingface_hub"),
     "oft_diffusion/skeleton.py": Layer("errors", "torch diffusers transformers huggingface_hub"),
@@ -73,6 +76,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/training/": Layer(f"{_LIBRARY} pocket evaluation", f"{_CORE} tomli"),
     "oft_diffusion/evaluation/command.py": Layer(f"{_LIBRARY} pocket evaluation training", _CORE, name="cli"),
     "oft_diffusion/convert.py": Layer(f"{_LIBRARY} pocket", _CORE, name="cli"),
+    "oft_diffusion/info.py": Layer(_LIBRARY, _CORE, name="cli"),
     "oft_diffusion/cli.py": Layer(f"{_LIBRARY} training pocket evaluation", _CORE),
     # The facade, and the door: nothing in the package imports them.
     "oft_diffusion/quiet.py": Layer("", ""),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion.disk import read_safetensors
+from oft_diffusion.disk import SEAL_KEY, parse_json, read_safetensors
 from oft_diffusion.errors import AdapterFileError, first_line
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.components import Components, describe
 from oft_diffusion.formats.names import Meaning, foreign_names
+from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.plan import StrengthMode
 from oft_diffusion.targets import canonical_name, find_layers
 
@@ -36,6 +36,9 @@ REFUSED = {
 }  # fmt: skip
 _OTHERS = ("lora", "lokr", "hada_", "ia3", ".diff", "glora", "vera", ".a1.", ".b1.")
 _LEFT_OUT = ("bundle_emb.",)  # OneTrainer's embeddings: told, not loaded
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # settings, too
+_MAX_CONFIG_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,22 @@ class Source:
         return {suffix for tensors in self.groups.values() for suffix in tensors}
 
     def arguments(self, entry: str) -> dict[str, Any]:
-        """A JSON object in the header; empty where there is none that can be read."""
+        """A JSON object in the header; empty where there is none.
+
+        Raises:
+            AdapterFileError: it cannot be read, so that nobody knows what it asks for.
+        """
         try:
-            found = json.loads(self.header.get(entry, "{}"))
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            found = parse_json(self.header.get(entry, "{}"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no JSON object")
+        except ValueError as error:
+            raise AdapterFileError(
+                f"{self.name} has settings under {entry} that cannot be read ({first_line(error)})",
+                expected="a JSON object",
+                fix="download or copy the file again",
+            ) from error
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,19 @@ def read_source(path: Path) -> Source:
         AdapterFileError: it is broken, no OFT adapter, one that we cannot represent, or its numbers are not finite.
     """
     tensors, header = read_safetensors(path, lambda names: _check_names(path.name, names))
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if ours := [entry for entry in (HEADER_KEY, SEAL_KEY) if entry in header]:
+        raise AdapterFileError(
+            f"{path.name} is a file of oft-diffusion with damaged metadata: it has {ours[0]} alone",
+            expected=f"{HEADER_KEY} and {SEAL_KEY}, which tell how its rotations are built",
+            fix="download or copy the file again",
+        )
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+        raise AdapterFileError(
+            f"{path.name} has numbers of {tensors[strange[0]].dtype} in {_shown(strange)}",
+            expected="floating numbers of 16 to 64 bits",
+            fix="save it with such numbers in the tool that wrote it",
+        )
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
     if bad:
         raise AdapterFileError(
             f"{path.name} has values that are not finite in {_shown(bad)}",
@@ -199,16 +224,18 @@ def _split(name: str) -> tuple[str, str]:
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     beside = path.parent / "adapter_config.json"
-    text = header.get("lora_adapter_metadata", "{}")  # by diffusers' save_lora_adapter
+    text = header.get("lora_adapter_metadata")  # by diffusers' save_lora_adapter
     try:
         if path.name == "adapter_model.safetensors" and beside.is_file():
-            if beside.stat().st_size > 10_000_000:
+            if beside.stat().st_size > _MAX_CONFIG_BYTES:
                 raise ValueError(f"it has {beside.stat().st_size:,} bytes")
             text = beside.read_text(encoding="utf-8")
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise TypeError("it is no JSON object")
-    except (OSError, TypeError, ValueError, RecursionError) as error:
+        if text is None:
+            return {}
+        config = parse_json(text)
+        if not isinstance(config, dict) or not config:
+            raise ValueError("it is no JSON object, or an empty one")
+    except (OSError, ValueError) as error:
         raise AdapterFileError(
             f"the configuration of {path.name} cannot be read ({first_line(error)})",
             expected="PEFT's adapter_config.json",

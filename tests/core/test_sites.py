@@ -198,6 +198,8 @@ def test_of_two_rotated_outputs_only_the_first_can_be_merged(model: Net) -> None
             merge_oft(model, ["late"])
         merge_oft(model, ["early"])
         torch.testing.assert_close(model(X), got, rtol=0, atol=3e-6)
+        unmerge_oft(model)
+        torch.testing.assert_close(model(X), got, rtol=0, atol=3e-6)
 
 
 def test_shapes_that_fit_no_side_are_refused(model: Net) -> None:

@@ -168,3 +168,12 @@ def test_merging_wants_two(mug: Path, tmp_path: Path, capsys: Any) -> None:
     status, text = run(capsys, "merge", mug, "--how", "interpolate", "--out", tmp_path / "x")
     assert status == 1
     assert "was given 1 adapters" in text
+
+
+def test_info_tells_whose_a_file_is(series: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    theirs = tmp_path / "theirs.safetensors"
+    run(capsys, "convert", series, theirs, "--to", "onetrainer", "--model", model_folder)
+    status, text = run(capsys, "info", theirs)
+    assert status == 0
+    for word in ("written by sd-scripts", "rotates inputs", "named as lora_", "of size 8", "neumann_order 4"):
+        assert word in text

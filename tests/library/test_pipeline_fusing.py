@@ -1,7 +1,10 @@
 """Fusing adapters into a pipeline's weights, and out again."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oft_diffusion import (
     fuse_oft,
@@ -148,3 +151,31 @@ def test_fusing_that_breaks_off_leaves_every_component(pipe, mug, monkeypatch, k
     assert not any(a.fused for a in list_oft_adapters(pipe))
     assert_unchanged(pipe, before)
     assert torch.equal(draw(pipe), live)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(pipe):
+    with Operations() as counted:
+        draw(pipe)
+    return counted.seen
+
+
+def test_fused_adapters_cost_nothing(pipe, base_pipe, mug, style):
+    base = operations(base_pipe)
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    load_oft_weights(pipe, style, adapter_name="style")
+    draw(pipe)
+    assert operations(pipe)["oft_diffusion.block_rotate.default"] > 0
+    fuse_oft(pipe)
+    assert operations(pipe) == base
