@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.pocket_subjects import Bench, base_digest, setup_digest
@@ -64,7 +64,15 @@ CLASS_PROMPTS = [
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the chosen one": {},
     "36 class prompts": {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
-    "twice the steps": {"steps": 1020, "decay_steps": 408},  # beyond the two minutes: what is time worth?
+    "510 steps": {"steps": 510, "decay_steps": 204},  # what was searched with, before a slower machine wanted 450
+    "36 class prompts, 510 steps": {
+        "class_prompts": CLASS_PROMPTS,
+        "num_class_images": 36,
+        "steps": 510,
+        "decay_steps": 204,
+    },
+    "twice the steps": {"steps": 900, "decay_steps": 360},  # beyond the two minutes: what is time worth?
+    "without captions": {"captions": False},
     "plain": PLAIN,
     "plain, class images": PLAIN | CLASS_IMAGES,
     "without crops and mirroring": {"min_crop": 1.0, "flip": False},
@@ -140,37 +148,53 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 
 
 def table() -> str:
-    """One line per candidate, means over subjects, best first; on the newest base alone.
+    """One line per candidate, on the newest base alone; means over subjects of means over seeds, best first.
 
-    A candidate is what pocket.toml said when it was measured, changed as its name says: where that file or the
-    candidate says otherwise today, the line is called earlier.
+    A line is called earlier where no candidate of today has its settings. Differences to the chosen one are taken on
+    the runs that both have, subject by subject and seed by seed.
     """
     rows, ranked = load(FILE), []
     rows = [row for row in rows if row["base"] == rows[-1]["base"]]
+    counts = {int(row["pictures"]) for row in rows}
+    today = {setup_digest(settings, count): name for name, settings in CANDIDATES.items() for count in counts}
+    chosen = [row for row in rows if today.get(row["setup"]) == "the chosen one"]
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
-        name, count = own[0]["candidate"], int(own[0]["pictures"])
-        if name not in CANDIDATES or setup_digest(CANDIDATES[name], count) != setup:
-            name += " (earlier)"
-
-        def mean(key: str, own: list[dict[str, str]] = own) -> float:
-            return sum(float(row[key]) for row in own) / len(own)
-
-        hit, preserved, leaked = mean("subject hit"), mean("preservation"), mean("leakage, other trigger")
-        share = mean("fidelity") / max(1e-9, mean("base fidelity"))
-        more = (mean("leakage, class word"), mean("hit and fidelity"), mean("attribute drift"), mean("memorisation"))
-        cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *more)]
+        name = today.get(setup, f"{own[0]['candidate']} (earlier)")
+        hit, preserved, leaked = (_mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger"))
+        share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
+        more = ("leakage, class word", "drift, other trigger", "hit and fidelity", "attribute drift", "memorisation")
+        cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
         cells[0] += _spread([float(row["subject hit"]) for row in own])
+        cells.append("" if name == "the chosen one" else _paired(own, chosen))
         runs = Counter(row["subject"] for row in own)
         cells.append(", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())))
         line = f"| {name} | {' | '.join(cells)} |"
         ranked.append((score(hit, share, preserved, leaked), line))
     columns = (
         "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, class word",
-        "hit and fidelity", "drift", "memorisation", "runs",
+        "drift, other trigger", "hit and fidelity", "drift", "memorisation", "to the chosen one: hit, preservation",
+        "runs",
     )  # fmt: skip
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])
+
+
+def _mean(rows: Sequence[Mapping[str, str]], key: str) -> float:
+    """Over subjects, each of which counts once however many seeds it has; not a number where a row lacks it."""
+    subjects = dict.fromkeys(row["subject"] for row in rows)
+    values = ([float(row[key] or "nan") for row in rows if row["subject"] == subject] for subject in subjects)
+    return fmean(fmean(own) for own in values)
+
+
+def _paired(own: Sequence[Mapping[str, str]], chosen: Sequence[Mapping[str, str]]) -> str:
+    """Differences in points on common runs, and how many there are."""
+    known = {(row["subject"], row["seed"]): row for row in chosen}
+    pairs = [(row, known[key]) for row in own if (key := (row["subject"], row["seed"])) in known]
+    if not pairs:
+        return "no run in common"
+    differences = (fmean(float(a[key]) - float(b[key]) for a, b in pairs) for key in ("subject hit", "preservation"))
+    return ", ".join(f"{100 * value:+.1f}" for value in differences) + f" ({len(pairs)})"
 
 
 def _spread(values: list[float]) -> str:

@@ -17,7 +17,7 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ _NO_RECIPE = (
     "instance_dir", "class_word", "output_dir", "validation_prompts", "validation_every", "validation_count",
     "evaluation_count",
 )  # fmt: skip
+_HIT = ("object", "accent", "face", "hat", "badge")
 DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
 _COLUMNS = (
@@ -77,7 +78,7 @@ class Bench:
         self.pipe = pocket_pipeline(torch_dtype=DTYPE).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier = load_classifier(device)
-        self.base: dict[tuple[str, str, int], list[Row]] = {}
+        self.base: dict[tuple[str, str, int, int, float], list[Row]] = {}
 
     def config(self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: bool) -> TrainConfig:
         """The settings of one run. Its folder is `out/name/seed`."""
@@ -117,7 +118,7 @@ class Bench:
         looks = looks_of(self.classifier, instance_images(subjects_path(name)))
         sets = prompt_sets(looks, config.trigger, count, salt=group)
         how: Any = {"group": group, "steps": config.sampling_steps, "guidance": config.guidance_scale}
-        asked = (group, config.trigger, count)
+        asked = (group, config.trigger, count, config.sampling_steps, config.guidance_scale)
         if asked not in self.base:  # the same for most recipes, and a search asks for it again and again
             self.base[asked] = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)
         rows = self.base[asked]
@@ -195,7 +196,7 @@ def table() -> str:
     subjects = dict.fromkeys(group.split("/")[0] for group in finished)
     lines += [_line(name, [r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
     lines.append(_line(f"**all {len(finished)} runs**", rows, closest, bounds=True))
-    return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values()))])
+    return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values())), "", *_attributes(rows, subjects)])
 
 
 def _row(row: Mapping[str, str]) -> Row:
@@ -205,7 +206,7 @@ def _row(row: Mapping[str, str]) -> Row:
         prompt=row["prompt"],
         seed=int(row["seed"]),
         adapted=row["adapted"] == "1",
-        reading={},
+        reading={name: row[name] for name in ATTRIBUTES if row.get(name)},
         hit=row["hit"] == "1",
         shared=int(row["shared"]),
         faithful=row["faithful"] == "1",
@@ -243,6 +244,17 @@ def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Ma
         f"{runs[-1]['hardware']}; adapters of at most {longest['megabytes']:.2f} MB."
     )
     return lines
+
+
+def _attributes(rows: Sequence[Row], subjects: Iterable[str]) -> list[str]:
+    """How often each attribute of a subject is right, where it is asked for: all five must be for a hit."""
+    lines = [f"| right, per cent | {' | '.join(_HIT)} |", "|---" * (len(_HIT) + 1) + "|"]
+    drawn = [r for r in rows if r.adapted and r.set == "subject" and r.reading]
+    for name in subjects:
+        own = [r for r in drawn if r.group.startswith(f"{name}/")]
+        right = (sum(r.reading[a] == getattr(SUBJECTS[name], a) for r in own) / max(1, len(own)) for a in _HIT)
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in right)} |")
+    return lines if drawn else []
 
 
 def _lost(rows: Sequence[Row]) -> str:

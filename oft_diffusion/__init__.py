@@ -3,6 +3,7 @@
 On any module: `inject_oft`, `remove_oft`, `merge_oft`, `unmerge_oft`, `oft_state_dict`, `load_oft_state_dict`.
 In a diffusers pipeline: `load_oft_weights`, `set_oft_adapters`, `enable_oft_adapters`, `disable_oft_adapters`,
 `oft_adapters_per_image`, `list_oft_adapters`, `fuse_oft`, `unfuse_oft`, `unload_oft_weights`, `save_oft_weights`.
+On the hub: `push_oft_weights`, `write_model_card`.
 Training: `oft_diffusion.training`.
 """
 
@@ -19,10 +20,12 @@ from oft_diffusion.pipeline import (
     list_oft_adapters,
     load_oft_weights,
     oft_adapters_per_image,
+    push_oft_weights,
     save_oft_weights,
     set_oft_adapters,
     unfuse_oft,
     unload_oft_weights,
+    write_model_card,
 )
 
 __version__ = "0.1.0"
@@ -41,10 +44,12 @@ __all__ = [
     "merge_oft",
     "oft_adapters_per_image",
     "oft_state_dict",
+    "push_oft_weights",
     "remove_oft",
     "save_oft_weights",
     "set_oft_adapters",
     "unfuse_oft",
     "unload_oft_weights",
     "unmerge_oft",
+    "write_model_card",
 ]

@@ -37,21 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse_adapter(text: str) -> tuple[str, float]:
-    """`mug/oft_adapter.safetensors:0.8` to its path and strength; the strength is 1 where none is given.
+def parse_adapter(text: str) -> tuple[str, float | None]:
+    """`mug/oft_adapter.safetensors:0.8` to its path and strength; None where none is given.
 
     Raises:
         ConfigError: what follows the last colon is neither a number nor part of a path.
     """
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).exists():
-        return text, 1.0
+        return text, None
     try:
         return path, float(strength)
     except ValueError:
         # C:\mug.safetensors and a hub id have no strength; anything else is a typing error.
         if "/" in strength or "\\" in strength:
-            return text, 1.0
+            return text, None
         raise ConfigError(
             f"--adapter {text} gives {strength!r} as the strength",
             expected="PATH or PATH:NUMBER",
@@ -77,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--config-dir", metavar="FOLDER", help="of a checkpoint's architecture, in diffusers' format")
     generate.add_argument(
-        "--adapter", action="append", default=[], metavar="PATH[:STRENGTH]", help="may be repeated; strength 1 if none"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="may be repeated; the file's own strength if none, mostly 1",
     )
     generate.add_argument(
         "--out", type=Path, default=Path("pictures"), help="folder (default: pictures); nothing there is replaced"
@@ -150,7 +154,7 @@ def _generate(options: argparse.Namespace) -> int:
     pipe = load_pipeline(model, getattr(torch, options.dtype), options.device, config_dir=options.config_dir)
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
-        print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {strength:g}")
+        print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {adapter.strength:g}")
         _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
         trained = adapter.metadata.training.get("clip_skip") if adapter.metadata else None
         if trained != options.clip_skip and (trained or options.clip_skip):

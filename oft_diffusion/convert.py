@@ -15,8 +15,10 @@ from oft_diffusion.disk import has_metadata
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import AdapterFile, load_adapter_file, save_adapter_file
 from oft_diffusion.formats import read, write_peft, write_single_file
-from oft_diffusion.formats.carriers import Exported, export_diff, export_glora, export_lora
+from oft_diffusion.formats.carrier import Exported
+from oft_diffusion.formats.carriers import export_diff, export_lora
 from oft_diffusion.formats.checkpoint import export_checkpoint, export_folder
+from oft_diffusion.formats.glora import export_glora
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.pipeline import load_oft_weights

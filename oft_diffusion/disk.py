@@ -7,9 +7,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,8 +111,9 @@ def is_writable(folder: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, synced, then renamed.
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its name when it is whole, synced; after any error there is none.
 
     Raises:
         AdapterFileError: the folder cannot be made or written, or the disk is full.
@@ -121,24 +123,43 @@ def write_atomically(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a shared adapter gets the usual permissions instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).chmod(0o666 & ~umask())  # mkstemp makes files private; a shared one gets the usual permissions
         Path(temporary).replace(path)
         temporary = None
     except OSError as error:
-        raise AdapterFileError(
-            f"{path} cannot be written ({error.strerror or error})",
-            expected=f"a writable folder with {len(data) / 1e6:.1f} MB free",
-            fix="free some space, or choose another folder",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:  # Ctrl-C leaves nothing behind either
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        AdapterFileError: as `writing_atomically`.
+    """
+    with writing_atomically(path) as file:
+        file.write(data)
+
+
+def unwritable(path: Path, error: OSError) -> AdapterFileError:
+    """The error about a file or folder that cannot be written."""
+    return AdapterFileError(
+        f"{path} cannot be written ({error.strerror or error})",
+        expected="a writable folder with enough space",
+        fix="free some space, or choose another folder",
+    )
+
+
+def umask() -> int:
+    """The permissions that this process takes away from new files."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def read_safetensors(path: Path, check: Callable[[Sequence[str]], None]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -171,27 +192,36 @@ def has_metadata(path: Path, entry: str) -> bool:
 
 
 def _read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            return check_header(path, start + file.read(min(int.from_bytes(start, "little"), _MAX_HEADER_BYTES)))
+    except OSError as error:
+        raise _corrupt(path, error.strerror or first_line(error)) from error
+
+
+def check_header(path: Path, data: bytes) -> tuple[list[str], dict[str, str]]:
     """The names of a file's tensors, and the texts beside them.
+
+    Args:
+        path: for messages.
+        data: the file, or what of it is before its tensors.
 
     Raises:
         AdapterFileError: it cannot be read; or safetensors would spend much on it, or choose between two meanings.
     """
+    size = int.from_bytes(data[:8], "little")
+    if size > _MAX_HEADER_BYTES:
+        raise _hostile(path, f"a header of {size:,} bytes", f"at most {_MAX_HEADER_BYTES:,} bytes")
+    if len(data) < 8 + size:
+        raise _corrupt(path, f"its header ends after {len(data):,} bytes of {8 + size:,}")
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MAX_HEADER_BYTES:
-                raise _hostile(path, f"a header of {size:,} bytes", f"at most {_MAX_HEADER_BYTES:,} bytes")
-            raw = file.read(size)
-        if len(raw) < size:
-            raise ValueError(f"its header of {size:,} bytes ends after {len(raw):,}")
-        entries = parse_json(raw.decode())
-        texts = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
-        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError("its header is no table of tensors and texts")
-    except (OSError, ValueError) as error:  # of which an AdapterFileError is one
-        if isinstance(error, AdapterFileError):
-            raise
+        entries = parse_json(data[8 : 8 + size].decode())
+    except ValueError as error:
         raise _corrupt(path, first_line(error)) from error
+    texts = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise _corrupt(path, "its header is no table of tensors and texts")
     if len(entries) > _MAX_TENSORS or len(texts) > _MAX_TEXTS:
         found = f"{len(entries):,} tensors and {len(texts):,} texts"
         raise _hostile(path, found, f"at most {_MAX_TENSORS:,} tensors and {_MAX_TEXTS:,} texts")

@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from oft_diffusion.disk import SEAL_KEY, is_sealed, read_safetensors, sealed, tensor_digest, write_atomically
+from oft_diffusion.disk import (
+    SEAL_KEY,
+    check_header,
+    is_sealed,
+    read_safetensors,
+    sealed,
+    tensor_digest,
+    write_atomically,
+)
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX
 from oft_diffusion.metadata import FORMAT_VERSION, HEADER_KEY, AdapterMetadata, parse_metadata, software_versions
@@ -69,8 +77,21 @@ def save_adapter_file(
         "format_version": FORMAT_VERSION,
     })  # fmt: skip
     header = {"format": "pt", HEADER_KEY: filled.to_json(), SEAL_KEY: "0" * 64}
-    write_atomically(path, sealed(save(tensors, metadata=header)))
+    data = sealed(save(tensors, metadata=header))
+    _check_loadable(path, data)
+    write_atomically(path, data)
     return path
+
+
+def _check_loadable(path: Path, data: bytes) -> None:
+    try:
+        check_header(path, data)
+    except AdapterFileError as error:
+        raise AdapterFileError(
+            f"{path.name} could not be loaded again: {error.problem}",
+            expected=error.expected,
+            fix="adapt fewer layers, or keep less beside the adapter (training, base)",
+        ) from error
 
 
 def _file_to_write(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from oft_diffusion.audit import refuse_fused_lora
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.hooks import hooked_layers, unwrap
+from oft_diffusion.hooks import bank_of, hooked_layers, unwrap
 from oft_diffusion.inject import require_bank
 from oft_diffusion.plan import Active, Stage, as_names, layer_of, make_stages, place_of, split_by_site
 
@@ -103,6 +104,53 @@ def unmerge_oft(model: nn.Module) -> None:
     refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
     bank.base_copy.put_back({layer_of(site): _weight(layer) for site, layer in hooked_layers(model).items()})
     bank.clear_merged()
+
+
+@dataclass(frozen=True)
+class LiveWeight:
+    """A layer's weight and what the active adapters make of it.
+
+    Attributes:
+        layer: its name in the component.
+        weight: the base's, `(out, in)` or `(out, in, kh, kw)`, as it lies in the model.
+        deltas: by site, in the order in which the weight takes them.
+    """
+
+    layer: str
+    weight: Tensor
+    deltas: Mapping[str, tuple[Tensor, ...]]
+
+    @torch.no_grad()
+    def rotated(self, weight: Tensor) -> Tensor:
+        """What becomes of a weight of this layer, in a tensor of its own, of at least 32 bits."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for site, deltas in self.deltas.items():
+            _rotate_(wide, site, deltas)
+        return wide
+
+
+def live_weights(model: nn.Module) -> list[LiveWeight]:
+    """Every layer that a model's active adapters rotate. The model stays as it is.
+
+    Raises:
+        AdapterError: an adapter is merged, or a LoRA is fused into such a layer.
+        TargetError: a weight is not a floating matrix in memory (a quantized or offloaded layer).
+    """
+    bank = bank_of(model)
+    if bank is None:
+        return []
+    bank.refuse_merged(bank.merged)
+    refuse_fused_lora(unwrap(model))
+    stages = make_stages([item for item in bank.active if item.strength != 0.0], bank.adapters)
+    weights = _merge_targets(model, stages)
+    if not weights:
+        return []
+    with torch.no_grad():
+        found = split_by_site(stages, bank.build_deltas(stages, next(iter(weights.values())).device))
+    by_layer: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in weights}
+    for site in sorted(found, key=lambda site: place_of(site) != "patches"):  # as merging does
+        by_layer[layer_of(site)][site] = found[site]
+    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in by_layer.items()]
 
 
 class BaseCopy:

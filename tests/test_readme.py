@@ -1,4 +1,4 @@
-"""The README is executable: its Python blocks run, and its commands exist."""
+"""The README, and the guide to adapters, are executable: their Python blocks run, and their commands exist."""
 
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+TEXTS = {"README.md": README} | {
+    name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("using.md", "formats.md")
+}
+
+
+def blocks(language: str) -> list[tuple[str, int, str]]:
+    """Every block of a language: whose it is, its number, and its lines."""
+    return [
+        (name, number, block)
+        for name, text in TEXTS.items()
+        for number, block in enumerate(re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL))
+    ]
 
 
 @pytest.fixture
@@ -35,16 +45,15 @@ def demo_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_python_blocks_run(index: int, demo_folder: Path) -> None:
-    code = blocks("python")[index]
-    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})  # noqa: S102 - our own README
+@pytest.mark.parametrize(("name", "number", "code"), blocks("python"), ids=lambda v: str(v)[:12])
+def test_python_blocks_run(name: str, number: int, code: str, demo_folder: Path) -> None:
+    exec(compile(code, f"{name} block {number}", "exec"), {"__name__": "readme"})  # noqa: S102 - our own texts
     for saved in re.findall(r'\.save\("(.+?)"\)', code):
         assert (demo_folder / saved).stat().st_size > 1000
 
 
 def test_there_are_python_blocks() -> None:
-    assert len(blocks("python")) >= 2
+    assert len(blocks("python")) >= 4
 
 
 def test_the_matrix_has_a_row_per_pipeline_that_a_test_trains() -> None:
@@ -62,16 +71,16 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "info", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "generate", "info", "evaluate", "convert"])
 def test_command_lines_use_options_that_exist(verb: str) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "oft_diffusion", verb, "--help"], capture_output=True, text=True, check=True
     ).stdout
-    commands = [c for block in blocks("bash") for c in block.replace("\\\n", " ").splitlines()]
-    mine = [shlex.split(c) for c in commands if c.startswith(f"oft-diffusion {verb} ")]
-    assert mine, f"README shows no `oft-diffusion {verb}`"
+    commands = [c for *_, block in blocks("bash") for c in block.replace("\\\n", " ").splitlines()]
+    mine = [shlex.split(c, comments=True) for c in commands if c.startswith(f"oft-diffusion {verb} ")]
+    assert mine, f"no text shows `oft-diffusion {verb}`"
     for word in (w for command in mine for w in command if w.startswith("--")):
-        assert re.search(rf"{word}\b", shown), f"README uses {word}, which `oft-diffusion {verb}` does not know"
+        assert re.search(rf"{word}\b", shown), f"a text uses {word}, which `oft-diffusion {verb}` does not know"
 
 
 def test_linked_files_exist() -> None:

@@ -1,6 +1,6 @@
 """What an adapter did to the pocket base, measured: is the subject learnt, is the rest kept.
 
-The pocket world's renderer is ours, so a classifier trained on it says exactly what is in a picture. `evaluate` draws
+The pocket world's renderer is ours, so a classifier trained on it can say what is in a picture. `evaluate` draws
 fixed sets of prompts from fixed seeds with and without the adapter, and gives figures with intervals.
 """
 

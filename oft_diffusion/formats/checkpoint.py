@@ -6,27 +6,29 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from oft_diffusion.audit import refuse_fused_lora
-from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.disk import umask, unwritable, writing_atomically
+from oft_diffusion.errors import AdapterError, AdapterFileError
 from oft_diffusion.formats.components import describe
+from oft_diffusion.formats.live import (
+    EXPORT_KEY,
+    export_note,
+    live_components,
+    modules_of,
+    safetensors_path,
+    same_name,
+)
 from oft_diffusion.formats.names import Leaf, checkpoint_names
-from oft_diffusion.hooks import bank_of, unwrap
-from oft_diffusion.merge import _merge_targets, _rotate_, merge_oft, unmerge_oft
-from oft_diffusion.metadata import software_versions
-from oft_diffusion.plan import layer_of, make_stages, place_of, split_by_site
+from oft_diffusion.hooks import bank_of
+from oft_diffusion.merge import LiveWeight, merge_oft, unmerge_oft
 
-EXPORT_KEY = "oft_diffusion_export"  # in a header: what was exported, and how
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 2**24  # bytes that are copied at a time
 
@@ -126,11 +128,11 @@ def export_folder(pipe: Any, folder: str | Path, *, keep_base: Literal["cpu", "d
         pipe.save_pretrained(temporary, safe_serialization=True)
         for file in temporary.rglob("*"):
             _sync(file)
-        temporary.chmod(0o777 & ~_umask())  # temporary folders are private
+        temporary.chmod(0o777 & ~umask())  # temporary folders are private
         temporary.replace(folder)
         temporary = None
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     finally:
         for module in adapted:
             if (bank := bank_of(module)) is not None and bank.merged:
@@ -195,184 +197,9 @@ def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
         count -= len(chunk)
 
 
-@contextmanager
-def writing_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its name when it is whole, synced; after any error there is none.
-
-    Raises:
-        AdapterFileError: the folder cannot be made or written, or the disk is full.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # temporary files are private
-        Path(temporary).replace(path)
-        temporary = None
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:  # Ctrl-C leaves nothing behind either
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> AdapterFileError:
-    return AdapterFileError(
-        f"{path} cannot be written ({error.strerror or error})",
-        expected="a writable folder with enough space",
-        fix="free some space, or choose another folder",
-    )
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# -- what is live -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LiveWeight:
-    """A layer's weight and what the active adapters make of it.
-
-    Attributes:
-        layer: its name in the component.
-        weight: the base's, `(out, in)` or `(out, in, kh, kw)`, as it lies in the model.
-        deltas: by site, in the order in which the weight takes them.
-    """
-
-    layer: str
-    weight: Tensor
-    deltas: Mapping[str, tuple[Tensor, ...]]
-
-    @torch.no_grad()
-    def rotated(self, weight: Tensor) -> Tensor:
-        """What becomes of a weight of this layer, in a tensor of its own, of at least 32 bits."""
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for site, deltas in self.deltas.items():
-            _rotate_(wide, site, deltas)
-        return wide
-
-
-def live_weights(model: nn.Module) -> list[LiveWeight]:
-    """Every layer that a model's active adapters rotate. The model stays as it is.
-
-    Raises:
-        AdapterError: an adapter is merged, or a LoRA is fused into such a layer.
-        TargetError: a weight is not a floating matrix in memory (a quantized or offloaded layer).
-    """
-    bank = bank_of(model)
-    if bank is None:
-        return []
-    bank.refuse_merged(bank.merged)
-    refuse_fused_lora(unwrap(model))
-    stages = make_stages([item for item in bank.active if item.strength != 0.0], bank.adapters)
-    weights = _merge_targets(model, stages)
-    if not weights:
-        return []
-    with torch.no_grad():
-        found = split_by_site(stages, bank.build_deltas(stages, next(iter(weights.values())).device))
-    by_layer: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in weights}
-    for site in sorted(found, key=lambda site: place_of(site) != "patches"):  # as merging does
-        by_layer[layer_of(site)][site] = found[site]
-    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in by_layer.items()]
-
-
-def live_components(pipe: Any, components: Collection[str] | None = None) -> dict[str, dict[str, LiveWeight]]:
-    """`live_weights` by layer of a pipeline's components, or of some of them; those without any are left out.
-
-    Raises:
-        AdapterError: it is no pipeline, no adapter acts in it, or in one that is named, or as in `live_weights`.
-        TargetError: as there.
-    """
-    modules = modules_of(pipe)
-    wanted = modules if components is None else [part for part in components if part in modules]
-    live = {part: {layer.layer: layer for layer in live_weights(modules[part])} for part in wanted}
-    if idle := [part for part in components or () if not live.get(part)]:
-        raise _nothing_acts(idle[0])
-    if not any(live.values()):
-        raise _nothing_acts("this pipeline")
-    return {part: layers for part, layers in live.items() if layers}
-
-
-def _nothing_acts(where: str) -> AdapterError:
-    return AdapterError(
-        f"nothing to export: no adapter acts in {where}",
-        expected="active adapters with a strength other than 0",
-        fix="load one, or activate one with set_oft_adapters",
-    )
-
-
-def modules_of(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's components that are modules.
-
-    Raises:
-        AdapterError: it is no pipeline.
-    """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        raise AdapterError(
-            f"a {type(pipe).__name__} is no pipeline",
-            expected="a diffusers pipeline with its components",
-            fix="pass the pipeline itself, not one of its components",
-        )
-    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
-
-
-def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> str:
-    """A header's text about an export: its kind, the base's name, what is live in these components, the software."""
-    name = str(getattr(getattr(pipe, "config", None), "_name_or_path", ""))
-    local = Path(name)
-    adapters = {
-        part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active if a.strength != 0.0]
-        for part, module in modules_of(pipe).items()
-        if part in live and (bank := bank_of(module)) is not None
-    }
-    note = {
-        "format": carrier,
-        # Of a local path the last part only: files are shared, and where a base lay is nobody's business.
-        "base": local.absolute().name if name and (local.is_absolute() or local.exists()) else name,
-        "adapters": adapters,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "software": software_versions(),
-        **more,
-    }
-    return json.dumps(note, sort_keys=True)
-
-
-def same_name(name: str, first: str, second: str) -> TargetError:
-    """The error about two components, such as Wan's experts, of which a file can hold one."""
-    return TargetError(
-        f"{name} is a name of a layer of {first} and of {second}",
-        expected="a file for each of them",
-        fix=f'export them one by one, components=["{first}"] and components=["{second}"]',
-    )
-
-
-def safetensors_path(path: str | Path) -> Path:
-    """A path of that kind.
-
-    Raises:
-        AdapterFileError: its name says something else.
-    """
-    if Path(path).suffix != ".safetensors":
-        raise AdapterFileError(
-            f"{Path(path).name} is no name of a safetensors file",
-            expected="a name that ends in .safetensors",
-            fix=f"use {Path(path).stem}.safetensors",
-        )
-    return Path(path)

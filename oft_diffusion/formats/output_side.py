@@ -40,46 +40,56 @@ def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OF
 def _read_match(source: Source, match: Match) -> list[tuple[str, Tensor]]:
     """Per leaf, its layer's `Q (r, b, b)`, in float64."""
     leaves, tensors = match.meaning.leaves, match.tensors
+    outputs = [_outputs(module) for module in match.modules]
+    rotations = [name for name in tensors if name.startswith(("oft_blocks", "oft_diag"))]
+    if len(rotations) > 1 and not all(name.startswith("oft_blocks.") for name in rotations):
+        raise _bad(source, match, f"both {rotations[0]} and {rotations[1]}", "one of them")
     if "oft_diag" in tensors:
-        return _leaves(source, match, _of_rotation(source, match, tensors["oft_diag"]))
+        return _leaves(source, match, _of_rotation(source, match, tensors["oft_diag"], sum(outputs)))
     if "oft_blocks" in tensors:
-        return _leaves(source, match, _skew(source, match, tensors["oft_blocks"]))
+        return _leaves(source, match, _skew(source, match, tensors["oft_blocks"], sum(outputs)))
     splits = [tensors.get(f"oft_blocks.{number}") for number in range(len(leaves))]
     numbers = sum(name.startswith("oft_blocks.") for name in tensors)
     if None in splits or numbers != len(leaves):
         raise _bad(source, match, f"{numbers} sets of blocks", f"one for each of {', '.join(match.meaning.layers)}")
     found = []
-    for leaf, module, blocks in zip(leaves, match.modules, splits, strict=True):
+    for leaf, rows, blocks in zip(leaves, outputs, splits, strict=True):
         assert blocks is not None
-        q = _skew(source, match, blocks)
-        if len(q) * q.shape[1] != _outputs(module):
-            raise _bad(source, match, f"{len(q)} blocks of {q.shape[1]}", f"{_outputs(module)} outputs of {leaf.layer}")
-        found.append((leaf.layer, q))
+        found.append((leaf.layer, _skew(source, match, blocks, rows)))
     return found
 
 
-def _skew(source: Source, match: Match, blocks: Tensor) -> Tensor:
+def _check_square(source: Source, match: Match, stored: Tensor, outputs: int) -> None:
+    """Before anything is computed: a matrix as large as the file costs many times as much."""
+    shape = tuple(stored.shape)
+    if stored.dim() != 3 or shape[1] != shape[2] or shape[1] < 2 or not stored.is_floating_point():
+        raise _bad(source, match, f"blocks of shape {shape}, {stored.dtype}", "square matrices")
+    if shape[0] * shape[1] != outputs:
+        raise _bad(source, match, f"{shape[0]} blocks of {shape[1]}", f"blocks that fill its {outputs} outputs")
+
+
+def _skew(source: Source, match: Match, blocks: Tensor, outputs: int) -> Tensor:
     if blocks.dim() == 4:
         raise AdapterFileError(
             f"{source.name} is BOFT, as the four axes of {match.key}.oft_blocks tell, which has no counterpart here",
             expected="OFT: blocks of three axes",
             fix="use it in the tool that wrote it, or merge it into a model there",
         )
-    if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or 0 in blocks.shape or not blocks.is_floating_point():
-        raise _bad(source, match, f"blocks of shape {tuple(blocks.shape)}, {blocks.dtype}", "square matrices")
+    _check_square(source, match, blocks, outputs)
     q = blocks.double() - blocks.double().mT
-    alpha = match.tensors.get("alpha")
-    bound = float(alpha) * len(q) * q.shape[1] if alpha is not None and alpha.numel() == 1 else 0.0
     # Not a scale: a bound on all blocks together. LyCORIS writes 0 where there is none, sd-scripts always has one.
-    if bound > 0 or source.header.get("ss_network_module", "").startswith("networks.oft"):
+    alpha, always = match.tensors.get("alpha"), source.header.get("ss_network_module", "").startswith("networks.oft")
+    if (alpha is None and always) or (alpha is not None and alpha.numel() != 1):
+        raise _bad(source, match, "no alpha" if alpha is None else f"alpha of shape {tuple(alpha.shape)}", "one number")
+    bound = 0.0 if alpha is None else float(alpha) * outputs
+    if bound > 0 or always:
         q = q * min(1.0, bound / max(float(q.norm()), 1e-12))
     return q
 
 
-def _of_rotation(source: Source, match: Match, stored: Tensor) -> Tensor:
+def _of_rotation(source: Source, match: Match, stored: Tensor, outputs: int) -> Tensor:
     """`Q` of rotations that are stored themselves, as LyCORIS did in 2023."""
-    if stored.dim() != 3 or stored.shape[1] != stored.shape[2] or 0 in stored.shape or not stored.is_floating_point():
-        raise _bad(source, match, f"matrices of shape {tuple(stored.shape)}, {stored.dtype}", "square matrices")
+    _check_square(source, match, stored, outputs)
     r, identity = stored.double(), torch.eye(stored.shape[1], dtype=torch.float64)
     error = float((r @ r.mT - identity).abs().max())
     allowed = 1e-4 if stored.dtype in (torch.float32, torch.float64) else 2e-2  # rounded when it was saved
@@ -94,12 +104,10 @@ def _of_rotation(source: Source, match: Match, stored: Tensor) -> Tensor:
 
 def _leaves(source: Source, match: Match, q: Tensor) -> list[tuple[str, Tensor]]:
     """Each leaf's blocks of a weight that several layers share: rotations act on rows, so leaves must not cut one."""
-    size, outputs = q.shape[1], sum(_outputs(module) for module in match.modules)
-    if len(q) * size != outputs:
-        raise _bad(source, match, f"{len(q)} blocks of {size}", f"blocks that fill its {outputs} outputs")
+    size = q.shape[1]
     found = []
     for leaf in match.meaning.leaves:
-        rows = leaf.take(torch.arange(outputs).unsqueeze(1)).flatten()
+        rows = leaf.take(torch.arange(len(q) * size).unsqueeze(1)).flatten()
         blocks = rows.view(-1, size) // size if len(rows) % size == 0 else None
         aligned = blocks is not None and torch.equal(blocks[:, :1] * size + torch.arange(size), rows.view(-1, size))
         if blocks is None or not aligned:

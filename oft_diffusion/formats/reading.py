@@ -15,11 +15,12 @@ from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.origins import ORIGINS
 from oft_diffusion.formats.output_side import read_output_side
 from oft_diffusion.formats.packed import read_packed
-from oft_diffusion.formats.source import Imported, match_layers, read_source
+from oft_diffusion.formats.source import Imported, Source, match_layers, read_source
 from oft_diffusion.hooks import unwrap
+from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.plan import StrengthMode
-from oft_diffusion.rotation import unpack
+from oft_diffusion.rotation import rotation_delta, unpack
 
 
 def read(
@@ -69,6 +70,7 @@ def read(
         notes = (*notes, f"{len(source.left_out)} embedding tensors were left out ({source.left_out[0]})")
     if unmatched:
         notes = (*notes, f"{len(unmatched)} layers that this pipeline does not have were left out")
+    _check_rotations(source, components)
     notes = (*notes, *_norms(components))
     metadata = AdapterMetadata(
         components={part: config for part, (config, _) in components.items()},
@@ -77,6 +79,19 @@ def read(
     )
     file = AdapterFile(source.path, {part: state for part, (_, state) in components.items()}, metadata)
     return Imported(file, name, mode, notes, unmatched)
+
+
+def _check_rotations(source: Source, components: Mapping[str, tuple[OFTConfig, Mapping[str, Tensor]]]) -> None:
+    """Refuse numbers that are finite and make rotations that are not."""
+    for part, (config, state) in components.items():
+        for key, packed in state.items():
+            if key.endswith(KEY_SUFFIX) and not torch.isfinite(rotation_delta(packed, config)).all():
+                raise AdapterFileError(
+                    f"{source.name} has generators of up to {float(packed.abs().max()):.2g} for {part}."
+                    f"{key.removesuffix(KEY_SUFFIX)}, which make no rotation",
+                    expected="numbers that are small enough to compute with",
+                    fix="use an earlier checkpoint, or get the file again; this one is broken",
+                )
 
 
 def _norms(components: Mapping[str, tuple[OFTConfig, Mapping[str, Tensor]]]) -> list[str]:

@@ -77,8 +77,8 @@ class Source:
         try:
             found = parse_json(self.header.get(entry, "{}"))
             if not isinstance(found, dict):
-                raise ValueError("it is no JSON object")
-        except ValueError as error:
+                raise TypeError("it is no JSON object")
+        except (TypeError, ValueError) as error:
             raise AdapterFileError(
                 f"{self.name} has settings under {entry} that cannot be read ({first_line(error)})",
                 expected="a JSON object",
@@ -123,11 +123,11 @@ def read_source(path: Path) -> Source:
         AdapterFileError: it is broken, no OFT adapter, one that we cannot represent, or its numbers are not finite.
     """
     tensors, header = read_safetensors(path, lambda names: _check_names(path.name, names))
-    if ours := [entry for entry in (HEADER_KEY, SEAL_KEY) if entry in header]:
+    if HEADER_KEY in header or SEAL_KEY in header:
         raise AdapterFileError(
-            f"{path.name} is a file of oft-diffusion with damaged metadata: it has {ours[0]} alone",
-            expected=f"{HEADER_KEY} and {SEAL_KEY}, which tell how its rotations are built",
-            fix="download or copy the file again",
+            f"{path.name} is a file of oft-diffusion" + (" without its metadata" if HEADER_KEY not in header else ""),
+            expected="another tool's file",
+            fix="download or copy the file again, and load it as one of oft-diffusion",
         )
     if strange := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
         raise AdapterFileError(

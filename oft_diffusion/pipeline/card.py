@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError, DataError, OFTError
 from oft_diffusion.files import FILE_NAME, load_adapter_file, resolve_adapter_path
-from oft_diffusion.images import read_picture, read_settings, save_png
+from oft_diffusion.images import parameters_text, read_picture, read_settings, save_png
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.pipeline.card_text import body, front_matter
 from oft_diffusion.pipeline.escaping import is_repo_id, without_local_paths
@@ -210,7 +210,16 @@ def _sample(given: object) -> Sample:
             )
     bare = image.convert("RGBA" if image.has_transparency_data else "RGB")
     bare.info = {}  # where a camera was, or another tool's workflow, is nobody's business
-    return Sample(bare, without_local_paths(told) if isinstance(told, Mapping) else {})
+    return Sample(bare, _settings(told))
+
+
+def _settings(told: Any) -> dict[str, Any]:
+    """Settings without paths; none where they are not of the form that ours have."""
+    with suppress(LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        settings: dict[str, Any] = without_local_paths(dict(told or {}))
+        parameters_text(settings)  # as save_png will
+        return settings
+    return {}
 
 
 def _picture_name(number: int, sample: Sample) -> str:

@@ -55,15 +55,16 @@ def front_matter(
     """
     base = metadata.base.get("name")
     is_public = isinstance(base, str) and is_repo_id(base)
+    told: dict[str, Any] = {} if terms is None else _license(terms)
     return ModelCardData(
         base_model=base if is_public else None,
         base_model_relation="adapter" if is_public else None,
         library_name="diffusers",
-        **({} if terms is None else _license(terms)),
+        **told,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "oft", "oft-diffusion", *_family(metadata)],
         instance_prompt=_instance_prompt(metadata) or None,
-        widget=[_widget(name, told) for name, told in pictures.items()] or None,
+        widget=[_widget(name, settings) for name, settings in pictures.items()] or None,
     )
 
 
@@ -165,7 +166,7 @@ load_oft_weights(pipe, "{repo_id}", strength={metadata.strength!r})
 picture.image.save("picture.png")
 ```
 
-`pipe(...)` draws with it, too, as without. The same on the command line:
+Calling `pipe(...)` as always works, too. On the command line:
 
 ```bash
 oft-diffusion generate {shlex.quote(prompt)} {model} --adapter {repo_id}:{metadata.strength!r}{flags}

@@ -26,6 +26,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def _pathless(text: str) -> str:
+    text = text.encode(errors="ignore").decode()  # half a surrogate pair fits into no file
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
         return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
     return _PATH.sub(r"\1", text)

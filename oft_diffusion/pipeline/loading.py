@@ -40,7 +40,7 @@ def load_oft_weights(
     *,
     weight_name: str | None = None,
     adapter_name: str | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     strict: bool = True,
     hotswap: bool = False,
     component: str | None = None,
@@ -55,7 +55,8 @@ def load_oft_weights(
         source: a `.safetensors` file, a folder with one, PEFT's folder, or a hub repository id.
         weight_name: the file's name in the folder or repository; `oft_adapter.safetensors`, or PEFT's names, if None.
         adapter_name: its name in this pipeline; made from the trigger token or the file's name if None.
-        strength: 0 is the base, 1 as trained, see `set_oft_adapters`.
+        strength: 0 is the base, 1 as trained, see `set_oft_adapters`; what its author recommends if None, which is 1
+            unless the file says otherwise.
         strict: refuse a file of which some layers are not in this pipeline; else they are left out, and
             `LoadedAdapter.unmatched` names them.
         hotswap: put the file in the place of the adapter `adapter_name`, whose order and strength it takes over. No
@@ -87,7 +88,7 @@ def load_oft_weights(
         _swap(pipe, name, file, note)
     else:
         name = adapter_name or _default_name(pipe, file.metadata.trigger or label)
-        _add(pipe, name, parts, file, note, strength)
+        _add(pipe, name, parts, file, note, file.metadata.strength if strength is None else strength)
     for sentence in told:
         warnings.warn(sentence, stacklevel=2)
     return next(a for a in list_oft_adapters(pipe) if a.name == name)

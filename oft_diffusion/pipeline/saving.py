@@ -82,7 +82,7 @@ def save_oft_weights(
     notes = (bank.metadata[adapter_name].metadata for bank in banks.values() if adapter_name in bank.metadata)
     known = metadata or next(notes, None) or AdapterMetadata(components={})
     told = known.strength if recommended_strength is None else recommended_strength
-    [active] = make_active([adapter_name], told, "rotation")
+    [active] = make_active([adapter_name], [told], "rotation")
     samples = read_samples(sample_images)
     if push_to_hub is not None:
         _check_push(Path(path), push_to_hub, license)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from oft_diffusion import OFTConfig, inject_oft, merge_oft, remove_oft
 from oft_diffusion.disk import tensor_digest
 from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, TargetError
-from oft_diffusion.formats.carriers import Exported, export_diff, export_glora, export_lora
-from oft_diffusion.formats.checkpoint import EXPORT_KEY
+from oft_diffusion.formats.carrier import Exported
+from oft_diffusion.formats.carriers import export_diff, export_lora
+from oft_diffusion.formats.glora import export_glora
+from oft_diffusion.formats.live import EXPORT_KEY
 from oft_diffusion.formats.names import ComponentLayers, Meaning, describe, read_names
 from oft_diffusion.inject import inject_state
 from oft_diffusion.rotation import packed_size
@@ -303,7 +305,8 @@ def test_float16_keeps_small_changes(tmp_path: Path) -> None:
     adapt(pipe, attention)
     [bank] = {hook.bank for hook in pipe.unet._forward_pre_hooks.values()}
     bank.set_adapters(["default"], 1e-4)
-    low, plain = export_lora(pipe, tmp_path / "lora.safetensors"), export_diff(pipe, tmp_path / "diff.safetensors")
+    low = export_lora(pipe, tmp_path / "lora.safetensors", naming="diffusers")
+    plain = export_diff(pipe, tmp_path / "diff.safetensors")
     layer = f"unet.{_BLOCK}attn1.to_q"
     assert plain.layers[layer].delta > 5e-3  # below what float16 holds without loss
     assert low.layers[layer].delta < 1e-3

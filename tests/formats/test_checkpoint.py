@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from oft_diffusion import OFTConfig, fuse_oft, inject_oft
 from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
 from oft_diffusion.formats import checkpoint
-from oft_diffusion.formats.checkpoint import EXPORT_KEY, export_checkpoint, export_folder
+from oft_diffusion.formats.checkpoint import export_checkpoint, export_folder
+from oft_diffusion.formats.live import EXPORT_KEY
 from oft_diffusion.formats.names import ComponentLayers, Meaning, checkpoint_names, describe
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.load import load_pipeline

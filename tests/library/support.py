@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.config import OFTConfig
+from oft_diffusion.disk import sealed
 from oft_diffusion.errors import AdapterFileError, OFTError
 from oft_diffusion.files import save_adapter_file
 from oft_diffusion.inject import inject_oft
@@ -83,15 +84,21 @@ def write_raw(path: Path, header: Mapping | bytes, body: bytes = b"", *, length:
     return path
 
 
+def seal_again(path: Path) -> Path:
+    """A changed file as one that was written so."""
+    path.write_bytes(sealed(path.read_bytes()))
+    return path
+
+
 def with_metadata(path: Path, change: Mapping[str, object] | str) -> Path:
-    """Rewrite entries of a file's JSON metadata, or all of it, and leave the tensors alone."""
+    """Rewrite entries of a file's JSON metadata, or all of it, and leave the tensors alone; it is as if written so."""
     header, body = split_raw(path.read_bytes())
     if isinstance(change, str):
         header["__metadata__"][HEADER_KEY] = change
     else:
         ours = {**json.loads(header["__metadata__"][HEADER_KEY]), **change}
         header["__metadata__"][HEADER_KEY] = json.dumps(ours)
-    return write_raw(path, header, body)
+    return seal_again(write_raw(path, header, body))
 
 
 def assert_one_sentence(error: pytest.ExceptionInfo[OFTError], *names: str) -> None:

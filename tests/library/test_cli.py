@@ -228,16 +228,16 @@ def test_a_single_checkpoint_is_drawn_with(generate, tmp_path):
 @pytest.mark.parametrize(
     ("text", "path", "strength"),
     [
-        ("mug", "mug", 1.0),
+        ("mug", "mug", None),
         ("runs/mug:0.8", "runs/mug", 0.8),
         ("runs/mug:1", "runs/mug", 1.0),
         ("runs/mug:-.5", "runs/mug", -0.5),
         ("runs/mug:1e-1", "runs/mug", 0.1),
         ("mug.safetensors:0", "mug.safetensors", 0.0),
-        (r"C:\runs\mug.safetensors", r"C:\runs\mug.safetensors", 1.0),
+        (r"C:\runs\mug.safetensors", r"C:\runs\mug.safetensors", None),
         (r"C:\runs\mug.safetensors:0.5", r"C:\runs\mug.safetensors", 0.5),
         ("someone/mug-oft:0.5", "someone/mug-oft", 0.5),
-        ("a:b/mug", "a:b/mug", 1.0),
+        ("a:b/mug", "a:b/mug", None),
         ("a:b/mug:2", "a:b/mug", 2.0),
     ],
 )
@@ -248,7 +248,7 @@ def test_adapters_on_the_command_line(text, path, strength):
 def test_an_existing_file_with_a_colon_is_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mug:2").mkdir()
-    assert parse_adapter("mug:2") == ("mug:2", 1.0)
+    assert parse_adapter("mug:2") == ("mug:2", None)
     assert parse_adapter("mug:2:0.5") == ("mug:2", 0.5)
 
 

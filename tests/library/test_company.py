@@ -9,19 +9,24 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
 from oft_diffusion import (
+    OFTConfig,
     fuse_oft,
+    inject_oft,
     list_oft_adapters,
     load_oft_weights,
+    save_oft_weights,
     set_oft_adapters,
     unfuse_oft,
     unload_oft_weights,
 )
-from tests.library.support import PROMPT, assert_unchanged, copy_pipe, distance, draw, fingerprint
+from tests.helpers.tiny_sd import tiny_tokenizer
+from tests.library.support import PROMPT, assert_unchanged, copy_pipe, distance, draw, excite, fingerprint
 
 MOVED = 0.005
 PICTURE = Image.new("RGB", (16, 16), (200, 60, 20))
@@ -229,3 +234,50 @@ def test_many_times_in_and_out_leaves_nothing(pipe: Any, mug: Path, style: Path)
         unload_oft_weights(pipe, "mug")
         unload_oft_weights(pipe)
     assert_unchanged(pipe, before)
+
+
+def prior_pipeline(folder: Path) -> Any:
+    """Kandinsky's first half: text to an image embedding, by a transformer that the pipeline calls `prior`."""
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(tiny_tokenizer(folder)), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=32, max_position_embeddings=77,
+    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=32,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    pipe = diffusers.KandinskyV22PriorPipeline(
+        prior=diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=32, num_embeddings=77,
+            additional_embeddings=4, clip_embed_dim=32,
+        ).eval(),
+        image_encoder=transformers.CLIPVisionModelWithProjection(vision).eval(),
+        text_encoder=transformers.CLIPTextModelWithProjection(text).eval(),
+        tokenizer=tiny_tokenizer(folder),
+        scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
+        image_processor=transformers.CLIPImageProcessorPil(size=16, crop_size=16),
+    )  # fmt: skip
+    return quiet(pipe)
+
+
+def test_a_prior(tmp_path: Path) -> None:
+    def embedding(pipe: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        found: Tensor = pipe(PROMPT, num_inference_steps=2, generator=generator).image_embeds
+        return found
+
+    donor, pipe = prior_pipeline(tmp_path / "a"), prior_pipeline(tmp_path / "b")
+    before = embedding(pipe)
+    for seed, part in enumerate(("prior", "text_encoder")):
+        excite(inject_oft(getattr(donor, part), OFTConfig(block_size=8), "a"), "a", seed=seed)
+    loaded = load_oft_weights(pipe, save_oft_weights(donor, tmp_path / "adapter", "a"), adapter_name="mug")
+    assert set(loaded.components) == {"prior", "text_encoder"}
+    live = embedding(pipe)
+    assert torch.equal(live, embedding(donor))
+    assert distance(live, before) > MOVED
+    fuse_oft(pipe)
+    assert distance(embedding(pipe), live) < 1e-4
+    unfuse_oft(pipe)
+    unload_oft_weights(pipe)
+    assert torch.equal(embedding(pipe), before)

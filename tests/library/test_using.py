@@ -33,6 +33,7 @@ from tests.library.support import (
     copy_pipe,
     distance,
     draw,
+    seal_again,
     split_raw,
     write_raw,
 )
@@ -244,7 +245,7 @@ def rewritten(path: Path, to: Path, change: Any) -> Path:
     told = json.loads(header["__metadata__"]["oft_diffusion"])
     change(told)
     header["__metadata__"]["oft_diffusion"] = json.dumps(told)
-    return write_raw(to, header, body)
+    return seal_again(write_raw(to, header, body))
 
 
 @pytest.mark.parametrize(

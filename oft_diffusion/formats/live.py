@@ -1,0 +1,104 @@
+"""What is live in a pipeline, for exports: rotated weights by component, and the note that a file has about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.hooks import bank_of
+from oft_diffusion.merge import LiveWeight, live_weights
+from oft_diffusion.metadata import software_versions
+
+EXPORT_KEY = "oft_diffusion_export"  # in a header: what was exported, and how
+
+
+def live_components(pipe: Any, components: Collection[str] | None = None) -> dict[str, dict[str, LiveWeight]]:
+    """`live_weights` by layer of a pipeline's components, or of some of them; those without any are left out.
+
+    Raises:
+        AdapterError: it is no pipeline, no adapter acts in it, or in one that is named, or as in `live_weights`.
+        TargetError: as there.
+    """
+    modules = modules_of(pipe)
+    wanted = modules if components is None else [part for part in components if part in modules]
+    live = {part: {layer.layer: layer for layer in live_weights(modules[part])} for part in wanted}
+    if idle := [part for part in components or () if not live.get(part)]:
+        raise _nothing_acts(idle[0])
+    if not any(live.values()):
+        raise _nothing_acts("this pipeline")
+    return {part: layers for part, layers in live.items() if layers}
+
+
+def _nothing_acts(where: str) -> AdapterError:
+    return AdapterError(
+        f"nothing to export: no adapter acts in {where}",
+        expected="active adapters with a strength other than 0",
+        fix="load one, or activate one with set_oft_adapters",
+    )
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's components that are modules.
+
+    Raises:
+        AdapterError: it is no pipeline.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise AdapterError(
+            f"a {type(pipe).__name__} is no pipeline",
+            expected="a diffusers pipeline with its components",
+            fix="pass the pipeline itself, not one of its components",
+        )
+    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
+
+
+def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> str:
+    """A header's text about an export: its kind, the base's name, what is live in these components, the software."""
+    name = str(getattr(getattr(pipe, "config", None), "_name_or_path", ""))
+    local = Path(name)
+    adapters = {
+        part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active if a.strength != 0.0]
+        for part, module in modules_of(pipe).items()
+        if part in live and (bank := bank_of(module)) is not None
+    }
+    note = {
+        "format": carrier,
+        # Of a local path the last part only: files are shared, and where a base lay is nobody's business.
+        "base": local.absolute().name if name and (local.is_absolute() or local.exists()) else name,
+        "adapters": adapters,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "software": software_versions(),
+        **more,
+    }
+    return json.dumps(note, sort_keys=True)
+
+
+def same_name(name: str, first: str, second: str) -> TargetError:
+    """The error about two components, such as Wan's experts, of which a file can hold one."""
+    return TargetError(
+        f"{name} is a name of a layer of {first} and of {second}",
+        expected="a file for each of them",
+        fix=f'export them one by one, components=["{first}"] and components=["{second}"]',
+    )
+
+
+def safetensors_path(path: str | Path) -> Path:
+    """A path of that kind.
+
+    Raises:
+        AdapterFileError: its name says something else.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise AdapterFileError(
+            f"{Path(path).name} is no name of a safetensors file",
+            expected="a name that ends in .safetensors",
+            fix=f"use {Path(path).stem}.safetensors",
+        )
+    return Path(path)
