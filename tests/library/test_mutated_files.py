@@ -146,6 +146,7 @@ def _work(
         outcome = _attempt(pipe, base, subject, subject.files, folder, untouched)
         assert outcome.loaded, outcome
         assert not outcome.fault, outcome
+    gc.freeze()  # or each collection would look at all of torch and diffusers
     for case in cases:
         subject = case.subject
         damaged = subject.finish(mutate(case.kind, subject.files[subject.damaged], case.seed))
@@ -159,6 +160,8 @@ def _work(
         elif not outcome.loaded and case.kind in SAME_MEANING and subject.name not in ("ours", "ours sealed"):
             fault = f"refused, though its meaning is the same: {outcome.message}"
         results.send(outcome._replace(name=case.name, fault=fault))
+        if fault:  # whatever is wrong now is not the next one's
+            pipe = copy_pipe(base)
     results.close()
 
 
@@ -180,9 +183,11 @@ def _attempt(
     seconds, megabytes = time.process_time() - started, _peak() - before
     try:
         if loaded:
-            if subject.read is not None:
-                _check(pipe, base, subject.read(files))
-            unload_oft_weights(pipe)
+            try:
+                if subject.read is not None:
+                    _check(pipe, base, subject.read(files))
+            finally:
+                unload_oft_weights(pipe)
         elif not fault:
             message = str(refusal)
             assert_one_sentence(_info(refusal))
