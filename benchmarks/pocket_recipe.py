@@ -164,7 +164,7 @@ def table() -> str:
         hit, preserved, leaked = (_mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger"))
         share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
         more = ("leakage, class word", "drift, other trigger", "hit and fidelity", "attribute drift", "memorisation")
-        cells = [f"{100 * value:.1f}" for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
+        cells = [_percent(value) for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
         cells[0] += _spread([float(row["subject hit"]) for row in own])
         cells.append("" if name == "the chosen one" else _paired(own, chosen))
         runs = Counter(row["subject"] for row in own)
@@ -195,6 +195,10 @@ def _paired(own: Sequence[Mapping[str, str]], chosen: Sequence[Mapping[str, str]
         return "no run in common"
     differences = (fmean(float(a[key]) - float(b[key]) for a, b in pairs) for key in ("subject hit", "preservation"))
     return ", ".join(f"{100 * value:+.1f}" for value in differences) + f" ({len(pairs)})"
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _spread(values: list[float]) -> str:

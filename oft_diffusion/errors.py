@@ -59,9 +59,12 @@ def first_line(error: BaseException) -> str:
 
 
 def _harmless(text: str) -> str:
-    short = text if len(text) <= _LONGEST else text[:_LONGEST]
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
-    return shown if len(text) == len(short) and len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+    return _shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in _shortened(text)))
+
+
+def _shortened(text: str) -> str:
+    third = _LONGEST // 3
+    return text if len(text) <= _LONGEST else f"{text[: 2 * third - 5]} ... {text[-third:]}"
 
 
 def _sentence(text: str) -> str:

@@ -41,6 +41,7 @@ def _peft(source: Source) -> Reading:
         raise AdapterFileError(
             f"{source.name} is {kind} of PEFT's", expected="OFT", fix="load it with PEFT, or train with OFT"
         )
+    _refuse_scaled(source, "PEFT")
     told = Reading(NEUMANN, conv_sign=1.0, kernels=False)
     if not config:
         note = f"{source.name} tells no series: five terms were taken, PEFT's default since 0.18"
@@ -82,6 +83,7 @@ def _onetrainer(source: Source) -> Reading:
 
 
 def _sd_scripts(source: Source) -> Reading:
+    _refuse_scaled(source, "sd-scripts")
     told = source.arguments("ss_network_args")
     eps = _number(source, told.get("coft_eps", 6e-5), "coft_eps") if _asks_for_coft(told) else None
     return Reading(NEUMANN, eps=eps, conv_eps=eps)
@@ -104,6 +106,7 @@ def _musubi(source: Source) -> Reading:
 
 
 def _wan(source: Source) -> Reading:
+    _refuse_scaled(source, "a WAN trainer")
     coft = _flag(source, _setting(source, "oft_coft_buffer", 0.0), "oft_coft_buffer")
     eps = _number(source, _setting(source, "oft_coft_eps_buffer", 1e-4), "oft_coft_eps_buffer") if coft else None
     series = _setting(source, "oft_use_cayley_neumann_buffer", 1.0)
@@ -128,6 +131,16 @@ def _unknown(source: Source) -> Reading:
         "take them, and the series as all tools take it"
     )
     return Reading(NEUMANN, notes=(note,))
+
+
+def _refuse_scaled(source: Source, tool: str) -> None:
+    """Refuse the marker of another tool, whose scale this one would not know of."""
+    if source.has(MARKER):
+        raise AdapterFileError(
+            f"{source.name} is a file of {tool}, but has {MARKER}, a marker of OneTrainer",
+            expected="settings of one tool",
+            fix="get the file again from its author",
+        )
 
 
 def _setting(source: Source, suffix: str, default: float) -> float:

@@ -46,6 +46,12 @@ def rotations(state: dict[str, Tensor], layer: str, config: OFTConfig) -> Tensor
     return torch.block_diag(*(delta + torch.eye(delta.shape[-1], dtype=torch.float64)))
 
 
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 INPUT = {"conv": (3, 12), "circular": (6, 3), "point": (2, 4), "first": (4, 3), "second": (3, 6)}
 OUTPUT = {"conv": (3, 2), "circular": (2, 4), "point": (4, 3), "first": (2, 9), "second": (5, 2)}
 
@@ -55,7 +61,7 @@ def dense(model: Net, state: dict[str, Tensor], config: OFTConfig, scales: dict[
     result = copy.deepcopy(model).double()
     for key in state:
         layer = key.removesuffix(".oft_R.weight")
-        weight, turn = result.get_submodule(layer).weight, rotations(state, layer, config)
+        weight, turn = weight_of(result, layer), rotations(state, layer, config)
         flat = weight.data.flatten(1)
         if config.side == "output":
             flat = turn.T @ flat
@@ -173,7 +179,7 @@ def test_adapters_of_many_sizes_and_sides_keep_their_order(model: Net, order: tu
     bank.set_adapters(order)
     with torch.no_grad():
         for layer in ("first", "second"):
-            weight = wanted.get_submodule(layer).weight
+            weight = weight_of(wanted, layer)
             turn = torch.eye(weight.shape[1], dtype=torch.float64)
             for name in order:
                 if name != "c":
@@ -210,7 +216,7 @@ def test_shapes_that_fit_no_side_are_refused(model: Net) -> None:
         (OFTConfig(), {"second": (2, 5)}, "blocks that divide its 18 features, as 5 does not"),
     ):
         with pytest.raises(AdapterFileError, match=words):
-            inject_state(model, config, generators(shapes))  # type: ignore[arg-type]
+            inject_state(model, config, generators(shapes))
     assert not model.conv._forward_hooks
 
 

@@ -171,7 +171,7 @@ def test_pefts_sizes_of_its_own_choice_are_found(base: Any, tmp_path: Path) -> N
     for name, parameter in model.named_parameters():
         if "oft_R" in name:
             nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(str(tmp_path / "theirs"))
     imported = read(tmp_path / "theirs" / "adapter_model.safetensors", parts_of(base)).file
     assert imported.metadata.components["unet"].block_size == "mixed"
     write_peft(tmp_path / "again", imported, "unet", base.unet)
@@ -194,7 +194,7 @@ def test_what_peft_cannot_hold_is_refused(base: Any, tmp_path: Path) -> None:
 def test_settings_are_those_that_peft_writes(base: Any, tmp_path: Path) -> None:
     write_peft(tmp_path / "ours", adapter(base, tmp_path), "unet", base.unet)
     model = peft.get_peft_model(copy.deepcopy(base.unet), peft.OFTConfig(target_modules=["to_q"]))
-    model.save_pretrained(tmp_path / "t")
+    model.save_pretrained(str(tmp_path / "t"))
     ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "t"))
     assert set(ours) <= set(theirs)
-    assert isinstance(peft.PeftConfig.from_pretrained(tmp_path / "ours"), peft.OFTConfig)
+    assert isinstance(peft.PeftConfig.from_pretrained(str(tmp_path / "ours")), peft.OFTConfig)

@@ -47,8 +47,9 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def join(header: Mapping[str, Any] | bytes, body: bytes) -> bytes:
-    """A file of a header, however wrong, and a body."""
+    """A file of a header, however wrong, and a body. Where it is no text yet, it is padded as safetensors does."""
     text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    text = text if isinstance(header, bytes) else text + b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
 

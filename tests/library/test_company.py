@@ -258,6 +258,7 @@ def prior_pipeline(folder: Path) -> Any:
         scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
         image_processor=transformers.CLIPImageProcessorPil(size=16, crop_size=16),
     )  # fmt: skip
+    nn.init.ones_(pipe.prior.clip_std)  # zeros, which an untrained one has, make every embedding zero
     return quiet(pipe)
 
 

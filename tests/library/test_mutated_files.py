@@ -21,7 +21,7 @@ from oft_diffusion import fuse_oft, list_oft_adapters, load_oft_weights, unfuse_
 from oft_diffusion.errors import OFTError
 from oft_diffusion.inject import oft_state_dict
 from tests.helpers.mutations import CONFIG_KINDS, FILE_KINDS, SAME_MEANING, mutate
-from tests.library.mutant_subjects import Layer, Subject, Wanted, subjects
+from tests.library.mutant_subjects import Files, Layer, Subject, Wanted, subjects
 from tests.library.support import Maker, assert_one_sentence, copy_pipe, draw
 from tests.peers import algebra
 
@@ -165,9 +165,7 @@ def _work(
     results.close()
 
 
-def _attempt(
-    pipe: Any, base: Any, subject: Subject, files: dict[str, bytes], folder: Path, untouched: Tensor
-) -> Outcome:
+def _attempt(pipe: Any, base: Any, subject: Subject, files: Files, folder: Path, untouched: Tensor) -> Outcome:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     loaded, message, fault = False, "", ""
@@ -217,9 +215,10 @@ def _check(pipe: Any, base: Any, wanted: dict[Layer, Wanted]) -> None:
             torch.testing.assert_close(
                 state[f"{name}.oft_R.weight"].double(), packed, rtol=2e-7, atol=1e-8 * min(1.0, norms[part, name])
             )
-        scale = state.get(f"{name}.oft_scale.weight")
-        assert (scale is None) == (layer.scale is None)
-        assert scale is None or torch.equal(scale.flatten(), layer.scale)
+        if (scale := state.get(f"{name}.oft_scale.weight")) is not None:  # one, beside layers that are scaled
+            assert torch.equal(scale.flatten(), torch.ones(scale.numel()) if layer.scale is None else layer.scale)
+        else:
+            assert layer.scale is None
     fuse_oft(pipe)
     try:
         for (part, name), layer in wanted.items():
@@ -227,8 +226,7 @@ def _check(pipe: Any, base: Any, wanted: dict[Layer, Wanted]) -> None:
                 continue
             formula, weight = layer.weight(), getattr(base, part).get_submodule(name).weight
             got = getattr(pipe, part).get_submodule(name).weight.detach().double()
-            tolerance = 2e-4 if layer.packed is None else 2e-5
-            atol = tolerance * float(max(weight.abs().max(), formula.abs().max(), 1.0))
+            atol = layer.tolerance * float(max(weight.abs().max(), formula.abs().max(), 1.0))
             torch.testing.assert_close(got, formula, rtol=0, atol=atol)
     finally:
         unfuse_oft(pipe)

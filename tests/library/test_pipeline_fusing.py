@@ -158,7 +158,7 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = Counter()
+        self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen[str(func)] += 1
