@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from oft_diffusion.config import OFTConfig
@@ -110,6 +111,12 @@ def _is_fingerprint(found: object) -> bool:
 def _is_number(found: Any) -> bool:
     """Whether it is one that a float can hold: JSON has integers of any length, and Python's has NaN."""
     return type(found) in (int, float) and abs(found) <= sys.float_info.max
+
+
+def public_name(base: str) -> str:
+    """What files call a base: of a local path the last part alone, since where it lay is nobody's business."""
+    local = Path(base)
+    return local.absolute().name if base and (local.is_absolute() or local.exists()) else base
 
 
 def software_versions() -> dict[str, str]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from oft_diffusion.disk import tensor_digest, write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError
-from oft_diffusion.formats.components import Components, describe, encoder_of
-from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components, modules_of, safetensors_path, same_name
+from oft_diffusion.formats.components import Components, describe, encoder_of, modules_of
+from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components, safetensors_path, same_name
 from oft_diffusion.formats.names import Meaning, write_names
 from oft_diffusion.merge import LiveWeight
 

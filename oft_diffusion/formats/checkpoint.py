@@ -16,12 +16,11 @@ from torch import Tensor
 
 from oft_diffusion.disk import umask, unwritable, writing_atomically
 from oft_diffusion.errors import AdapterError, AdapterFileError
-from oft_diffusion.formats.components import describe
+from oft_diffusion.formats.components import describe, modules_of
 from oft_diffusion.formats.live import (
     EXPORT_KEY,
     export_note,
     live_components,
-    modules_of,
     safetensors_path,
     same_name,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from oft_diffusion.errors import TargetError
+from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import unwrap
 from oft_diffusion.targets import ARCHITECTURES, canonical_name, normalise_name
 from oft_diffusion.text_encoders import TEXT_ENCODERS
@@ -123,6 +123,22 @@ ENCODERS: Mapping[str, Mapping[str, Encoder]] = {
     "ChromaTransformer2DModel": {"text_encoder": Encoder("te", "t5xxl", kohya="te1")},
 }
 OMI = {"clip_l": "clip_l", "clip_g": "clip_g", "clip_h": "clip_l", "t5xxl": "t5"}  # in OneTrainer's files of 2025
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's components that are modules.
+
+    Raises:
+        AdapterError: it is no pipeline.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise AdapterError(
+            f"a {type(pipe).__name__} is no pipeline",
+            expected="a diffusers pipeline with its components",
+            fix="pass the pipeline itself, not one of its components",
+        )
+    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
 
 
 def describe(modules: Mapping[str, nn.Module]) -> dict[str, ComponentLayers]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.merge import LiveWeight, live_weights
-from oft_diffusion.metadata import software_versions
+from oft_diffusion.metadata import public_name, software_versions
 
 EXPORT_KEY = "oft_diffusion_export"  # in a header: what was exported, and how
 
@@ -43,26 +42,9 @@ def _nothing_acts(where: str) -> AdapterError:
     )
 
 
-def modules_of(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's components that are modules.
-
-    Raises:
-        AdapterError: it is no pipeline.
-    """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        raise AdapterError(
-            f"a {type(pipe).__name__} is no pipeline",
-            expected="a diffusers pipeline with its components",
-            fix="pass the pipeline itself, not one of its components",
-        )
-    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
-
-
 def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> str:
     """A header's text about an export: its kind, the base's name, what is live in these components, the software."""
     name = str(getattr(getattr(pipe, "config", None), "_name_or_path", ""))
-    local = Path(name)
     adapters = {
         part: [{"name": a.name, "strength": a.strength, "mode": a.mode} for a in bank.active if a.strength != 0.0]
         for part, module in modules_of(pipe).items()
@@ -70,8 +52,7 @@ def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> 
     }
     note = {
         "format": carrier,
-        # Of a local path the last part only: files are shared, and where a base lay is nobody's business.
-        "base": local.absolute().name if name and (local.is_absolute() or local.exists()) else name,
+        "base": public_name(name),
         "adapters": adapters,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "software": software_versions(),

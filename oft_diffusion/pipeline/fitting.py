@@ -10,8 +10,8 @@ from torch import nn
 
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.files import AdapterFile
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import unwrap
-from oft_diffusion.pipeline.state import modules
 from oft_diffusion.prediction import prediction_type
 from oft_diffusion.proof import compare, differing, fingerprint, layer_probes
 
@@ -22,7 +22,7 @@ def component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.M
     Raises:
         AdapterFileError: the pipeline has none of that name, or one of another class.
     """
-    found = modules(pipe)
+    found = modules_of(pipe)
     module = found.get(part)
     if module is None:
         raise AdapterFileError(

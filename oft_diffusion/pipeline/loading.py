@@ -18,6 +18,7 @@ from oft_diffusion.disk import has_metadata
 from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
 from oft_diffusion.files import AdapterFile, load_adapter_file
 from oft_diffusion.formats import Imported, read
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.inject import (
     KEY_SUFFIX,
     SCALE_SUFFIX,
@@ -29,7 +30,7 @@ from oft_diffusion.inject import (
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.pipeline.fitting import check_base, check_prediction, component_for
 from oft_diffusion.pipeline.locating import locate
-from oft_diffusion.pipeline.state import LoadedAdapter, Note, list_oft_adapters, modules, require_banks
+from oft_diffusion.pipeline.state import LoadedAdapter, Note, list_oft_adapters, require_banks
 from oft_diffusion.plan import check_adapter_name
 from oft_diffusion.targets import canonical_name, layer_names
 
@@ -96,7 +97,7 @@ def load_oft_weights(
 
 def _read(pipe: DiffusionPipeline, path: Path, component: str | None, *, strict: bool) -> Imported:
     """A file of ours or of another tool, without the layers that this pipeline lacks if they may be left out."""
-    parts = modules(pipe)
+    parts = modules_of(pipe)
     if not has_metadata(path, HEADER_KEY):
         try:
             return read(path, parts, component=component, strict=strict)
@@ -167,7 +168,7 @@ def _add(
 def _swap(pipe: DiffusionPipeline, name: str, file: AdapterFile, note: Note) -> None:
     """Overwrite a loaded adapter by a file, in all components or none."""
     banks = {part: bank for part, bank in require_banks(pipe, (name,)).items() if name in bank.adapters}
-    parts = modules(pipe)
+    parts = modules_of(pipe)
     if unknown := [part for part in file.components if part not in banks]:
         raise _no_place(file, name, f"it adapts {unknown[0]}, which {name!r} does not")
     states = {part: _state_for(part, bank, name, file) for part, bank in banks.items()}

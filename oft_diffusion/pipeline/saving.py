@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError, ConfigError
 from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.images import image_files
 from oft_diffusion.inject import oft_state_dict
-from oft_diffusion.metadata import AdapterMetadata
+from oft_diffusion.metadata import AdapterMetadata, public_name
 from oft_diffusion.pipeline.card import (
     CARD_NAME,
     SampleImage,
@@ -33,7 +34,7 @@ from oft_diffusion.pipeline.card import (
     write_model_card,
 )
 from oft_diffusion.pipeline.escaping import line, without_local_paths
-from oft_diffusion.pipeline.state import modules, require_banks
+from oft_diffusion.pipeline.state import require_banks
 from oft_diffusion.plan import make_active
 from oft_diffusion.proof import fingerprint, layer_probes
 
@@ -90,7 +91,7 @@ def save_oft_weights(
         _refuse_idle(
             private=private, token=token, license=license, sample_images=samples or None, commit_message=commit_message
         )
-    parts = {part: module for part, module in modules(pipe).items() if part in banks}
+    parts = {part: module for part, module in modules_of(pipe).items() if part in banks}
     states = {part: oft_state_dict(module, adapter_name) for part, module in parts.items()}
     configs = {part: bank.adapters[adapter_name].config for part, bank in banks.items()}
     filled = replace(
@@ -219,10 +220,8 @@ def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, A
 
     Of a local path only the last part: adapters are shared, and where a base lay is nobody's business.
     """
-    local = Path(name)
-    shown = local.absolute().name if name and (local.is_absolute() or local.exists()) else str(name)
     return {
-        "name": shown,
+        "name": public_name(name),
         "components": {part: type(unwrap(m)).__name__ for part, m in components.items()},
         "fingerprints": {part: fingerprint(m) for part, m in components.items() if not _merged(m)},
     }

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.plan import StrengthMode
@@ -101,23 +101,7 @@ def _listed(name: str, here: Mapping[str, OFTBank]) -> LoadedAdapter:
 
 def banks(pipe: DiffusionPipeline) -> dict[str, OFTBank]:
     """The banks of the components that carry adapters."""
-    return {part: bank for part, module in modules(pipe).items() if (bank := bank_of(module)) is not None}
-
-
-def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """A pipeline's components that are modules.
-
-    Raises:
-        AdapterError: it is no pipeline.
-    """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        raise AdapterError(
-            f"a {type(pipe).__name__} is no pipeline",
-            expected="a diffusers pipeline with its components",
-            fix="pass the pipeline itself, not one of its components",
-        )
-    return {part: module for part, module in components.items() if isinstance(module, nn.Module)}
+    return {part: bank for part, module in modules_of(pipe).items() if (bank := bank_of(module)) is not None}
 
 
 def require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, OFTBank]:

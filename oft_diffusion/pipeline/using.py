@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
+from oft_diffusion.formats.components import modules_of
 from oft_diffusion.inject import remove_oft
 from oft_diffusion.mixing import Mixture
-from oft_diffusion.pipeline.state import modules, require_banks
+from oft_diffusion.pipeline.state import require_banks
 from oft_diffusion.plan import Active, StrengthMode, as_names, make_active
 
 Strength = float | Mapping[str, float]  # or by component
@@ -108,7 +109,7 @@ def oft_adapters_per_image(
                 else None
                 for name, value in zip(images, values, strict=True)
             )
-            bank.mix(Mixture(items, per_prompt=isinstance(modules(pipe)[part], PreTrainedModel)))
+            bank.mix(Mixture(items, per_prompt=isinstance(modules_of(pipe)[part], PreTrainedModel)))
         yield
     finally:
         for bank in found.values():
@@ -130,7 +131,7 @@ def unload_oft_weights(pipe: DiffusionPipeline, adapter_name: str | None = None)
             bank.refuse_merged(bank.merged if adapter_name is None else (adapter_name,))
     for part, bank in found.items():
         if adapter_name is None or adapter_name in bank.adapters:
-            remove_oft(modules(pipe)[part], adapter_name)
+            remove_oft(modules_of(pipe)[part], adapter_name)
 
 
 def _switch(pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None, *, enabled: bool) -> None:
