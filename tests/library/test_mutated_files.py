@@ -107,11 +107,13 @@ def test_the_cases_cover_every_kind_and_tool(found: list[Subject]) -> None:
 
 
 def test_damage_is_the_same_again_and_is_damage(found: list[Subject]) -> None:
+    changed = []
     for subject, kind, seed in all_cases(found)[: SAMPLE * CHUNK]:
         sound = subject.files[subject.damaged]
-        assert mutate(kind, sound, seed) == mutate(kind, sound, seed)
-    changed = [mutate(kind, s.files[s.damaged], seed) != s.files[s.damaged] for s, kind, seed in all_cases(found)]
-    assert sum(changed) > 0.97 * MUTANTS  # a swap of two equal runs is none
+        damaged = mutate(kind, sound, seed)
+        assert damaged == mutate(kind, sound, seed)
+        changed.append(damaged != sound)
+    assert sum(changed) > 0.95 * len(changed)  # zeros that are overwritten by zeros are as they were
 
 
 # -- the worker --------------------------------------------------------------------------------------------------------
