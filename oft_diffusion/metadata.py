@@ -146,8 +146,9 @@ def parse_metadata(file_name: str, header: Mapping[str, str]) -> AdapterMetadata
     try:
         format_version = parse_json(text).get("format_version")
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            shown = type(format_version).__name__ if isinstance(format_version, (list, dict)) else format_version
             raise AdapterFileError(
-                f"{file_name} has format version {format_version}",
+                f"{file_name} has format version {shown}",
                 expected=f"an integer from 1 to {FORMAT_VERSION}",
                 fix="upgrade oft-diffusion",
             )
@@ -156,7 +157,7 @@ def parse_metadata(file_name: str, header: Mapping[str, str]) -> AdapterMetadata
         raise
     except OFTError as error:
         raise AdapterFileError(f"{file_name}: {error.problem}", expected=error.expected, fix=error.fix) from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFileError(
             f"{file_name} has metadata that cannot be read ({str(error)[:200]})",
             expected=f"the JSON that oft-diffusion writes under {HEADER_KEY!r}",

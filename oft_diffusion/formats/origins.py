@@ -36,7 +36,8 @@ class Origin:
 def _peft(source: Source) -> Reading:
     """Everything is told by its configuration; exact Cayley is the transpose of its own series."""
     config = source.config
-    kind = str(config.get("peft_type", "OFT")).rpartition(".")[2]
+    told_kind = config.get("peft_type", "OFT")
+    kind = told_kind.rpartition(".")[2] if isinstance(told_kind, str) else "something else"
     if kind != "OFT":
         raise AdapterFileError(
             f"{source.name} is {kind} of PEFT's", expected="OFT", fix="load it with PEFT, or train with OFT"
@@ -91,7 +92,8 @@ def _sd_scripts(source: Source) -> Reading:
 
 def _asks_for_coft(told: Mapping[str, Any]) -> bool:
     """Whether sd-scripts' arguments, which are texts, ask for a bound."""
-    return str(told.get("oft_coft", told.get("coft", ""))).lower() in ("1", "true", "yes", "y", "on")
+    coft = told.get("oft_coft", told.get("coft", ""))
+    return coft is True or (isinstance(coft, str) and coft.lower() in ("1", "true", "yes", "y", "on"))
 
 
 def _musubi(source: Source) -> Reading:
@@ -179,8 +181,9 @@ def _number(source: Source, value: object, what: str) -> float:
 
 
 def _unusable(source: Source, what: str, value: object, expected: str) -> AdapterFileError:
+    shown = f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)  # nested without end
     return AdapterFileError(
-        f"{source.name} has {what}={value!r}", expected=expected, fix="get the file, and what lies beside it, again"
+        f"{source.name} has {what}={shown}", expected=expected, fix="get the file, and what lies beside it, again"
     )
 
 

@@ -12,9 +12,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.formats import read
 from tests.helpers.tiny_sd import write_tiny_sd
-from tests.library.support import LAYER, Maker, assert_loading_refused
+from tests.library.support import LAYER, Maker, assert_loading_refused, assert_one_sentence
 from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, peft_oft, sd_scripts, wild
 
 NAMES = [LAYER.format(name).removesuffix(".oft_R.weight") for name in ("to_q", "to_k")]
@@ -67,6 +68,18 @@ def test_settings_of_peft(pipe: Any, tmp_path: Path, change: Mapping[str, Any]) 
     (entry,) = change
     word = "PEFT's" if entry == "peft_type" else entry
     assert_loading_refused(pipe, peft(tmp_path, change), "adapter_model.safetensors", word)
+
+
+@pytest.mark.parametrize("entry", ["eps", "coft", "peft_type", "peft_version", "num_cayley_neumann_terms"])
+def test_settings_nested_as_deep_as_they_can_be_read(pipe: Any, tmp_path: Path, entry: str) -> None:
+    folder = peft(tmp_path, {entry: "<here>"})
+    path = folder / "adapter_config.json"
+    text = path.read_text()
+    for depth in range(800, 1000, 10):  # parsed, and then too deep to be shown
+        path.write_text(text.replace('"<here>"', "[" * depth + "]" * depth))
+        with pytest.raises(AdapterFileError) as error:
+            read(folder / "adapter_model.safetensors", {"unet": pipe.unet})
+        assert_one_sentence(error, "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("lost", ["coft", "use_cayley_neumann", "num_cayley_neumann_terms", "eps"])

@@ -328,6 +328,17 @@ def test_a_format_version_that_we_do_not_know(path, number):
     refused(with_metadata(path, {"format_version": number}), "format version", "upgrade")
 
 
+@pytest.mark.parametrize("entry", ["format_version", "trigger", "components", "parametrisation", "strength"])
+def test_metadata_nested_as_deep_as_it_can_be_read(path, entry):
+    config = {**OFTConfig(block_size=8).to_dict(), "parametrisation": "<here>"}
+    change = {"components": {"unet": config}} if entry == "parametrisation" else {entry: "<here>"}
+    header, body = split_raw(with_metadata(path, change).read_bytes())
+    text = header["__metadata__"][HEADER_KEY]
+    for depth in range(800, 1000, 10):  # parsed, and then too deep to be shown
+        header["__metadata__"][HEADER_KEY] = text.replace('"<here>"', "[" * depth + "]" * depth)
+        refused(seal_again(write_raw(path, header, body)))
+
+
 def test_no_format_version(path):
     header, _ = split_raw(path.read_bytes())
     ours = json.loads(header["__metadata__"][HEADER_KEY])
