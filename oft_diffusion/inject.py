@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from oft_diffusion.targets import (
     choose_block_size,
     find_layers,
     find_targets,
+    output_width,
+    taps_of,
     tied_projections,
 )
 
@@ -144,22 +146,17 @@ def _place(target: Target, config: OFTConfig, features: int) -> Place | None:
     """What of a layer has that many features, None where nothing has."""
     module = target.module
     if config.side == "output":
-        return "output" if features == _output_width(module) else None
+        return "output" if features == output_width(module) else None
     if features == target.in_features:
         return "input"
-    taps = math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1
-    return "patches" if features == target.in_features * taps else None
+    return "patches" if features == target.in_features * taps_of(module) else None
 
 
 def _wanted_shape(target: Target, config: OFTConfig, size: int | None) -> str:
-    features = _output_width(target.module) if config.side == "output" else target.in_features
+    features = output_width(target.module) if config.side == "output" else target.in_features
     if size is None or features % size:
         return f"one of blocks that divide its {features} features" + (f", as {size} does not" if size else "")
     return str((features // size, size * (size - 1) // 2))
-
-
-def _output_width(module: nn.Module) -> int:
-    return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)  # type: ignore[arg-type]
 
 
 def _refuse_untrainable(config: OFTConfig) -> None:
@@ -280,6 +277,13 @@ def _mismatch(component: str, problems: list[str], expected: str) -> AdapterFile
         expected=expected,
         fix="load the adapter onto the architecture and target set it was trained with",
     )
+
+
+def noted_block_size(state: Mapping[str, Tensor]) -> int | Literal["mixed"]:
+    """What a component's settings say of its tensors: their one block size, or "mixed"."""
+    sizes = {block_size_of(tensor.shape[1]) for key, tensor in state.items() if key.endswith(KEY_SUFFIX)}
+    (size,) = sizes if len(sizes) == 1 else (None,)
+    return size or "mixed"
 
 
 def _new_bank(model: nn.Module) -> OFTBank:

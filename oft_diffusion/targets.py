@@ -5,6 +5,7 @@ Patterns are regular expressions matched against whole layer names.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -322,6 +323,16 @@ def _input_width(module: nn.Module) -> int | None:
     if isinstance(module, nn.Conv2d):
         return module.in_channels if module.groups == 1 else None
     return int(module.in_features) if _is_linear(module) else None  # type: ignore[arg-type]
+
+
+def output_width(module: nn.Module) -> int:
+    """How many features a layer puts out, or channels."""
+    return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)  # type: ignore[arg-type]
+
+
+def taps_of(module: nn.Module) -> int:
+    """How many taps a convolution's kernel has; 1 for other layers."""
+    return math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1
 
 
 def _is_weighted_leaf(module: nn.Module) -> bool:

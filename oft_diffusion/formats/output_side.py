@@ -5,16 +5,15 @@ Full matrices B per block of output rows: `Q = B - B^T`, `R = C(Q)` exactly, mer
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.formats.source import Match, Source
-from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX
-from oft_diffusion.rotation import block_size_of, pack
+from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX, noted_block_size
+from oft_diffusion.rotation import pack
+from oft_diffusion.targets import output_width
 
 
 def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OFTConfig, dict[str, Tensor]]]:
@@ -33,14 +32,14 @@ def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OF
             state[layer + KEY_SUFFIX] = pack(q).float()
             if layer in scales:
                 state[layer + SCALE_SUFFIX] = scales[layer].view(len(q), -1).float()
-    return {part: (OFTConfig(block_size=_size(state), targets=".*", side="output"), state)
+    return {part: (OFTConfig(block_size=noted_block_size(state), targets=".*", side="output"), state)
             for part, state in states.items()}  # fmt: skip
 
 
 def _read_match(source: Source, match: Match) -> list[tuple[str, Tensor]]:
     """Per leaf, its layer's `Q (r, b, b)`, in float64."""
     leaves, tensors = match.meaning.leaves, match.tensors
-    outputs = [_outputs(module) for module in match.modules]
+    outputs = [output_width(module) for module in match.modules]
     rotations = [name for name in tensors if name.startswith(("oft_blocks", "oft_diag"))]
     if len(rotations) > 1 and not all(name.startswith("oft_blocks.") for name in rotations):
         raise _bad(source, match, f"both {rotations[0]} and {rotations[1]}", "one of them")
@@ -120,18 +119,9 @@ def _scales(source: Source, match: Match) -> dict[str, Tensor]:
     stored = match.tensors.get("rescale")
     if stored is None:
         return {}
-    if stored.numel() != sum(_outputs(module) for module in match.modules) or not stored.is_floating_point():
+    if stored.numel() != sum(output_width(module) for module in match.modules) or not stored.is_floating_point():
         raise _bad(source, match, f"rescale of shape {tuple(stored.shape)}", "one factor per output")
     return {leaf.layer: leaf.take(stored.double().reshape(-1, 1)).flatten() for leaf in match.meaning.leaves}
-
-
-def _outputs(module: nn.Module) -> int:
-    return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)  # type: ignore[arg-type]
-
-
-def _size(state: dict[str, Tensor]) -> Any:
-    sizes = {block_size_of(t.shape[1]) for key, t in state.items() if key.endswith(KEY_SUFFIX)}
-    return sizes.pop() if len(sizes) == 1 else "mixed"
 
 
 def _bad(source: Source, match: Match, found: str, expected: str) -> AdapterFileError:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.formats.source import Match, Source
-from oft_diffusion.inject import KEY_SUFFIX
+from oft_diffusion.inject import KEY_SUFFIX, noted_block_size
 from oft_diffusion.rotation import block_size_of, generator_divisor
+from oft_diffusion.targets import taps_of
 
 MARKER = "oft_R.scaled_oft"
 NEUMANN = {"parametrisation": "cayley_neumann", "neumann_order": 4}  # everybody's five terms
@@ -71,7 +72,7 @@ def read_packed(
                     fix="get the file again from its author",
                 )
             state[layer + KEY_SUFFIX] = packed
-    return {part: (OFTConfig(block_size=_size(state), targets=".*", **reading.settings), state)
+    return {part: (OFTConfig(block_size=noted_block_size(state), targets=".*", **reading.settings), state)
             for part, state in states.items()}  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
     if not stored.is_floating_point() or size is None or not len(stored):
         raise _misshapen(source, match.key, f"a generator of shape {tuple(stored.shape)}, {stored.dtype}")
     is_conv = isinstance(module, nn.Conv2d)
-    taps = math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1
+    taps = taps_of(module)
     if taps > 1 and not reading.kernels:
         raise AdapterFileError(
             f"{source.name} adapts {match.key}, a convolution of {taps} taps, where PEFT's OFT rotates no weight, and "
@@ -107,11 +108,6 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
     packed = packed * (reading.conv_sign if is_conv else reading.linear_sign)
     # A shared block is every block's; and files hold what was trained, so no digits are lost for nothing.
     return packed.to(torch.float32).expand(features // size, -1).contiguous()
-
-
-def _size(state: Mapping[str, Tensor]) -> Any:
-    sizes = {block_size_of(tensor.shape[1]) for tensor in state.values()}
-    return sizes.pop() if len(sizes) == 1 else "mixed"
 
 
 def _misshapen(source: Source, key: str, found: str) -> AdapterFileError:

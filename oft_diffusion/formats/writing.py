@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from oft_diffusion.formats.names import Meaning, write_names
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.rotation import block_size_of, rotation_delta, unpack
-from oft_diffusion.targets import canonical_name, find_layers
+from oft_diffusion.targets import canonical_name, find_layers, taps_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,6 +48,7 @@ class _Layer:
     name: str
     packed: Tensor
     is_conv: bool
+    taps: int
 
 
 def write_single_file(
@@ -108,7 +108,7 @@ def write_peft(
     """
     config = file.metadata.components[component]
     layers = list(_layers(file, component, module))
-    if wide := list(_large_kernels(layers, module)):
+    if wide := [layer.name for layer in layers if layer.taps > 1]:
         raise AdapterFileError(
             f"{file.path.name} adapts {wide[0]}, a convolution larger than 1x1, where PEFT's OFT is broken",
             expected="linear layers and 1x1 convolutions",
@@ -145,11 +145,11 @@ def _layers(file: AdapterFile, part: str, module: nn.Module) -> Iterator[_Layer]
     for target in find_layers(module, [key.removesuffix(KEY_SUFFIX) for key in state]):
         packed = given[canonical_name(target.name)]
         is_conv = isinstance(target.module, nn.Conv2d)
-        taps = math.prod(target.module.kernel_size) if isinstance(target.module, nn.Conv2d) else 1
+        taps = taps_of(target.module)
         size = block_size_of(packed.shape[1]) or 0
         if taps > 1 and len(packed) * size == target.in_features:
             packed = _at_every_tap(packed, taps)
-        yield _Layer(target.name, packed, is_conv)
+        yield _Layer(target.name, packed, is_conv, taps)
 
 
 def _at_every_tap(packed: Tensor, taps: int) -> Tensor:
@@ -227,13 +227,6 @@ def _adjusted(width: int, wanted: int) -> int:
             if size > 0 and width % size == 0:
                 return size
     return width
-
-
-def _large_kernels(layers: list[_Layer], module: nn.Module) -> Iterator[str]:
-    modules = {target.name: target.module for target in find_layers(module, [layer.name for layer in layers])}
-    for name, found in modules.items():
-        if isinstance(found, nn.Conv2d) and math.prod(found.kernel_size) > 1:
-            yield name
 
 
 def _kohya_header(file: AdapterFile, about: Components, naming: str) -> dict[str, str]:

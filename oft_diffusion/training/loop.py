@@ -260,8 +260,9 @@ class TrainingRun:
         parts = self._require_parts()
         checkpoint = self.save()  # even at step 0: Ctrl-C while the first grid is drawn is to be resumable too
         if self.accelerator.is_main_process:
-            metadata = adapter_metadata(parts, self.config, self.step)
-            save_adapter_file(self.output_dir / FILE_NAME, adapter_tensors(parts), metadata)
+            tensors = adapter_tensors(parts)
+            metadata = adapter_metadata(parts, self.config, self.step, tensors)
+            save_adapter_file(self.output_dir / FILE_NAME, tensors, metadata)
             self.history.write(self.output_dir)
         self.accelerator.wait_for_everyone()
         self.console.stop()
@@ -329,8 +330,9 @@ class TrainingRun:
         checkpoint = snapshot(parts, accelerator, self.config, self.step, self.history, self._earlier + self._seconds)
         path = self.output_dir / f"checkpoint-{self.step:06d}"
         if accelerator.is_main_process:
-            metadata = adapter_metadata(parts, self.config, self.step)
-            save_checkpoint(self.output_dir, checkpoint, adapter_tensors(parts), metadata, self.config.keep_checkpoints)
+            tensors = adapter_tensors(parts)
+            metadata = adapter_metadata(parts, self.config, self.step, tensors)
+            save_checkpoint(self.output_dir, checkpoint, tensors, metadata, self.config.keep_checkpoints)
             self.history.write(self.output_dir)
         accelerator.wait_for_everyone()
         return path

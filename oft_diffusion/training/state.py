@@ -85,8 +85,10 @@ def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
     return {name: oft_state_dict(parts.family.module(name), ADAPTER) for name in parts.banks}
 
 
-def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMetadata:
-    """What an adapter file says about itself."""
+def adapter_metadata(
+    parts: Parts, config: TrainConfig, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> AdapterMetadata:
+    """What an adapter file says about itself and its tensors (`adapter_tensors`)."""
     settings: Mapping[str, Any] = {k: v for k, v in config.to_dict().items() if k not in _PRIVATE}
     components = {name: bank.adapters[ADAPTER].config for name, bank in parts.banks.items()}
     modules = {name: parts.family.module(name) for name in components}
@@ -96,5 +98,5 @@ def adapter_metadata(parts: Parts, config: TrainConfig, step: int) -> AdapterMet
         trigger=config.trigger,
         class_word=config.class_word,
         training={"steps_done": step, **settings},
-        probes=probe_layers(modules, adapter_tensors(parts), components),
+        probes=probe_layers(modules, tensors, components),
     )

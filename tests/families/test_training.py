@@ -64,7 +64,8 @@ def test_a_fixed_batch_is_learned_and_the_adapter_travels(
             assert not np.array_equal(_draw(parts.family), live)
             bank.set_adapters("default", 1.0)
         file = tmp_path / "adapter.safetensors"
-        save_adapter_file(file, adapter_tensors(parts), adapter_metadata(parts, config, 20))
+        tensors = adapter_tensors(parts)
+        save_adapter_file(file, tensors, adapter_metadata(parts, config, 20, tensors))
     fresh = load(name)
     plain, before = _draw(fresh), _weights(fresh)
     load_oft_weights(fresh.pipe, file)
