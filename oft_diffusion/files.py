@@ -138,7 +138,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
 
 
 def resolve_adapter_path(path: str | Path, weight_name: str | None = None) -> Path:
-    """The adapter file that a path to a file or folder means.
+    """The adapter file that a path to a file or folder means: in a folder `weight_name`, ours, or the only one.
 
     Raises:
         AdapterFileError: there is none, or it is not a safetensors file.
@@ -153,12 +153,12 @@ def resolve_adapter_path(path: str | Path, weight_name: str | None = None) -> Pa
             fix="check the path and its permissions",
         ) from error
     if is_folder:
-        inside = path / (weight_name or FILE_NAME)
+        there = sorted(p.name for p in path.glob("*.safetensors"))
+        inside = path / (weight_name or (there[0] if len(there) == 1 else FILE_NAME))
         if not inside.is_file():
-            others = sorted(p.name for p in path.glob("*.safetensors"))
             raise AdapterFileError(
                 f"folder {path} holds no {inside.name}",
-                expected=f"an adapter file; found {', '.join(others) or 'no .safetensors file'}",
+                expected=f"an adapter file; found {', '.join(there) or 'no .safetensors file'}",
                 fix="name the file with weight_name, or pass its path",
             )
         path = inside

@@ -53,9 +53,14 @@ class Reading:
 
 
 def read_packed(
-    source: Source, matches: list[Match], reading: Reading
+    source: Source, matches: list[Match], readings: Mapping[str, Reading]
 ) -> dict[str, tuple[OFTConfig, dict[str, Tensor]]]:
     """Per component, its settings and its tensors as ours.
+
+    Args:
+        source: the file.
+        matches: its layers.
+        readings: how those of each component are to be read.
 
     Raises:
         AdapterFileError: a tensor's shape fits no block size or not its layer; a kernel that its tool gets wrong.
@@ -63,7 +68,7 @@ def read_packed(
     states: dict[str, dict[str, Tensor]] = {}
     for match in matches:
         for layer, module in zip(match.meaning.layers, match.modules, strict=True):
-            packed = _read_layer(source, match, module, reading)
+            packed = _read_layer(source, match, module, readings[match.meaning.component])
             state = states.setdefault(match.meaning.component, {})
             if layer + KEY_SUFFIX in state:
                 raise AdapterFileError(
@@ -72,7 +77,7 @@ def read_packed(
                     fix="get the file again from its author",
                 )
             state[layer + KEY_SUFFIX] = packed
-    return {part: (OFTConfig(block_size=noted_block_size(state), targets=".*", **reading.settings), state)
+    return {part: (OFTConfig(block_size=noted_block_size(state), targets=".*", **readings[part].settings), state)
             for part, state in states.items()}  # fmt: skip
 
 

@@ -63,9 +63,11 @@ def read(
         components = read_output_side(source, matches)
     else:
         origin = next(origin for origin in ORIGINS if origin.known_by(source))
-        reading = replace(origin.reading(source), legacy=legacy_scaled)
-        name, mode, notes = origin.name, origin.mode, reading.notes
-        components = read_packed(source, matches, reading)
+        parts_read = dict.fromkeys(match.meaning.component for match in matches)
+        readings = {p: replace(origin.reading(source.settings_of(p)), legacy=legacy_scaled) for p in parts_read}
+        name, mode = origin.name, origin.mode
+        notes = tuple(dict.fromkeys(note for reading in readings.values() for note in reading.notes))
+        components = read_packed(source, matches, readings)
     if source.left_out:
         notes = (*notes, f"{len(source.left_out)} embedding tensors were left out ({source.left_out[0]})")
     if unmatched:

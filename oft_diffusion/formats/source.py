@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Source:
         groups: by foreign layer key, tensors by suffix; a suffix may have a number behind it.
         header: the texts in the safetensors header.
         config: PEFT's adapter_config.json, or what diffusers writes of it into the header; empty where there is none.
+            `save_lora_weights` has entries of several components in it, `unet.eps`: see `settings_of`.
         left_out: tensors that are no adapter's.
     """
 
@@ -67,6 +68,13 @@ class Source:
 
     def _all(self) -> set[str]:
         return {suffix for tensors in self.groups.values() for suffix in tensors}
+
+    def settings_of(self, component: str) -> Source:
+        """The same file with the configuration of one component alone."""
+        if not any("." in entry for entry in self.config):
+            return self
+        own = {e.removeprefix(f"{component}."): v for e, v in self.config.items() if e.startswith(f"{component}.")}
+        return replace(self, config=own)
 
     def arguments(self, entry: str) -> dict[str, Any]:
         """A JSON object in the header; empty where there is none.
@@ -224,7 +232,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     beside = path.parent / "adapter_config.json"
-    text = header.get("lora_adapter_metadata")  # by diffusers' save_lora_adapter
+    text = header.get("lora_adapter_metadata")  # by diffusers' save_lora_adapter and save_lora_weights
     try:
         if path.name == "adapter_model.safetensors" and beside.is_file():
             if beside.stat().st_size > _MAX_CONFIG_BYTES:

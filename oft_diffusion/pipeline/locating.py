@@ -60,8 +60,12 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
         except EntryNotFoundError as error:
             if weight_name is not None or isinstance(error, LocalEntryNotFoundError):
                 raise
-            hf_hub_download(repository, CONFIG_NAME, **hub_options)  # PEFT's two files
-            return Path(hf_hub_download(repository, WEIGHTS_NAME, **hub_options))
+            name = _only_adapter(repository, hub_options)
+            if name == WEIGHTS_NAME:
+                hf_hub_download(repository, CONFIG_NAME, **hub_options)
+            return Path(hf_hub_download(repository, name, **hub_options))
+    except AdapterFileError:
+        raise
     except Exception as error:  # its client raises those of several libraries
         raise AdapterFileError(
             f"{repository!r} is no local path, and {name} could not be had from that hub repository "
@@ -69,3 +73,23 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
             expected="a local file or folder, or a reachable repository that holds the file",
             fix="check the name, weight_name, revision and token, or download the file first",
         ) from error
+
+
+def _only_adapter(repository: str, hub_options: Mapping[str, Any]) -> str:
+    """The file to take where there is none of ours: PEFT's, or the only one, as diffusers guesses."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub_options.get("endpoint"), token=hub_options.get("token"))
+    where = {key: hub_options[key] for key in ("revision", "repo_type") if key in hub_options}
+    folder = f"{hub_options['subfolder'].strip('/')}/" if hub_options.get("subfolder") else ""
+    inside = [n.removeprefix(folder) for n in api.list_repo_files(repository, **where) if n.startswith(folder)]
+    there = sorted(name for name in inside if name.endswith(".safetensors") and "/" not in name)
+    if WEIGHTS_NAME in there and CONFIG_NAME in inside:
+        return WEIGHTS_NAME
+    if len(there) != 1:
+        raise AdapterFileError(
+            f"hub repository {repository!r} holds no {folder}{FILE_NAME}",
+            expected=f"an adapter file; found {', '.join(there) or 'no .safetensors file'}",
+            fix="name the file with weight_name, and the folder with subfolder",
+        )
+    return there[0]

@@ -175,6 +175,32 @@ def test_a_file_that_diffusers_itself_saves(base: Any, tmp_path: Path) -> None:
     assert distance(draw(ours), wanted) < 1e-4
 
 
+def test_a_file_of_several_components_that_diffusers_itself_saves(base: Any, tmp_path: Path) -> None:
+    from diffusers.training_utils import _collate_lora_metadata  # what diffusers' own scripts call
+    from peft import OFTConfig, get_peft_model_state_dict
+
+    pipe = copy_pipe(base)
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    pipe.unet.add_adapter(OFTConfig(oft_block_size=8, target_modules=["to_q", "to_v"], use_cayley_neumann=False))
+    pipe.text_encoder.add_adapter(OFTConfig(oft_block_size=4, target_modules=["q_proj"], coft=True, eps=0.5))
+    torch.manual_seed(0)
+    for name, parameter in (named for module in parts.values() for named in module.named_parameters()):
+        if "oft_R" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wanted = draw(pipe)
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()}
+    pipe.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata(parts))
+    ours = copy_pipe(base)
+    loaded = load_oft_weights(ours, tmp_path)
+    assert (loaded.format, set(loaded.components)) == ("PEFT", set(parts))
+    assert distance(wanted, draw(base)) > 0.01
+    assert distance(draw(ours), wanted) < 1e-4
+    parts["unet"].disable_adapters()  # the encoder alone is right, too
+    set_oft_adapters(ours, loaded.name, {"unet": 0.0, "text_encoder": 1.0})
+    assert distance(draw(pipe), draw(base)) > 0.001
+    assert distance(draw(ours), draw(pipe)) < 1e-4
+
+
 @pytest.mark.parametrize("write", [peft_oft.write_old_peft, peft_oft.write_peft_boft, peft_oft.write_peft_embedding])
 def test_what_peft_has_beside_is_refused(base: Any, tmp_path: Path, write: Any) -> None:
     names = {name: ("unet", name) for name in (f"{ATTENTION}.attn1.to_q",)}

@@ -1,0 +1,84 @@
+"""Adapters from hub repositories, through huggingface_hub's own client and a server on this machine."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from huggingface_hub import constants
+
+from oft_diffusion import load_oft_weights
+from oft_diffusion.files import FILE_NAME
+from tests.helpers.local_hub import serve
+from tests.library.support import assert_loading_refused, distance, draw
+from tests.peers import peft_oft
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, plain):
+    """Repository someone/mug with our file on main, and another one in a folder of its branch v2."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # tests/conftest.py has put the client offline
+    main, branch = tmp_path / "main", tmp_path / "v2" / "deep"
+    main.mkdir()
+    branch.mkdir(parents=True)
+    shutil.copy(plain, main / FILE_NAME)
+    shutil.copy(plain, branch / "step.safetensors")
+    with serve() as hub:
+        hub.repositories |= {("someone/mug", "main"): main, ("someone/mug", "v2"): tmp_path / "v2"}
+        yield hub
+
+
+def test_a_repository_is_found_by_its_name_alone(pipe, hub, tmp_path, base_pipe):
+    loaded = load_oft_weights(pipe, "someone/mug", endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
+    assert loaded.name == "mug"
+    assert distance(draw(pipe), draw(base_pipe)) > 0.01
+
+
+def test_a_revision_and_a_folder_in_it(pipe, hub, tmp_path):
+    where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "revision": "v2"}
+    assert_loading_refused(pipe, "someone/mug", "someone/mug", FILE_NAME, "no .safetensors file", **where)
+    assert load_oft_weights(pipe, "someone/mug", subfolder="deep", **where).name == "step"  # the only one there
+    assert_loading_refused(
+        pipe, "someone/mug", "someone/mug", "main.safetensors", weight_name="main.safetensors", **where
+    )
+    assert_loading_refused(pipe, "someone/mug", "someone/mug", **{**where, "revision": "v3"})
+
+
+def test_what_was_downloaded_is_used_without_the_hub(pipe, hub, tmp_path):
+    where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    load_oft_weights(pipe, "someone/mug", adapter_name="a", **where)
+    asked = len(hub.requests)
+    load_oft_weights(pipe, "someone/mug", adapter_name="b", local_files_only=True, **where)
+    assert len(hub.requests) == asked
+    load_oft_weights(pipe, "someone/mug", adapter_name="c", **where)
+    assert [r.split()[0] for r in hub.requests[asked:]] == ["HEAD"]  # asked whether it is still the same, no more
+    load_oft_weights(pipe, "someone/mug", adapter_name="d", force_download=True, **where)
+    assert hub.requests[-1].startswith("GET")
+
+
+def test_a_private_repository_wants_its_token(pipe, hub, tmp_path):
+    hub.private.add("someone/mug")
+    where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    assert_loading_refused(pipe, "someone/mug", "someone/mug", token=False, **where)
+    assert_loading_refused(pipe, "someone/mug", "someone/mug", token="wrong", **where)
+    assert load_oft_weights(pipe, "someone/mug", token="secret", **where).matched > 0
+
+
+def test_repositories_of_peft_and_of_diffusers(pipe, hub, tmp_path):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    shape = tuple(pipe.unet.get_submodule(layer).weight.shape)
+    folder = peft_oft.write_peft(tmp_path / "peft", {layer: shape})
+    hub.repositories["someone/peft", "main"] = folder
+    where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "component": "unet"}
+    loaded = load_oft_weights(pipe, "someone/peft", **where)
+    assert (loaded.format, loaded.matched, loaded.name) == ("PEFT", 1, "peft")
+    (folder / "another.safetensors").write_bytes(b"")
+    assert load_oft_weights(pipe, "someone/peft", adapter_name="again", **where).format == "PEFT"
+    (folder / "adapter_config.json").unlink()
+    assert_loading_refused(
+        pipe, "someone/peft", "someone/peft", "adapter_model.safetensors, another.safetensors", **where
+    )
+
+
+def test_a_repository_that_is_not_there(pipe, hub, tmp_path):
+    assert_loading_refused(pipe, "someone/mugs", "someone/mugs", endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
