@@ -48,7 +48,7 @@ demo: install  ## DreamBooth on the pocket base: a before/after grid and a repor
 	@$(PYTHON) train_scripts/demo.py
 
 test: install  ## the quick tests (minutes): seeded samples of the property tests
-	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow and not gpu and not browser"
+	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow and not gpu"
 
 # Paths of this machine are taken out of the log, since it is committed.
 test-full: install  ## everything that this machine can run; writes docs/logs/test-full.log

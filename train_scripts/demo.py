@@ -13,6 +13,7 @@ from PIL import Image
 
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import OFTError
+from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
@@ -115,7 +116,7 @@ def _title(name: str) -> str:
 
 
 def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
-    """The grid: prompts that name the subject, and one that does not, with and without the adapter."""
+    """The grid: the instance images, prompts that name the subject, and one that does not, without and with it."""
     word = f"{config.trigger} {config.class_word}"
     prompts = [f"a {word}", f"a {word} on the beach", f"a green {word} at night", f"a {word} in the snow"]
     prompts.append(f"a blue {'cat' if config.class_word != 'cat' else 'car'} in a meadow")
@@ -128,8 +129,9 @@ def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
         guidance=config.guidance_scale,
         on_row=lambda i, n: print(f"     prompt {i} of {n}", flush=True),
     )
-    labels = [f"{len(SEEDS)} x before"] + [""] * (len(SEEDS) - 1) + [f"{len(SEEDS)} x after"]
-    return labelled_grid([[p.image for p in row] for row in rows], row_labels=prompts, column_labels=labels, cell=CELL)
+    taught = instance_images(subjects_path(name))
+    labels = [f"taught with these {len(taught)}", f"{prompts[0]}  (left: before, right: after)", *prompts[1:]]
+    return labelled_grid([taught, *([p.image for p in row] for row in rows)], row_labels=labels, cell=CELL)
 
 
 if __name__ == "__main__":
