@@ -136,8 +136,10 @@ class AdapterChoice(AdapterStore):
             AdapterError: one is.
         """
         if merged := [n for n in names if n in self.merged]:
+            kept = self.base_copy is not None
             raise AdapterError(
-                f"adapter {merged[0]!r} is merged into the weights of {self.component}",
+                f"adapter {merged[0]!r} is merged into the weights of {self.component}"
+                + ("" if kept else ", and the base was not kept"),
                 expected="an adapter that is not merged",
-                fix="call unmerge_oft (unfuse_oft on a pipeline) first",
+                fix="call unmerge_oft (unfuse_oft on a pipeline) first" if kept else "load the base again",
             )

@@ -121,8 +121,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
             expected="an unaltered file",
             fix="download or copy the file again",
         )
-    intact = is_sealed(path) if metadata.format_version > 1 else SEAL_KEY not in header  # version 1 had none
-    if not intact:
+    if not is_sealed(path):
         raise AdapterFileError(
             f"{path.name}: its SHA-256 is not the one in its header; something beside the tensors was changed",
             expected="an unaltered file",
@@ -162,6 +161,12 @@ def resolve_adapter_path(path: str | Path, weight_name: str | None = None) -> Pa
                 fix="name the file with weight_name, or pass its path",
             )
         path = inside
+    elif exists and weight_name not in (None, path.name):
+        raise AdapterFileError(
+            f"{path} is a file, and weight_name={weight_name!r} another",
+            expected="weight_name beside a folder or a hub repository",
+            fix="leave weight_name out, or pass the folder",
+        )
     if not exists:
         raise AdapterFileError(f"{path} does not exist", expected="an adapter file or folder", fix="check the path")
     if not path.is_file() or path.suffix != ".safetensors":

@@ -60,7 +60,7 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
             bank.set_merged(staying, merging, copy)
         except BaseException:
             if copy is not None:
-                copy.put_back(weights)
+                put_back(model, copy.weights())
             raise
 
 
@@ -88,7 +88,19 @@ def unmerge_oft(model: nn.Module) -> None:
     """Put the base's weights back, bit by bit, and let the merged adapters act live again.
 
     Raises:
-        AdapterError: nothing is merged, it was merged with `keep_base=False`, or a LoRA has been fused on top of it.
+        AdapterError: nothing is merged, it was merged with `keep_base=False`, a LoRA has been fused on top of it, or
+            the copy on disk cannot be read; the weights are as they were then.
+    """
+    bank, weights = read_base(model)
+    put_back(model, weights)
+    bank.clear_merged()
+
+
+def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
+    """All that can fail in unmerging: the kept weights, by layer name, and the bank whose adapters they are without.
+
+    Raises:
+        AdapterError: as `unmerge_oft`.
     """
     bank = require_bank(model)
     if not bank.merged:
@@ -102,8 +114,15 @@ def unmerge_oft(model: nn.Module) -> None:
             fix="load the base model again",
         )
     refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
-    bank.base_copy.put_back({layer_of(site): _weight(layer) for site, layer in hooked_layers(model).items()})
-    bank.clear_merged()
+    return bank, bank.base_copy.weights()
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite some layers' weights by what `read_base` returned."""
+    targets = {layer_of(site): _weight(layer) for site, layer in hooked_layers(model).items()}
+    for name, weight in weights.items():
+        targets[name].copy_(weight)
 
 
 @dataclass(frozen=True)
@@ -172,14 +191,21 @@ class BaseCopy:
                 ) from error
 
     def weights(self) -> dict[str, Tensor]:
-        """The copied weights, by layer name, on the CPU."""
-        return self._memory if self._memory is not None else load_file(self._path())
+        """The copied weights, by layer name, on the CPU.
 
-    @torch.no_grad()
-    def put_back(self, targets: Mapping[str, Tensor]) -> None:
-        """Overwrite those weights of a model that were copied."""
-        for name, weight in self.weights().items():
-            targets[name].copy_(weight)
+        Raises:
+            AdapterError: the temporary file is gone or broken.
+        """
+        if self._memory is not None:
+            return self._memory
+        try:
+            return load_file(self._path())
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(
+                f"the base's weights cannot be read again from {self._path()} ({error})",
+                expected="the copy that merging put there",
+                fix="load the base model again",
+            ) from error
 
     def _path(self) -> Path:
         assert self._folder is not None
@@ -193,6 +219,12 @@ class BaseCopy:
 def _check(model: nn.Module, names: Sequence[str] | None) -> tuple[OFTBank, tuple[Active, ...], tuple[Active, ...]]:
     bank = require_bank(model)
     refuse_fused_lora(unwrap(model))
+    if bank.images:
+        raise AdapterError(
+            f"the adapters of {bank.component} are given image by image now, which no weight can be",
+            expected="active adapters",
+            fix="leave the `with` block first",
+        )
     return bank, *_split_active(bank, names)
 
 

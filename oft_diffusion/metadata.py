@@ -15,7 +15,7 @@ from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import parse_json
 from oft_diffusion.errors import AdapterFileError, OFTError
 
-FORMAT_VERSION = 2  # 1 had no seal (`disk.sealed`) and was never released
+FORMAT_VERSION = 1
 HEADER_KEY = "oft_diffusion"
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "base": (dict,),
@@ -104,8 +104,20 @@ def _are_probes(found: Mapping[str, Any]) -> bool:
 
 
 def _is_fingerprint(found: object) -> bool:
-    samples = found.get("samples", []) if isinstance(found, dict) else None
-    return isinstance(samples, list) and all(s is None or _is_number(s) for s in samples)
+    samples = found.get("samples") if isinstance(found, dict) else None
+    return isinstance(samples, list) and all(_is_sample(sample) for sample in samples)
+
+
+def _is_sample(found: object) -> bool:
+    """Whether it is `[name, shape, dtype, place, number or None]`."""
+    if not isinstance(found, list) or len(found) != 5:
+        return False
+    name, shape, dtype, place, value = found
+    counts = [place, *shape] if isinstance(shape, list) else [None]
+    is_told = (
+        isinstance(name, str) and isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+    )
+    return is_told and (value is None or _is_number(value))
 
 
 def _is_number(found: Any) -> bool:

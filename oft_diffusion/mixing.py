@@ -48,10 +48,10 @@ class Mixture:
             if all(len(set(prompt)) == 1 for prompt in prompts):
                 return [prompt[0] for prompt in prompts]
             raise AdapterError(
-                f"the {each} images of one prompt have different adapters, of which some adapt {component}, "
-                "which reads the prompt once",
+                f"{each} images with different adapters, of which some adapt {component}, have one text that it reads "
+                "once",
                 expected="one adapter for all images of a prompt, where it adapts a text encoder",
-                fix="give the prompt once per adapter, with num_images_per_prompt=1",
+                fix="give prompts, and negative prompts, once per image, with num_images_per_prompt=1",
             )
         raise AdapterError(
             f"{component} is called with {batch} rows while {images} images have adapters of their own",

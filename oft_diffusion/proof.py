@@ -8,9 +8,8 @@ sits on the layer it belongs to.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,9 @@ from oft_diffusion.rotation import block_size_of, rotate_vectors
 from oft_diffusion.targets import canonical_name, normalise_name
 
 TOLERANCE = 1e-6  # of probes in float64, against another machine's
-_ROUNDING = 2.0**-7  # of a weight in bfloat16, whichever way it came there
 _SAMPLED = 64  # tensors of a base
-_PROBED = 16  # layers per component for the second probe
+_ROWS = 8  # of a layer's weight, for the second probe
+_NOT_BASE = (".lora_", "_ip.", "encoder_hid_proj.")  # of adapters that lie in a base's modules
 
 Same = Literal["equal", "rounded", "other", "unknown"]
 
@@ -43,57 +42,99 @@ def rotation_probes(state: Mapping[str, Tensor], config: OFTConfig) -> dict[str,
     return {canonical_name(layer): float(_vector(len(y), 2) @ y) for layer, y in turned.items()}
 
 
-def layer_probes(module: nn.Module, state: Mapping[str, Tensor], config: OFTConfig) -> dict[str, float]:
-    """One number for each of some layers: `v (W (x R))`, or `v (R^T W x)`, with vectors that are always the same.
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a component's layers that `layer_probes` can read, by canonical name."""
+    found = ((normalise_name(name), floating_weight(child)) for name, child in unwrap(module).named_modules())
+    return {canonical_name(name): weight for name, weight in found if weight is not None}
 
-    Layers without a floating weight in memory (quantized, offloaded) are left out.
+
+def floating_weight(layer: nn.Module) -> Tensor | None:
+    """A linear layer's or convolution's weight where it is in memory and not quantized; of PEFT's wrappers none."""
+    weight = getattr(layer, "weight", None) if not hasattr(layer, "base_layer") else None
+    is_one = isinstance(weight, Tensor) and weight.dim() in (2, 4) and weight.is_floating_point() and not weight.is_meta
+    return weight if is_one else None
+
+
+def layer_probes(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], config: OFTConfig) -> dict[str, float]:
+    """One number per layer: `v (W (x R))`, or `v (R^T W x)`, with vectors that are always the same.
+
+    Of W a few rows are enough to tell one layer from another, which keeps this cheap for the largest models.
+
+    Args:
+        weights: by canonical name; layers without one (quantized, offloaded) are left out.
+        state: a component's tensors as files hold them.
+        config: its settings.
     """
-    weights = {canonical_name(name): weight for name, weight in _weights(module)}
-    layers = _layers(state)
-    some = [layer for layer in layers[:: max(1, len(layers) // _PROBED)][:_PROBED] if canonical_name(layer) in weights]
-    found: dict[str, float] = {}
-    for layer in some:
-        weight, features = weights[canonical_name(layer)].detach().cpu().double(), _features(state, layer)
-        if config.side == "output":
-            y = _rotate({layer: weight.flatten(1) @ _vector(weight[0].numel(), 1)}, state, config)[layer]
-        else:  # of a convolution, its channels at every tap, or its patches
-            x = _rotate({layer: _vector(features, 1)}, state, config)[layer]
-            y = torch.einsum("oct,c->o", weight.view(len(weight), features, -1), x)
-        found[canonical_name(layer)] = float(_vector(len(y), 2) @ y)
-    return found
+    layers = [layer for layer in _layers(state) if canonical_name(layer) in weights]
+    is_output = config.side == "output"
+    sizes = {layer: block_size_of(state[layer + KEY_SUFFIX].shape[1]) or 1 for layer in layers}
+    rows = {n: _rows(weights[canonical_name(n)], sizes[n] if is_output else _ROWS) for n in layers}
+    if is_output:  # those of the first block, which is turned among itself
+        answers = {n: rows[n].flatten(1) @ _vector(rows[n][0].numel(), 1) for n in layers}
+        blank = {n: torch.zeros(_features(state, n) - len(y), dtype=torch.float64) for n, y in answers.items()}
+        answers = _rotate({n: torch.cat([y, blank[n]]) for n, y in answers.items()}, state, config)
+    else:  # of a convolution, its channels at every tap, or its patches
+        x = _rotate({n: _vector(_features(state, n), 1) for n in layers}, state, config)
+        answers = {n: torch.einsum("oct,c->o", rows[n].view(len(rows[n]), len(x[n]), -1), x[n]) for n in layers}
+    return {canonical_name(layer): float(_vector(len(y), 2) @ y) for layer, y in answers.items()}
 
 
 def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Of a base: its architecture and samples of its weights, never a hash of gigabytes.
+    """Of a base: samples of its weights, never a hash of gigabytes.
 
-    `config` is a digest of the tensors' names and shapes, `bytes` one of the sampled bits, `samples` the sampled
-    numbers (None where a tensor is not in memory or not floating).
+    `samples` are `[tensor, shape, dtype, place, number]` of 64 tensors; the number is None where a tensor is not in
+    memory or not floating. Which tensors these are depends on their names alone, so that others beside them (an
+    IP-Adapter's) change nothing.
     """
-    named = [(canonical_name(normalise_name(name)), t) for name, t in unwrap(module).state_dict().items()]
-    named = sorted((name, t) for name, t in named if isinstance(t, Tensor) and ".lora_" not in name)
-    shapes = hashlib.sha256(json.dumps([(name, list(t.shape)) for name, t in named]).encode()).hexdigest()
-    step = max(1, len(named) // _SAMPLED)
-    samples, digest = [], hashlib.sha256()
-    for name, tensor in named[::step][:_SAMPLED]:
-        readable = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
-        place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % max(1, tensor.numel())
-        value = tensor.detach().flatten()[place].cpu() if readable else None
-        samples.append(None if value is None else float(value))
-        digest.update(f"{name}|{tensor.dtype}|{samples[-1]!r}".encode())
-    return {"config": shapes, "bytes": digest.hexdigest(), "samples": samples}
+    named = _tensors(module)
+    chosen = sorted((name for name in named if not any(word in name for word in _NOT_BASE)), key=_hash)[:_SAMPLED]
+    samples = []
+    for name in chosen:
+        tensor = named[name]
+        place = _hash(name) % max(1, tensor.numel())
+        samples.append([name, list(tensor.shape), _dtype(tensor), place, _number(tensor, place)])
+    return {"samples": samples}
 
 
-def compare(known: Mapping[str, Any], here: Mapping[str, Any]) -> Same:
-    """Whether two fingerprints are of one base, exactly or up to half precision; "unknown" where nothing can tell."""
-    if known.get("config") != here["config"]:
-        return "other"
-    if known.get("bytes") == here["bytes"]:
-        return "equal"
-    pairs = [(a, b) for a, b in zip(known.get("samples", ()), here["samples"], strict=False) if None not in (a, b)]
-    if not pairs:
+def compare(known: Mapping[str, Any], module: nn.Module) -> Same:
+    """Whether a fingerprint is that of this base, to the bit, or of the same rounded to half precision or from it.
+
+    Embeddings may have more rows than when it was taken (added tokens). "unknown" where no number can be compared.
+    """
+    named = _tensors(module)
+    same_dtype, before, here = True, [], []
+    for name, shape, dtype, place, value in known["samples"]:
+        tensor = named.get(name)
+        if tensor is None or list(tensor.shape[1:]) != shape[1:] or len(tensor.shape) != len(shape):
+            return "other"
+        if shape and (tensor.shape[0] < shape[0] or (tensor.shape[0] > shape[0] and len(shape) != 2)):
+            return "other"
+        number = _number(tensor, place)
+        if value is None or number is None:
+            same_dtype = False
+            continue
+        same_dtype &= dtype == _dtype(tensor)
+        before.append(value)
+        here.append(number)
+    if not before:
         return "unknown"
-    same = all(abs(a - b) <= _ROUNDING * max(abs(a), abs(b)) + 1e-7 for a, b in pairs)
-    return "rounded" if same else "other"
+    a, b = torch.tensor(before, dtype=torch.float32), torch.tensor(here, dtype=torch.float32)
+    if torch.equal(a, b):
+        return "equal" if same_dtype else "rounded"
+    return "rounded" if _is_rounded(a, b) or _is_rounded(b, a) else "other"
+
+
+def _is_rounded(a: Tensor, b: Tensor) -> bool:
+    """Whether b is a in half precision, all of it rounded in one way; a may be in the other half precision already."""
+    ways = ((torch.float16,), (torch.bfloat16,), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16))
+    for way in ways:
+        rounded = a
+        for half in way:
+            rounded = rounded.to(half)
+        if torch.equal(rounded.float(), b):
+            return True
+    is_half, is_bfloat = torch.equal(a, a.half().float()), torch.equal(b, b.bfloat16().float())
+    return is_half and is_bfloat and bool(((a - b).abs() <= 2.0**-8 * a.abs() + 2.0**-24).all())
 
 
 def differing(known: Mapping[str, float], here: Mapping[str, float]) -> list[str]:
@@ -127,11 +168,26 @@ def _rotate(vectors: Mapping[str, Tensor], state: Mapping[str, Tensor], config: 
     return found
 
 
-def _weights(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for name, child in unwrap(module).named_modules():
-        weight = getattr(child, "weight", None) if not hasattr(child, "base_layer") else None
-        if isinstance(weight, Tensor) and weight.dim() in (2, 4) and weight.is_floating_point() and not weight.is_meta:
-            yield normalise_name(name), weight
+def _rows(weight: Tensor, count: int) -> Tensor:
+    return weight.detach()[:count].cpu().double()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    found = unwrap(module).state_dict().items()
+    return {canonical_name(normalise_name(name)): tensor for name, tensor in found if isinstance(tensor, Tensor)}
+
+
+def _hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _number(tensor: Tensor, place: int) -> float | None:
+    readable = tensor.is_floating_point() and not tensor.is_meta and place < tensor.numel()
+    return float(tensor.detach().flatten()[place]) if readable else None
 
 
 def _vector(features: int, seed: int) -> Tensor:

@@ -11,9 +11,29 @@ from torch import nn
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.components import modules_of
-from oft_diffusion.hooks import unwrap
+from oft_diffusion.hooks import hooked_layers, unwrap
+from oft_diffusion.inject import oft_state_dict
+from oft_diffusion.plan import layer_of
 from oft_diffusion.prediction import prediction_type
-from oft_diffusion.proof import compare, differing, fingerprint, layer_probes
+from oft_diffusion.proof import Same, compare, differing, floating_weight, layer_probes
+from oft_diffusion.targets import canonical_name
+
+
+def trained_on(file: AdapterFile) -> str:
+    """What a file says that it was trained on, for messages: "a StableDiffusionPipeline (sd15)"."""
+    base = file.metadata.base
+    kind = base.get("pipeline") or ", ".join(base.get("components", {}).values())
+    name = base.get("name")
+    return f"a {kind}{f' ({name})' if name else ''}" if kind else f"another model{f', {name}' if name else ''}"
+
+
+def not_for(pipe: DiffusionPipeline, file: AdapterFile, problem: str, expected: str) -> AdapterFileError:
+    """The error for a file that does not fit a pipeline; it names both."""
+    return AdapterFileError(
+        f"{file.path.name} was trained on {trained_on(file)} and does not fit this {type(pipe).__name__}: {problem}",
+        expected=expected,
+        fix="load the adapter into the kind of pipeline it was trained for",
+    )
 
 
 def component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.Module:
@@ -25,19 +45,13 @@ def component_for(pipe: DiffusionPipeline, file: AdapterFile, part: str) -> nn.M
     found = modules_of(pipe)
     module = found.get(part)
     if module is None:
-        raise AdapterFileError(
-            f"{file.path.name} adapts the component {part!r}, which this {type(pipe).__name__} does not have",
-            expected=f"a pipeline with it; this one has {', '.join(found)}",
-            fix="load the adapter into the kind of pipeline it was trained for",
+        raise not_for(
+            pipe, file, f"it has no component {part!r}", f"a pipeline with it; this one has {', '.join(found)}"
         )
-    trained_on = file.metadata.base.get("components", {}).get(part)
+    trained = file.metadata.base.get("components", {}).get(part)
     here = type(unwrap(module)).__name__
-    if trained_on is not None and trained_on != here:
-        raise AdapterFileError(
-            f"{file.path.name} was trained on a {trained_on}, but this pipeline's {part} is a {here}",
-            expected=f"a {trained_on}",
-            fix="load the adapter into the kind of pipeline it was trained for",
-        )
+    if trained is not None and trained != here:
+        raise not_for(pipe, file, f"its {part} is a {here}", f"a {trained}")
     return module
 
 
@@ -61,34 +75,42 @@ def check_prediction(pipe: DiffusionPipeline, file: AdapterFile) -> None:
         )
 
 
-def check_base(parts: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:
-    """Warnings about components that are not those that the adapter was trained on.
+def compare_bases(parts: Mapping[str, nn.Module], file: AdapterFile) -> dict[str, Same]:
+    """By component, whether it is the one that the adapter was trained on, where the file tells."""
+    known: Mapping[str, Any] = file.metadata.base.get("fingerprints", {})
+    return {part: compare(known[part], module) for part, module in parts.items() if part in known}
 
-    Where one is, to the bit, some adapted layers must answer as they did when the file was written.
+
+def warn_of_bases(found: Mapping[str, Same], file: AdapterFile) -> list[str]:
+    """Sentences about components that are not those that the adapter was trained on."""
+    name = file.metadata.base.get("name")
+    return [
+        f"{file.path.name} was trained on another base{f' ({name})' if name else ''} than this pipeline's {part}; it "
+        "may act differently here"
+        for part, same in found.items()
+        if same == "other"
+    ]
+
+
+def prove_layers(part: str, module: nn.Module, adapter_name: str, file: AdapterFile) -> None:
+    """Check that each layer of an adapter, as it is in the model now, answers as when the file was written.
+
+    To be asked on the very base alone, and of an adapter that has just been put in: what is probed are the layers
+    that its hooks sit on, and the generators that its bank holds.
 
     Raises:
-        AdapterFileError: they do not.
+        AdapterFileError: some do not.
     """
-    known: Mapping[str, Any] = file.metadata.base.get("fingerprints", {})
-    probes: Mapping[str, Any] = file.metadata.probes.get("layers", {})
-    warnings = []
-    for part, module in parts.items():
-        if part not in known:
-            continue
-        same = compare(known[part], fingerprint(module))
-        if same == "other":
-            name = file.metadata.base.get("name")
-            warnings.append(
-                f"{file.path.name} was trained on another base{f' ({name})' if name else ''} than this pipeline's "
-                f"{part}; it may act differently here"
-            )
-        if same == "equal" and part in probes:
-            here = layer_probes(module, file.components[part], file.metadata.components[part])
-            if wrong := differing(probes[part], here):
-                raise AdapterFileError(
-                    f"{file.path.name}: through the very base that it was trained on, {len(wrong)} adapted layers of "
-                    f"{part} answer otherwise than when it was written: {', '.join(wrong[:3])}",
-                    expected="each rotation on the layer it was trained for",
-                    fix="get the file again; if it is sound, this version of oft-diffusion has a bug",
-                )
-    return warnings
+    known = file.metadata.probes.get("layers", {}).get(part)
+    if known is None:
+        return
+    layers = {canonical_name(layer_of(site)): layer for site, layer in hooked_layers(module).items()}
+    weights = {name: weight for name, layer in layers.items() if (weight := floating_weight(layer)) is not None}
+    here = layer_probes(weights, oft_state_dict(module, adapter_name), file.metadata.components[part])
+    if wrong := differing(known, here):
+        raise AdapterFileError(
+            f"{file.path.name}: through the very base that it was trained on, {len(wrong)} adapted layers of {part} "
+            f"answer otherwise than when it was written: {', '.join(wrong[:3])}",
+            expected="each rotation on the layer it was trained for",
+            fix="get the file again; if it is sound, this version of oft-diffusion has a bug",
+        )

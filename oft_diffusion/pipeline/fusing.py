@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, unmerge_oft
+from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, put_back, read_base, unmerge_oft
 from oft_diffusion.pipeline.state import list_oft_adapters, require_banks
 from oft_diffusion.plan import as_names
 
@@ -61,10 +61,13 @@ def unfuse_oft(pipe: DiffusionPipeline) -> None:
     """Put the base's weights back, bit by bit; fused adapters act live again.
 
     Raises:
-        AdapterError: nothing is fused, or the base was not kept.
+        AdapterError: nothing is fused, the base was not kept or its copy cannot be read, or a LoRA has been fused on
+            top; nothing is unfused then, in no component.
     """
     fused = [part for part, bank in require_banks(pipe, ()).items() if bank.merged]
     if not fused:
         raise AdapterError("nothing is fused in this pipeline", expected="a fused adapter", fix="call fuse_oft first")
-    for part in fused:
-        unmerge_oft(getattr(pipe, part))
+    kept = {part: read_base(getattr(pipe, part)) for part in fused}
+    for part, (bank, weights) in kept.items():
+        put_back(getattr(pipe, part), weights)
+        bank.clear_merged()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.disk import has_metadata
-from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, TargetError
 from oft_diffusion.files import AdapterFile, load_adapter_file
 from oft_diffusion.formats import Imported, read
 from oft_diffusion.formats.components import modules_of
@@ -28,10 +28,17 @@ from oft_diffusion.inject import (
     remove_oft,
 )
 from oft_diffusion.metadata import HEADER_KEY
-from oft_diffusion.pipeline.fitting import check_base, check_prediction, component_for
+from oft_diffusion.pipeline.fitting import (
+    check_prediction,
+    compare_bases,
+    component_for,
+    not_for,
+    prove_layers,
+    warn_of_bases,
+)
 from oft_diffusion.pipeline.locating import locate
-from oft_diffusion.pipeline.state import LoadedAdapter, Note, list_oft_adapters, require_banks
-from oft_diffusion.plan import check_adapter_name
+from oft_diffusion.pipeline.state import LoadedAdapter, Note, list_oft_adapters, refuse_mixed, require_banks
+from oft_diffusion.plan import Active, StrengthMode, check_adapter_name
 from oft_diffusion.targets import canonical_name, layer_names
 
 
@@ -62,9 +69,9 @@ def load_oft_weights(
             `LoadedAdapter.unmatched` names them.
         hotswap: put the file in the place of the adapter `adapter_name`, whose order and strength it takes over. No
             layout changes, so that compiled models and captured graphs go on with the new adapter. Layers that it
-            lacks become the identity; it may not have others.
+            lacks become the identity; it may not have others. A strength is not changed, so `strength` must be None.
         component: of a file that does not tell which component it is for, as PEFT's and LyCORIS's do not, where
-            several have such layers.
+            several have such layers; None for all others.
         **hub_options: for `huggingface_hub.hf_hub_download`: revision, subfolder, token, cache_dir,
             local_files_only, ...
 
@@ -74,23 +81,32 @@ def load_oft_weights(
     Raises:
         AdapterFileError: the file is missing, broken, or does not fit this pipeline; the pipeline is unchanged then.
         AdapterError: this is no pipeline, the name is taken or not usable, or an adapter is fused; likewise.
+        ConfigError: an option would do nothing here.
 
     A warning says where the base is another than the one that the adapter was trained on.
     """
+    refuse_mixed(pipe, f"{source} cannot be loaded")
+    if hotswap and (adapter_name is None or strength is not None):
+        raise ConfigError(
+            "hotswap=True " + ("names no adapter" if adapter_name is None else f"with strength={strength}"),
+            expected="adapter_name, that of a loaded adapter, whose order and strength the new one takes over",
+            fix="pass adapter_name, and change strengths with set_oft_adapters",
+        )
     path, label = locate(source, weight_name, hub_options)
     imported = _read(pipe, path, component, strict=strict)
     file = imported.file
     parts = {part: component_for(pipe, file, part) for part in file.components}
     check_prediction(pipe, file)
-    told = (*imported.notes, *check_base(parts, file))
+    bases = compare_bases(parts, file)
     note = Note(file.metadata, imported.format, imported.mode, imported.unmatched)
+    proven = [part for part, same in bases.items() if same == "equal"]
     if hotswap:
         name = adapter_name or ""
-        _swap(pipe, name, file, note)
+        _swap(pipe, name, file, note, proven)
     else:
         name = adapter_name or _default_name(pipe, file.metadata.trigger or label)
-        _add(pipe, name, parts, file, note, file.metadata.strength if strength is None else strength)
-    for sentence in told:
+        _add(pipe, name, parts, file, note, file.metadata.strength if strength is None else strength, proven)
+    for sentence in (*imported.notes, *warn_of_bases(bases, file)):
         warnings.warn(sentence, stacklevel=2)
     return next(a for a in list_oft_adapters(pipe) if a.name == name)
 
@@ -105,6 +121,12 @@ def _read(pipe: DiffusionPipeline, path: Path, component: str | None, *, strict:
             raise AdapterFileError(
                 f"{path.name} does not fit this pipeline: {error.problem}", expected=error.expected, fix=error.fix
             ) from error
+    if component is not None:
+        raise ConfigError(
+            f"component={component!r} with {path.name}, which tells its components itself",
+            expected="component for files that do not tell, as PEFT's and LyCORIS's do not",
+            fix="leave it out; to let one component rest, set its strength to 0 with set_oft_adapters",
+        )
     file = load_adapter_file(path)
     if strict:
         return Imported(file, "oft-diffusion", "rotation")
@@ -134,8 +156,15 @@ def _fitting(file: AdapterFile, parts: Mapping[str, nn.Module]) -> tuple[dict[st
 
 
 def _add(
-    pipe: DiffusionPipeline, name: str, parts: Mapping[str, nn.Module], file: AdapterFile, note: Note, strength: float
+    pipe: DiffusionPipeline,
+    name: str,
+    parts: Mapping[str, nn.Module],
+    file: AdapterFile,
+    note: Note,
+    strength: float,
+    proven: Sequence[str],
 ) -> None:
+    """Put an adapter into all components or none; those called `proven` are the very base that it was trained on."""
     check_adapter_name(name)
     if name in {a.name for a in list_oft_adapters(pipe)}:
         raise AdapterError(
@@ -146,26 +175,25 @@ def _add(
     loaded: list[nn.Module] = []
     try:
         for part, module in parts.items():
-            # By the tensors' names, never by the file's target patterns: a stranger's regular expression may take for
-            # ever, and what a target set's name means may have grown since.
-            bank = inject_state(module, file.metadata.components[part], file.components[part], name)
+            try:
+                # By the tensors' names, never by the file's target patterns: a stranger's regular expression may take
+                # for ever, and what a target set's name means may have grown since.
+                bank = inject_state(module, file.metadata.components[part], file.components[part], name)
+            except (TargetError, AdapterFileError) as error:
+                raise not_for(pipe, file, f"{part}: {error.problem}", error.expected) from error
             loaded.append(module)
             bank.metadata[name] = note
             bank.freeze(name)
             bank.activate(name, strength, note.mode)
-    except BaseException as error:  # Ctrl-C, too
+            if part in proven:
+                prove_layers(part, module, name, file)
+    except BaseException:  # Ctrl-C, too
         for module in loaded:
             remove_oft(module, name)
-        if isinstance(error, (TargetError, AdapterFileError)):
-            raise AdapterFileError(
-                f"{file.path.name} does not fit this pipeline's {part}: {error.problem}",
-                expected=error.expected,
-                fix="load the adapter into the kind of pipeline it was trained for",
-            ) from error
         raise
 
 
-def _swap(pipe: DiffusionPipeline, name: str, file: AdapterFile, note: Note) -> None:
+def _swap(pipe: DiffusionPipeline, name: str, file: AdapterFile, note: Note, proven: Sequence[str]) -> None:
     """Overwrite a loaded adapter by a file, in all components or none."""
     banks = {part: bank for part, bank in require_banks(pipe, (name,)).items() if name in bank.adapters}
     parts = modules_of(pipe)
@@ -173,19 +201,36 @@ def _swap(pipe: DiffusionPipeline, name: str, file: AdapterFile, note: Note) -> 
         raise _no_place(file, name, f"it adapts {unknown[0]}, which {name!r} does not")
     states = {part: _state_for(part, bank, name, file) for part, bank in banks.items()}
     before = {part: (bank.adapters[name], oft_state_dict(parts[part], name)) for part, bank in banks.items()}
+    choices = {part: (bank.active, bank.disabled) for part, bank in banks.items()}
     try:
         for part, bank in banks.items():
             config = file.metadata.components.get(part, bank.adapters[name].config)
             size = bank.adapters[name].config.block_size
             bank.adapters[name] = replace(bank.adapters[name], config=replace(config, block_size=size, scaled=False))
             load_oft_state_dict(parts[part], states[part], name)
+            _follow_mode(bank, name, note.mode)
+            if part in proven:
+                prove_layers(part, parts[part], name, file)
     except BaseException:
         for part, (adapter, state) in before.items():
             banks[part].adapters[name] = replace(adapter, config=replace(adapter.config, scaled=False))
             load_oft_state_dict(parts[part], state, name)
+            banks[part].use(*choices[part])
         raise
     for bank in banks.values():
         bank.metadata[name] = note
+
+
+def _follow_mode(bank: OFTBank, name: str, mode: StrengthMode) -> None:
+    """Take an adapter's strength as its new file's tool does, unless the user chose another way than the old one's."""
+    old = bank.metadata[name].mode if name in bank.metadata else "rotation"
+    if mode == old:
+        return
+
+    def follow(item: Active) -> Active:
+        return replace(item, mode=mode) if item.name == name and item.mode == old else item
+
+    bank.use(tuple(map(follow, bank.active)), {n: follow(item) for n, item in bank.disabled.items()})
 
 
 def _state_for(part: str, bank: OFTBank, name: str, file: AdapterFile) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ def locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str
     """
     if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
         raise TypeError(f"load_oft_weights() got an unexpected keyword argument {unknown[0]!r}")
+    if not isinstance(source, (str, Path)):
+        raise AdapterFileError(
+            f"a {type(source).__name__} is no place of an adapter",
+            expected="a path to a .safetensors file or its folder, or a hub repository id",
+            fix="save the adapter with save_oft_weights, and pass that path",
+        )
     local = Path(source)
     is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w.\-]{1,96}/[\w.\-]{1,96}", source) is not None
     if not is_hub_id or local.suffix == ".safetensors" or local.exists():
@@ -58,9 +64,11 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
         try:
             return Path(hf_hub_download(repository, name, **hub_options))
         except EntryNotFoundError as error:
-            if weight_name is not None or isinstance(error, LocalEntryNotFoundError):
+            if weight_name is not None:
                 raise
-            name = _only_adapter(repository, hub_options)
+            is_offline = isinstance(error, LocalEntryNotFoundError)
+            found = (_cached_files if is_offline else _hub_files)(repository, hub_options)
+            name = _only_adapter(repository, found)
             if name == WEIGHTS_NAME:
                 hf_hub_download(repository, CONFIG_NAME, **hub_options)
             return Path(hf_hub_download(repository, name, **hub_options))
@@ -75,21 +83,34 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
         ) from error
 
 
-def _only_adapter(repository: str, hub_options: Mapping[str, Any]) -> str:
-    """The file to take where there is none of ours: PEFT's, or the only one, as diffusers guesses."""
+def _hub_files(repository: str, hub_options: Mapping[str, Any]) -> list[str]:
+    """Names in a repository's folder."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=hub_options.get("endpoint"), token=hub_options.get("token"))
     where = {key: hub_options[key] for key in ("revision", "repo_type") if key in hub_options}
     folder = f"{hub_options['subfolder'].strip('/')}/" if hub_options.get("subfolder") else ""
-    inside = [n.removeprefix(folder) for n in api.list_repo_files(repository, **where) if n.startswith(folder)]
-    there = sorted(name for name in inside if name.endswith(".safetensors") and "/" not in name)
-    if WEIGHTS_NAME in there and CONFIG_NAME in inside:
+    return [n.removeprefix(folder) for n in api.list_repo_files(repository, **where) if n.startswith(folder)]
+
+
+def _cached_files(repository: str, hub_options: Mapping[str, Any]) -> list[str]:
+    """Names in what was downloaded of a repository's folder."""
+    from huggingface_hub import snapshot_download
+
+    where = {key: hub_options[key] for key in ("revision", "repo_type", "cache_dir") if key in hub_options}
+    folder = Path(snapshot_download(repository, local_files_only=True, **where)) / (hub_options.get("subfolder") or "")
+    return [path.name for path in folder.glob("*")]
+
+
+def _only_adapter(repository: str, names: Sequence[str]) -> str:
+    """The file to take where there is none of ours: PEFT's, or the only one, as diffusers guesses."""
+    there = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if WEIGHTS_NAME in there and CONFIG_NAME in names:
         return WEIGHTS_NAME
     if len(there) != 1:
         raise AdapterFileError(
-            f"hub repository {repository!r} holds no {folder}{FILE_NAME}",
+            f"hub repository {repository!r} holds no {FILE_NAME}",
             expected=f"an adapter file; found {', '.join(there) or 'no .safetensors file'}",
-            fix="name the file with weight_name, and the folder with subfolder",
+            fix="name the file with weight_name, and its folder with subfolder",
         )
     return there[0]

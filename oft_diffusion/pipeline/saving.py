@@ -36,7 +36,7 @@ from oft_diffusion.pipeline.card import (
 from oft_diffusion.pipeline.escaping import line, without_local_paths
 from oft_diffusion.pipeline.state import require_banks
 from oft_diffusion.plan import make_active
-from oft_diffusion.proof import fingerprint, layer_probes
+from oft_diffusion.proof import fingerprint, layer_probes, weights_of
 
 
 def save_oft_weights(
@@ -212,7 +212,8 @@ def probe_layers(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`AdapterMetadata.probes` through the layers of a base, as loading onto the same base will compute them."""
     clean = {part: module for part, module in parts.items() if not _merged(module)}
-    return {"layers": {part: layer_probes(module, states[part], configs[part]) for part, module in clean.items()}}
+    probes = {part: layer_probes(weights_of(m), states[part], configs[part]) for part, m in clean.items()}
+    return {"layers": probes}
 
 
 def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, Any]:

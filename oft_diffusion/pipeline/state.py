@@ -124,3 +124,17 @@ def require_banks(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, OF
             "this pipeline has no OFT adapter", expected="a loaded adapter", fix="call load_oft_weights first"
         )
     return found
+
+
+def refuse_mixed(pipe: DiffusionPipeline, what: str) -> None:
+    """Raise inside `oft_adapters_per_image`, where each image's adapter is settled.
+
+    Raises:
+        AdapterError: the pipeline is in such a block.
+    """
+    if any(bank.images for bank in banks(pipe).values()):
+        raise AdapterError(
+            f"{what} while the adapters of this pipeline are given image by image",
+            expected="a pipeline outside oft_adapters_per_image",
+            fix="leave the `with` block first",
+        )

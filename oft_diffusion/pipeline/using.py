@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedModel
@@ -11,9 +13,10 @@ from transformers import PreTrainedModel
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.formats.components import modules_of
+from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import remove_oft
 from oft_diffusion.mixing import Mixture
-from oft_diffusion.pipeline.state import require_banks
+from oft_diffusion.pipeline.state import refuse_mixed, require_banks
 from oft_diffusion.plan import Active, StrengthMode, as_names, make_active
 
 Strength = float | Mapping[str, float]  # or by component
@@ -41,6 +44,7 @@ def set_oft_adapters(
             that a series adapter's norm does not allow; nothing is changed then.
     """
     names = as_names(adapter_names)
+    refuse_mixed(pipe, "other adapters cannot be chosen")
     found = require_banks(pipe, names)
     wanted = {part: _active(names, strengths, mode, part, bank) for part, bank in found.items()}
     _check_components(names, strengths, found)
@@ -99,6 +103,7 @@ def oft_adapters_per_image(
             expected="a list with a name, or None for the base, for each image",
             fix='for example ["mug", None]',
         )
+    refuse_mixed(pipe, "a second block of adapters per image cannot begin")
     found = require_banks(pipe, [name for name in images if name is not None])
     values = make_active([f"image {i}" for i in range(len(images))], strengths, "rotation")  # for their checks
     try:
@@ -109,22 +114,52 @@ def oft_adapters_per_image(
                 else None
                 for name, value in zip(images, values, strict=True)
             )
-            bank.mix(Mixture(items, per_prompt=isinstance(modules_of(pipe)[part], PreTrainedModel)))
-        yield
+            bank.mix(Mixture(items, per_prompt=isinstance(unwrap(modules_of(pipe)[part]), PreTrainedModel)))
+        with _counting_images(pipe, len(images)):
+            yield
     finally:
         for bank in found.values():
             bank.mix(None)
 
 
+@contextmanager
+def _counting_images(pipe: DiffusionPipeline, count: int) -> Iterator[None]:
+    """Have the pipeline refuse calls that make another number of images: rows alone cannot tell copies from images."""
+    prepare = getattr(pipe, "prepare_latents", None)
+    if prepare is None:
+        yield
+        return
+
+    @wraps(prepare)
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        latents = prepared[0] if isinstance(prepared, (tuple, list)) else prepared
+        if len(latents) != count:
+            raise AdapterError(
+                f"this call makes {len(latents)} images while {count} have adapters of their own",
+                expected="one name per image, prompts x images per prompt",
+                fix="give as many adapter names as the pipeline call makes images",
+            )
+        return prepared
+
+    pipe.prepare_latents = prepare_latents
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
+
+
 def unload_oft_weights(pipe: DiffusionPipeline, adapter_name: str | None = None) -> None:
     """Remove one adapter, or all; without any, the pipeline is bit-identical to what it was.
 
-    Pipelines that share components (`from_pipe`) share their adapters, too: they are gone from all.
+    Pipelines that share components (`from_pipe`) share their adapters, too: they are gone from all. Of one that shares
+    only some of them, they are gone from those, and stay in the others.
 
     Raises:
         AdapterError: there is none of that name, or it is fused and the base was kept: unfuse first. Nothing is
             removed then.
     """
+    refuse_mixed(pipe, "nothing can be unloaded")
     found = require_banks(pipe, () if adapter_name is None else (adapter_name,))
     for bank in found.values():
         if adapter_name is not None or bank.base_copy is not None:
@@ -178,10 +213,11 @@ def _check_components(
     """Refuse strengths for components that an adapter does not adapt: they would do nothing."""
     each = strengths if isinstance(strengths, Sequence) else [strengths] * len(names)
     for name, strength in zip(names, each, strict=True):
-        here = [part for part, bank in found.items() if name in bank.adapters]
+        meant = names if isinstance(strengths, Mapping) else [name]  # one for all: some must adapt it
+        here = [part for part, bank in found.items() if any(n in bank.adapters for n in meant)]
         if isinstance(strength, Mapping) and (unknown := [part for part in strength if part not in here]):
             raise AdapterError(
-                f"adapter {name!r} has a strength for {unknown[0]!r}, which it does not adapt",
+                f"there is a strength for {unknown[0]!r}, which {', '.join(map(repr, meant))} does not adapt",
                 expected=f"strengths for {', '.join(here)}",
                 fix="leave that component out",
             )

@@ -132,7 +132,7 @@ def test_metadata_says_everything_about_the_adapter(tmp_path):
         training={"steps": 400, "learning_rate": 1e-3},
     )
     header = json.loads(split_raw(path.read_bytes())[0]["__metadata__"][HEADER_KEY])
-    assert header["format_version"] == FORMAT_VERSION == 2
+    assert header["format_version"] == FORMAT_VERSION == 1
     assert header["components"]["unet"] == config.to_dict()
     assert header["components"]["unet"]["parametrisation"] == "cayley_neumann"
     assert header["base"] == {"name": "tiny", "components": {"unet": "UNet2DConditionModel"}}

@@ -69,8 +69,10 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_folder_without_an_adapter_names_what_it_holds(tmp_path):
     refused(tmp_path, "oft_adapter.safetensors", "no .safetensors file")
-    adapter_file(tmp_path)
-    refused(tmp_path, "oft_adapter.safetensors", "mug.safetensors", "weight_name")
+    path = adapter_file(tmp_path)
+    assert load_adapter_file(tmp_path).path == path  # the only one
+    (tmp_path / "other.safetensors").write_bytes(path.read_bytes())
+    refused(tmp_path, "oft_adapter.safetensors", "mug.safetensors, other.safetensors", "weight_name")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
@@ -441,20 +443,6 @@ def test_a_changed_text_an_added_one_and_another_layout_are_noticed(path):
     assert load_adapter_file(path).metadata.trigger == "sks"
 
 
-def test_a_file_of_the_version_without_a_seal_is_read_but_none_that_lost_it(path):
-    header, body = split_raw(path.read_bytes())
-    texts = header["__metadata__"]
-    old = {**json.loads(texts[HEADER_KEY]), "format_version": 1}
-    refused(write_raw(path, {**header, "__metadata__": {**texts, HEADER_KEY: json.dumps(old)}}, body), "SHA-256")
-    del texts[SEAL_KEY]
-    refused(write_raw(path, header, body), "SHA-256")
-    texts[HEADER_KEY] = json.dumps(old)
-    file = load_adapter_file(write_raw(path, header, body))
-    assert file.metadata.format_version == 1
-    again = load_adapter_file(save_adapter_file(path, file.components, file.metadata))
-    assert again.metadata.format_version == FORMAT_VERSION
-
-
 def test_the_seal_can_be_recomputed_by_anyone(path):
     data = path.read_bytes()
     seal = split_raw(data)[0]["__metadata__"][SEAL_KEY]
@@ -503,8 +491,13 @@ def test_scales_that_are_not_those_of_their_generator(tmp_path, shape):
     "change",
     [
         {"probes": {"rotations": {"unet": {"a": 10**400}}}},
-        {"base": {"fingerprints": {"unet": {"samples": [10**400]}}}},
-        {"base": {"fingerprints": {"unet": {"samples": [float("nan")]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [["a", [4], "float32", 0, 10**400]]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [["a", [4], "float32", 0, float("nan")]]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [["a", [10**400], "float32", 0, 0.5]]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [["a", [4], "float32", -1, 0.5]]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [[["a"], [4], "float32", 0, 0.5]]}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [0.5]}}}},
+        {"base": {"fingerprints": {"unet": {}}}},
         {"strength": 10**400},
         {"components": {"unet": {"block_size": 8, "coft_eps": 10**400}}},
     ],

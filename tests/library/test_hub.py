@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from oft_diffusion import load_oft_weights
+from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.files import FILE_NAME
 from tests.helpers.local_hub import serve
 from tests.library.support import assert_loading_refused, distance, draw
@@ -78,6 +79,29 @@ def test_repositories_of_peft_and_of_diffusers(pipe, hub, tmp_path):
     assert_loading_refused(
         pipe, "someone/peft", "someone/peft", "adapter_model.safetensors, another.safetensors", **where
     )
+
+
+@pytest.mark.parametrize("how", ["asked for", "by the environment"])
+def test_what_was_downloaded_is_found_offline_whatever_its_name(pipe, hub, tmp_path, monkeypatch, how):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    shape = tuple(pipe.unet.get_submodule(layer).weight.shape)
+    hub.repositories["someone/peft", "main"] = peft_oft.write_peft(tmp_path / "peft", {layer: shape})
+    cases: list[tuple[str, Any]] = [
+        ("someone/peft", {"component": "unet"}),
+        ("someone/mug", {"revision": "v2", "subfolder": "deep"}),
+    ]
+    for repository, where in cases:
+        load_oft_weights(pipe, repository, endpoint=hub.endpoint, cache_dir=tmp_path / "cache", **where)
+    unload_oft_weights(pipe)
+    asked = len(hub.requests)
+    offline: Any = {}
+    if how == "asked for":
+        offline = {"local_files_only": True}
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for repository, where in cases:
+        assert load_oft_weights(pipe, repository, cache_dir=tmp_path / "cache", **where, **offline).matched > 0
+    assert len(hub.requests) == asked
 
 
 def test_a_repository_that_is_not_there(pipe, hub, tmp_path):

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 
 from oft_diffusion import (
     OFTConfig,
+    fuse_oft,
     inject_oft,
+    list_oft_adapters,
     load_oft_weights,
+    merge_oft,
     oft_adapters_per_image,
     save_oft_weights,
     set_oft_adapters,
+    unload_oft_weights,
 )
 from oft_diffusion.errors import AdapterError
+from oft_diffusion.plan import StrengthMode
 from tests.helpers.tiny_families import tiny_family
-from tests.library.support import assert_one_sentence, copy_pipe, distance, excite
+from tests.library.support import assert_one_sentence, assert_unchanged, copy_pipe, distance, excite, fingerprint
+from tests.peers import peft_oft
 
 PROMPTS = ["a photo of dog", "a red mug on table", "a mug in room"]
 MOVED = 1e-3
@@ -73,7 +79,7 @@ def test_two_images_per_prompt_with_a_text_encoder(both: Any) -> None:
     assert_each_is_its_own(both, names, PROMPTS[:2], num_images_per_prompt=2)
     with (
         oft_adapters_per_image(both, ["mug", "style", None, None]),
-        pytest.raises(AdapterError, match="images of one prompt have different adapters") as error,
+        pytest.raises(AdapterError, match="images with different adapters") as error,
     ):
         pictures(both, PROMPTS[:2], num_images_per_prompt=2)
     assert_one_sentence(error, "CLIPTextModel")
@@ -141,13 +147,79 @@ def test_mistakes(both: Any) -> None:
         with pytest.raises(AdapterError) as error, oft_adapters_per_image(both, names):
             pass
         assert_one_sentence(error, *words)
-    with oft_adapters_per_image(both, ["mug", "style"]):
-        with pytest.raises(AdapterError, match="3 rows while 2 images") as error:
-            pictures(both)
-        assert_one_sentence(error)
-        with pytest.raises(AdapterError, match="image by image"):
-            set_oft_adapters(both, ["mug"])
     fresh = copy_pipe(both)
     inject_oft(fresh.unet, OFTConfig(block_size=8), "new")
     with pytest.raises(AdapterError, match=r"'new' .* is trainable"), oft_adapters_per_image(fresh, ["new"]):
         pass
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_call_that_makes_another_number_of_images(pipe: Any, style: Path, make: Any, guidance: float) -> None:
+    """Rows alone do not tell: two names for one image with guidance are as many rows as adapters."""
+    load_oft_weights(pipe, style, adapter_name="style")
+    wide = make("wide", seed=5, parts=("unet",), config=OFTConfig(16))
+    load_oft_weights(pipe, wide, adapter_name="wide")
+    for names, images in ((["style", "wide"], 1), (["style", "wide"], 4), (["style"], 3), (["style"] * 4, 2)):
+        before = pictures(pipe, PROMPTS[:1])
+        with oft_adapters_per_image(pipe, names), pytest.raises(AdapterError) as error:
+            pictures(pipe, PROMPTS[:1], num_images_per_prompt=images, guidance_scale=guidance)
+        assert_one_sentence(error, f"{images} images while {len(names)} have")
+        assert torch.equal(pictures(pipe, PROMPTS[:1]), before)
+
+
+def test_nothing_else_changes_adapters_meanwhile(both: Any, plain: Path) -> None:
+    before, listed = fingerprint(both), list_oft_adapters(both)
+
+    def nested() -> None:
+        with oft_adapters_per_image(both, ["style", None, None]):
+            pass
+
+    with oft_adapters_per_image(both, ["mug", "style", None]):
+        mixed = pictures(both)
+        for change in (
+            lambda: set_oft_adapters(both, ["mug"]),
+            lambda: load_oft_weights(both, plain, adapter_name="new"),
+            lambda: load_oft_weights(both, plain, adapter_name="mug", hotswap=True),
+            lambda: fuse_oft(both, keep_base=False),
+            lambda: merge_oft(both.unet, keep_base=False),
+            lambda: unload_oft_weights(both),
+            lambda: unload_oft_weights(both, "style"),
+            nested,
+        ):
+            with pytest.raises(AdapterError) as error:
+                change()
+            assert_one_sentence(error, "image by image", "`with` block")
+        assert torch.equal(pictures(both), mixed)
+    assert_unchanged(both, before)
+    assert list_oft_adapters(both) == listed
+    load_oft_weights(both, plain, adapter_name="new")  # the name is free
+
+
+def test_a_compiled_text_encoder_is_one(both: Any) -> None:
+    names = ["mug", "mug", "style", None]
+    wanted = pictures_of_names(both, names)
+    torch.compiler.reset()
+    both.text_encoder = torch.compile(both.text_encoder, backend="eager")
+    torch.testing.assert_close(pictures_of_names(both, names), wanted, rtol=0, atol=2e-5)
+    torch.compiler.reset()
+
+
+def pictures_of_names(pipe: Any, names: Sequence[str | None]) -> Tensor:
+    with oft_adapters_per_image(pipe, names):
+        return pictures(pipe, PROMPTS[:2], num_images_per_prompt=2)
+
+
+def test_images_have_their_own_mode(pipe: Any, mug: Path, tmp_path: Path) -> None:
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    shape = tuple(pipe.unet.get_submodule(layer).weight.shape)
+    theirs = peft_oft.write_peft(tmp_path / "peft", {layer: shape}, block_size=8, norm=0.9)
+    load_oft_weights(pipe, theirs, adapter_name="theirs", component="unet")
+    modes: tuple[StrengthMode, ...] = ("linear", "rotation")
+    runs = {}
+    for mode in modes:
+        set_oft_adapters(pipe, "theirs", 0.5, mode)
+        runs[mode] = pictures(pipe)
+    assert distance(runs["linear"], runs["rotation"]) > 1e-4
+    for asked, wanted in ((None, "linear"), *zip(modes, modes, strict=True)):
+        with oft_adapters_per_image(pipe, ["theirs"] * 3, 0.5, asked):
+            torch.testing.assert_close(pictures(pipe), runs[wanted], rtol=0, atol=2e-5)

@@ -30,7 +30,7 @@ from tests.library.support import (
 )
 
 MOVED = 0.01  # of a picture's range, far above what rounding does
-ROUNDING = 1e-4
+ROUNDING = 1e-5
 
 
 def names(pipe):

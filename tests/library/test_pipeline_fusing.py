@@ -1,9 +1,11 @@
 """Fusing adapters into a pipeline's weights, and out again."""
 
+import tempfile
 from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oft_diffusion import (
@@ -28,7 +30,7 @@ from tests.library.support import (
 )
 
 MOVED = 0.01  # of a picture's range, far above what rounding does
-ROUNDING = 1e-4
+ROUNDING = 1e-5
 
 
 def names(pipe):
@@ -151,6 +153,49 @@ def test_fusing_that_breaks_off_leaves_every_component(pipe, mug, monkeypatch, k
     assert not any(a.fused for a in list_oft_adapters(pipe))
     assert_unchanged(pipe, before)
     assert torch.equal(draw(pipe), live)
+
+
+def test_unfusing_that_cannot_be_whole_changes_nothing(pipe, mug, monkeypatch, tmp_path):
+    """One component's LoRA was fused on top, or its copy is gone: the other one stays fused, too."""
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
+    pipe.unet.disable_adapters()
+    fuse_oft(pipe)
+    pipe.unet.enable_adapters()
+    pipe.unet.fuse_lora()
+    before, listed = fingerprint(pipe), list_oft_adapters(pipe)
+    with pytest.raises(AdapterError) as error:
+        unfuse_oft(pipe)
+    assert_one_sentence(error, "LoRA")
+    assert_unchanged(pipe, before)
+    assert list_oft_adapters(pipe) == listed
+    pipe.unet.unfuse_lora()
+    unfuse_oft(pipe)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fuse_oft(pipe, keep_base="disk")
+    before, listed = fingerprint(pipe), list_oft_adapters(pipe)
+    kept = sorted(tmp_path.glob("oft-base-*/base.safetensors"))
+    assert len(kept) == 2
+    kept[1].unlink()
+    with pytest.raises(AdapterError) as error:
+        unfuse_oft(pipe)
+    assert_one_sentence(error, "cannot be read again")
+    assert_unchanged(pipe, before)
+    assert list_oft_adapters(pipe) == listed
+
+
+def test_what_was_fused_for_good_is_not_told_to_be_unfused(pipe, mug):
+    load_oft_weights(pipe, mug, adapter_name="mug")
+    fuse_oft(pipe, keep_base=False)
+    for change in (
+        lambda: unload_oft_weights(pipe, "mug"),
+        lambda: set_oft_adapters(pipe, "mug"),
+        lambda: load_oft_weights(pipe, mug, adapter_name="mug", hotswap=True),
+    ):
+        with pytest.raises(AdapterError) as error:
+            change()
+        assert_one_sentence(error, "base was not kept", "load the base again")
 
 
 class Operations(TorchDispatchMode):

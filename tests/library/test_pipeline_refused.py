@@ -5,10 +5,19 @@ import shutil
 import pytest
 import torch
 
-from oft_diffusion import OFTConfig, inject_oft, list_oft_adapters, load_oft_weights, oft_state_dict, save_oft_weights
-from oft_diffusion.errors import AdapterError
+from oft_diffusion import (
+    OFTConfig,
+    inject_oft,
+    list_oft_adapters,
+    load_oft_weights,
+    oft_state_dict,
+    save_oft_weights,
+    unload_oft_weights,
+)
+from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError
 from oft_diffusion.files import load_adapter_file, save_adapter_file
 from oft_diffusion.metadata import AdapterMetadata
+from tests.helpers.tiny_families import tiny_family
 from tests.library.support import (
     BOTH,
     assert_loading_refused,
@@ -36,6 +45,25 @@ def test_another_architecture_is_named(pipe, mug, plain, tmp_path, part, loaded_
     classes = dict.fromkeys(BOTH, None) | load_adapter_file(mug).metadata.base["components"]
     with_metadata(path, {"base": {"name": "x", "components": {**classes, part: "FluxTransformer2DModel"}}})
     assert_loading_refused(pipe, path, "mug.safetensors", "FluxTransformer2DModel", type(getattr(pipe, part)).__name__)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+def test_both_pipelines_are_named(mug, tmp_path, kind):
+    """Of Stable Diffusion 1 and XL the components have the same classes."""
+    other = tiny_family(kind, tmp_path)
+    with pytest.raises(AdapterFileError) as error:
+        load_oft_weights(other, mug)
+    assert_one_sentence(error, "mug.safetensors", "a StableDiffusionPipeline (", kind)
+    assert list_oft_adapters(other) == []
+
+
+def test_options_that_would_do_nothing(pipe, mug, tmp_path):
+    assert_loading_refused(pipe, mug, "component='unet'", "mug.safetensors", kind=ConfigError, component="unet")
+    assert_loading_refused(pipe, mug, "weight_name='x.safetensors'", weight_name="x.safetensors")
+    assert load_oft_weights(pipe, mug, weight_name=mug.name).matched > 0
+    unload_oft_weights(pipe)
+    for source in (None, {"a": torch.zeros(1)}, 3):
+        assert_loading_refused(pipe, source, "no place of an adapter")
 
 
 def test_a_missing_component_is_named(pipe, plain, tmp_path):
