@@ -20,13 +20,20 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.records import DATA, append, load
-from oft_diffusion import OFTConfig, inject_oft, merge_oft, oft_state_dict, unmerge_oft
-from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion import (
+    OFTConfig,
+    fuse_oft,
+    inject_oft,
+    load_oft_weights,
+    oft_state_dict,
+    save_oft_weights,
+    set_oft_adapters,
+    unfuse_oft,
+)
 from oft_diffusion.inject import load_oft_state_dict
-from oft_diffusion.metadata import AdapterMetadata
 
 FILE = DATA / "swapping.csv"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -42,36 +49,44 @@ def unet() -> Any:
 
 
 def ours(folder: Path) -> dict[str, Callable[[], object]]:
-    """What a user of this package does."""
+    """What a user of this package does: the calls of `docs/using.md`, and those for tensors in memory."""
     model = unet()
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(**nothing, unet=model, scheduler=DDIMScheduler(), requires_safety_checker=False)
     bank = inject_oft(model, OFTConfig(block_size=32), "a")
-    states = []
+    states, paths = [], []
     for seed in (1, 2):
         with torch.no_grad():
             bank.generators["a"].copy_(
                 0.02 * torch.randn(bank.generators["a"].shape, generator=torch.Generator().manual_seed(seed))
             )
         states.append(oft_state_dict(model, "a"))
+        paths.append(save_oft_weights(pipe, folder / f"{seed}.safetensors", "a"))
     bank.freeze("a")
-    described = AdapterMetadata({"unet": bank.adapters["a"].config})
-    paths = [save_adapter_file(folder / f"{i}.safetensors", {"unet": s}, described) for i, s in enumerate(states)]
     turn = _turns()
 
-    def first_strength() -> None:
-        bank.refresh()  # forgets the decomposition
-        bank.set_adapters(["a"], 0.5)
+    def swap_at(strength: float) -> Callable[[], object]:
+        def swap() -> None:
+            load_oft_weights(pipe, paths[turn()], adapter_name="a", hotswap=True)
+
+        return _after(lambda: set_oft_adapters(pipe, "a", strength), swap)
+
+    def forget() -> None:
+        set_oft_adapters(pipe, "a")
+        bank.refresh()  # forgets the decomposition that fractions need
 
     return {
-        "hot swap, in memory": lambda: load_oft_state_dict(model, states[turn()], "a"),
-        "hot swap, from a file": lambda: load_oft_state_dict(
-            model, load_adapter_file(paths[turn()]).components["unet"], "a"
+        "hot swap, in memory": _after(
+            lambda: set_oft_adapters(pipe, "a"), lambda: load_oft_state_dict(model, states[turn()], "a")
         ),
-        "strength, first time": first_strength,
-        "strength": lambda: bank.set_adapters(["a"], (0.3, 0.7)[turn()]),
-        "strength, linear": lambda: bank.set_adapters(["a"], (0.3, 0.7)[turn()], mode="linear"),
-        "back to 1": lambda: bank.set_adapters(["a"], 1.0),
-        "fuse": lambda: merge_oft(model),
-        "unfuse": lambda: unmerge_oft(model),
+        "hot swap, from a file, checked": swap_at(1.0),
+        "the same at strength 0.5": swap_at(0.5),
+        "strength, first time": _after(forget, lambda: set_oft_adapters(pipe, "a", 0.5)),
+        "strength": lambda: set_oft_adapters(pipe, "a", (0.3, 0.7)[turn()]),
+        "strength, linear": lambda: set_oft_adapters(pipe, "a", (0.3, 0.7)[turn()], mode="linear"),
+        "back to 1": lambda: set_oft_adapters(pipe, "a"),
+        "fuse": lambda: fuse_oft(pipe),
+        "unfuse": lambda: unfuse_oft(pipe),
     }
 
 
@@ -95,7 +110,7 @@ def pefts_oft() -> dict[str, Callable[[], object]]:
 
 
 def diffusers_lora(folder: Path) -> dict[str, Callable[[], object]]:
-    """diffusers' hot swap of LoRA, from a file and from memory."""
+    """diffusers' hot swap of LoRA."""
     model, states = unet(), []
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False)
     model.add_adapter(config, "a")
@@ -108,9 +123,12 @@ def diffusers_lora(folder: Path) -> dict[str, Callable[[], object]]:
     model.delete_adapters("a")
     model.load_lora_adapter(dict(states[0]), adapter_name="a", prefix=None)
     return {
-        "diffusers LoRA: hot swap": lambda: model.load_lora_adapter(
+        "diffusers LoRA: hot swap, in memory": lambda: model.load_lora_adapter(
             dict(states[turn()]), adapter_name="a", prefix=None, hotswap=True
-        )
+        ),
+        "diffusers LoRA: hot swap, from a file": lambda: model.load_lora_adapter(
+            folder / "lora", weight_name="pytorch_lora_weights.safetensors", adapter_name="a", prefix=None, hotswap=True
+        ),
     }
 
 
@@ -123,6 +141,7 @@ def measure(repeats: int, threads: int) -> None:
         times: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(repeats + 1):
             for name, way in ways.items():
+                getattr(way, "before", lambda: None)()  # not timed
                 started = time.perf_counter()
                 way()
                 if turn:  # the first turn warms up
@@ -150,6 +169,16 @@ def table() -> str:
     told = newest[-1]
     lines += ["", f"{told['hardware']}, {told['threads']} thread(s), {told['repeats']} turns, torch {told['torch']}."]
     return "\n".join(lines)
+
+
+def _after(before: Callable[[], object], way: Callable[[], object]) -> Callable[[], object]:
+    """A way that is timed after something else was done."""
+
+    def timed() -> object:
+        return way()
+
+    timed.before = before  # type: ignore[attr-defined]
+    return timed
 
 
 def _turns() -> Callable[[], int]:
