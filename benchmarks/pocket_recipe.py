@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.pocket_subjects import Bench, base_digest, setup_digest
+from benchmarks.pocket_subjects import Bench, base_digest, note_setup, setup_digest
 from benchmarks.records import DATA, append, load
 from oft_diffusion.evaluation import figures
 
@@ -109,6 +109,7 @@ def measure(
     for name, subject, seed in asked:
         setup = setup_digest(CANDIDATES[name], count)
         if (setup, subject, seed) not in done:
+            note_setup(CANDIDATES[name], count)
             own = dict(CANDIDATES[name])
             captions = own.pop("captions", True)
             found = bench.run(subject, seed, own, count, out, captions=captions)

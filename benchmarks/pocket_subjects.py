@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ import torch
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
+from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
+from oft_diffusion.files import FILE_NAME
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
@@ -46,6 +50,7 @@ _NO_RECIPE = (
 _HIT = ("object", "accent", "face", "hat", "badge")
 DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
+SETUPS = DATA / "pocket_setups.json"
 _COLUMNS = (
     "setup", "group", "set", "prompt", "seed", "adapted", "hit", "shared", "faithful", "nearest", "closest",
     *ATTRIBUTES,
@@ -78,7 +83,7 @@ class Bench:
         self.pipe = pocket_pipeline(torch_dtype=DTYPE).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier = load_classifier(device)
-        self.base: dict[tuple[str, str, int, int, float], list[Row]] = {}
+        self.base: dict[tuple[Any, ...], list[Row]] = {}
 
     def config(self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: bool) -> TrainConfig:
         """The settings of one run. Its folder is `out/name/seed`."""
@@ -106,7 +111,6 @@ class Bench:
         self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: bool = True
     ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
-        group = f"{name}/{seed}"
         config = self.config(name, seed, settings, out, captions=captions)
         started = time.perf_counter()
         with train(config, progress=False) as run:
@@ -115,18 +119,26 @@ class Bench:
         wall = time.perf_counter() - started
         if run.result.interrupted:  # half a training is no measurement
             raise KeyboardInterrupt
+        adapter = run.result.adapter
+        rows, closest = self.draw(name, seed, config, adapter, count)
+        return Trained(rows, closest, run.result.seconds, wall, adapter.stat().st_size / 1e6)
+
+    def draw(
+        self, name: str, seed: int, config: TrainConfig, adapter: Path, count: int, only: Sequence[str] = SETS
+    ) -> tuple[list[Row], float]:
+        """`count` pictures per set with and without an adapter, read; and how near two instance images are at most."""
+        group = f"{name}/{seed}"
         looks = looks_of(self.classifier, instance_images(subjects_path(name)))
-        sets = prompt_sets(looks, config.trigger, count, salt=group)
+        sets = {key: p for key, p in prompt_sets(looks, config.trigger, count, salt=group).items() if key in only}
         how: Any = {"group": group, "steps": config.sampling_steps, "guidance": config.guidance_scale}
-        asked = (group, config.trigger, count, config.sampling_steps, config.guidance_scale)
+        asked = (group, config.trigger, count, config.sampling_steps, config.guidance_scale, *only)
         if asked not in self.base:  # the same for most recipes, and a search asks for it again and again
             self.base[asked] = draw_rows(self.pipe, self.classifier, looks, sets, adapted=False, **how)
         rows = self.base[asked]
-        load_oft_weights(self.pipe, run.result.adapter, adapter_name="subject")
+        load_oft_weights(self.pipe, adapter, adapter_name="subject")
         rows = rows + draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
-        megabytes = run.result.adapter.stat().st_size / 1e6
-        return Trained(rows, looks.closest(), run.result.seconds, wall, megabytes)
+        return rows, looks.closest()
 
 
 def base_digest() -> str:
@@ -138,16 +150,29 @@ def base_digest() -> str:
 
 
 def setup_digest(settings: Mapping[str, Any], count: int) -> str:
-    """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures.
+    """Of all that a run's figures depend on beside its subject and seed: base, classifier, settings, pictures."""
+    changed, captions = _recipe(settings)
+    return _digest((sorted(changed.items()), captions, count, base_digest()))
 
-    Settings at their defaults do not count, so that a new one changes no digest.
-    """
+
+def note_setup(settings: Mapping[str, Any], count: int) -> str:
+    """`setup_digest`, noted in `pocket_setups.json` with what it stands for."""
+    digest, (changed, captions) = setup_digest(settings, count), _recipe(settings)
+    known = json.loads(SETUPS.read_text(encoding="utf-8")) if SETUPS.exists() else {}
+    known[digest] = {"pictures": count, "drawn in": str(DTYPE), "captions": captions, **dict(sorted(changed.items()))}
+    SETUPS.parent.mkdir(parents=True, exist_ok=True)
+    SETUPS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return digest
+
+
+def _recipe(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Settings that are not at their defaults, so that a new one changes no digest; and whether there are captions."""
     own = dict(settings)
-    captions = own.pop("captions", True)
+    captions = bool(own.pop("captions", True))
     config = TrainConfig.from_toml(CONFIG, own)
     recipe = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _NO_RECIPE}
     changed = {name: value for name, value in recipe.items() if value != getattr(TrainConfig, name, None)}
-    return _digest((sorted(changed.items()), captions, count, base_digest()))
+    return changed, captions
 
 
 def _digest(value: object) -> str:
@@ -155,30 +180,43 @@ def _digest(value: object) -> str:
 
 
 def measure(out: Path, device: str) -> None:
-    """Every run that is not in the data yet."""
-    setup, bench = setup_digest({}, PICTURES), Bench(device)
-    done = {row["group"] for row in load(RUNS) if row["setup"] == setup}
-    for seed in SEEDS:
-        for name in FINAL:
-            if f"{name}/{seed}" in done:
-                continue
-            found = bench.run(name, seed, {}, PICTURES, out)
-            _keep(found, setup)
-            times = {"training": f"{found.training:.1f}", "wall": f"{found.wall:.1f}"}
-            row = {"setup": setup, "group": f"{name}/{seed}", **times, "megabytes": f"{found.megabytes:.3f}"}
-            append(RUNS, [row], device)
-            print(f"{name}/{seed}: trained in {found.training:.0f} s", flush=True)
+    """Every run that is not in the data yet; of the others the sets that are missing, if `out` has their adapters."""
+    setup, bench = note_setup({}, PICTURES), Bench(device)
+    for seed, name in product(SEEDS, FINAL):
+        missing = _missing(setup, f"{name}/{seed}")
+        adapter = out / name / str(seed) / FILE_NAME
+        if not missing:
+            continue
+        if len(missing) < len(SETS) and adapter.is_file():
+            config = bench.config(name, seed, {}, out, captions=True)
+            _keep(*bench.draw(name, seed, config, adapter, PICTURES, missing), setup)
+            print(f"{name}/{seed}: drew {', '.join(missing)}", flush=True)
+            continue
+        found = bench.run(name, seed, {}, PICTURES, out)
+        _keep(found.rows, found.closest, setup)
+        times = {"training": f"{found.training:.1f}", "wall": f"{found.wall:.1f}"}
+        row = {"setup": setup, "group": f"{name}/{seed}", **times, "megabytes": f"{found.megabytes:.3f}"}
+        append(RUNS, [row], device)
+        print(f"{name}/{seed}: trained in {found.training:.0f} s", flush=True)
 
 
-def _keep(found: Trained, setup: str) -> None:
+def _missing(setup: str, group: str) -> list[str]:
+    """The sets of which a run has no pictures yet: all, where it was never finished."""
+    if not any(row["setup"] == setup and row["group"] == group for row in load(RUNS)):
+        return list(SETS)
+    found = {row["set"] for row in load(PICTURES_FILE) if row["setup"] == setup and row["group"] == group}
+    return [name for name in SETS if name not in found]
+
+
+def _keep(rows: Sequence[Row], closest: float, setup: str) -> None:
     fresh = not PICTURES_FILE.exists()
     PICTURES_FILE.parent.mkdir(parents=True, exist_ok=True)
     with PICTURES_FILE.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if fresh:
             writer.writerow(_COLUMNS)
-        for r in found.rows:
-            read = (int(r.adapted), int(r.hit), r.shared, int(r.faithful), r.nearest, round(found.closest, 5))
+        for r in rows:
+            read = (int(r.adapted), int(r.hit), r.shared, int(r.faithful), r.nearest, round(closest, 5))
             seen = (r.reading.get(name, "") for name in ATTRIBUTES)
             writer.writerow((setup, r.group, r.set, r.prompt, r.seed, *read, *seen))
 

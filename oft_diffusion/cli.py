@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--count", type=int, default=1, help="how many pictures, of seeds one after another")
     generate.add_argument("--seed", type=int, default=0, help="the first picture's seed (default: 0)")
     generate.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    generate.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    generate.add_argument(
+        "--guidance", type=float, help="guidance scale (default: that of the first adapter's training, else 7.5)"
+    )
     generate.add_argument(
         "--clip-skip", type=int, help="of CLIP's layers, as diffusers counts (1 is others' clip skip 2)"
     )
@@ -138,7 +140,7 @@ def _generate(options: argparse.Namespace) -> int:
     from oft_diffusion.images import free_path, labelled_grid, save_png
     from oft_diffusion.load import load_pipeline
     from oft_diffusion.pipeline import load_oft_weights
-    from oft_diffusion.pocket import pocket_path
+    from oft_diffusion.pocket import GUIDANCE, pocket_path
 
     for name in ("count", "steps"):
         if getattr(options, name) < 1:
@@ -150,15 +152,20 @@ def _generate(options: argparse.Namespace) -> int:
             fix="choose another",
         )
     adapters = [parse_adapter(text) for text in options.adapter]
+    guidances: list[float] = []  # of adapters' trainings
     model = pocket_path() if options.model == "pocket" else options.model
     pipe = load_pipeline(model, getattr(torch, options.dtype), options.device, config_dir=options.config_dir)
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {adapter.strength:g}")
+        told = adapter.metadata.training if adapter.metadata else {}
         _warn_without_trigger(options.prompt, adapter.metadata.trigger if adapter.metadata else None)
-        trained = adapter.metadata.training.get("clip_skip") if adapter.metadata else None
+        guidances += [g for g in (told.get("guidance_scale"),) if isinstance(g, (int, float))]
+        trained = told.get("clip_skip")
         if trained != options.clip_skip and (trained or options.clip_skip):
             print(f"warning: {adapter.name} was trained with clip skip {trained or 'off'}", file=sys.stderr)
+    usual = GUIDANCE if options.model == "pocket" else 7.5
+    guidance = next(iter(guidances), usual) if options.guidance is None else options.guidance
     paths: list[Path] = []
 
     def keep(picture: Picture, total: int) -> None:
@@ -172,7 +179,7 @@ def _generate(options: argparse.Namespace) -> int:
         range(options.seed, options.seed + options.count),
         negative_prompt=options.negative,
         steps=options.steps,
-        guidance=options.guidance,
+        guidance=guidance,
         clip_skip=options.clip_skip,
         width=options.width,
         height=options.height,

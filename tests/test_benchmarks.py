@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks import pocket_base, pocket_recipe, pocket_subjects, records
+from benchmarks import pocket_base, pocket_recipe, pocket_subjects, records, swapping
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -31,6 +33,7 @@ def test_rows_are_appended_with_hardware_and_versions(tmp_path: Path) -> None:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pocket_subjects, "RUNS", tmp_path / "runs.csv")
     monkeypatch.setattr(pocket_subjects, "PICTURES_FILE", tmp_path / "pictures.csv")
+    monkeypatch.setattr(pocket_subjects, "SETUPS", tmp_path / "setups.json")
     monkeypatch.setattr(pocket_recipe, "FILE", tmp_path / "recipe.csv")
     return tmp_path
 
@@ -85,6 +88,36 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
     pocket_subjects.measure(files, "cpu")
     assert measured == ["bow_cat/0", "captain_mug/0", "captain_mug/0"]
     assert "**all 2 runs** | 100.0 / 0.0" in pocket_subjects.table()
+    setup = records.load(files / "runs.csv")[-1]["setup"]
+    noted = json.loads((files / "setups.json").read_text())[setup]
+    assert (noted["steps"], noted["captions"], noted["pictures"]) == (450, True, pocket_subjects.PICTURES)
+
+
+def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def rows(name: str, only: Sequence[str]) -> list[Row]:
+        both = (True, False)
+        return [Row(f"{name}/0", s, "a cat", 0, adapted, {}, adapted, 0, True, 0.3) for s in only for adapted in both]
+
+    def run(self: object, name: str, *_: object) -> pocket_subjects.Trained:
+        (files / name / "0").mkdir(parents=True)
+        (files / name / "0" / "oft_adapter.safetensors").touch()
+        return pocket_subjects.Trained(rows(name, SETS[:-1]), 0.2, 50.0, 60.0, 0.6)
+
+    def draw(self: object, name: str, _seed: int, _config: object, _path: Path, _n: int, only: list[str]) -> object:
+        asked.append((name, *only))
+        return rows(name, only), 0.2
+
+    monkeypatch.setattr(pocket_subjects, "FINAL", ("bow_cat",))
+    monkeypatch.setattr(pocket_subjects, "SEEDS", (0,))
+    monkeypatch.setattr(pocket_subjects.Bench, "run", run)
+    monkeypatch.setattr(pocket_subjects.Bench, "draw", draw)
+    for _ in range(3):
+        pocket_subjects.measure(files, "cpu")
+    assert asked == [("bow_cat", SETS[-1])]
+    assert {row["set"] for row in records.load(files / "pictures.csv")} == set(SETS)
+    assert len(records.load(files / "runs.csv")) == 1
 
 
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +159,19 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
     even = [pocket_base.diversity([{"hat": rng.choice(hats)} for _ in range(20)], "hat") for _ in range(20)]
     assert sum(even) / 20 == pytest.approx(1, abs=0.05)
     assert pocket_base.diversity([{"hat": "bow"}] * 20, "hat") == 0
+
+
+@pytest.mark.parametrize(
+    ("page", "made"),
+    [
+        ("evaluation.md", pocket_subjects.table),
+        ("evaluation.md", pocket_recipe.table),
+        ("pocket.md", pocket_base.table),
+        ("using.md", swapping.table),
+    ],
+    ids=["subjects", "recipe", "base", "swapping"],
+)
+def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    missing = [line for line in made().splitlines() if line not in text]
+    assert missing == []

@@ -80,7 +80,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     print("done in {:.1f} minutes\n  adapter  {}\n  grid     {}\n  report   {}".format(minutes, *paths))
     command = Path(sys.executable).with_name("oft-diffusion")
     prompt = f"a {config.trigger} {subject.object} in the forest"
-    print(f'more     {command} generate "{prompt}" --adapter {out} --guidance {config.guidance_scale}')
+    print(f'more     {command} generate "{prompt}" --adapter {out}')
     return 0
 
 

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import Looks, instance_images, looks_of
-from oft_diffusion.evaluation.measure import GUIDANCE, STEPS, evaluate
+from oft_diffusion.evaluation.measure import evaluate
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.pipeline import load_oft_weights
-from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
+from oft_diffusion.pocket import GUIDANCE, STEPS, SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
 from oft_diffusion.training.find import find_base

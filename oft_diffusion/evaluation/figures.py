@@ -7,8 +7,8 @@
 - *hit and fidelity*: both in the same picture, on those prompts.
 - *preservation*: prompt fidelity on prompts without the subject, minus the base's on the same prompts and seeds.
 - *attribute drift*: on those prompts, the share of the subject's uncaptioned attributes that turn up, minus the base's.
-- *leakage*: subject hits where another trigger is given, and where only the class word is; on the same prompts the
-  attribute drift, which tells of subjects that come halfway.
+- *leakage*: subject hits where another trigger is given, an unrelated made-up word as long as the trained one, or only
+  the class word; on the same prompts the attribute drift, which tells of subjects that come halfway.
 - *memorisation*: pictures of the subject that are nearer to an instance image than these are to each other.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from oft_diffusion.evaluation.intervals import Interval, mean_interval, ratio_interval
 from oft_diffusion.evaluation.reading import Reading
 
-SETS = ("subject", "recoloured", "other", "other trigger", "class word")
+SETS = ("subject", "recoloured", "other", "other trigger", "long trigger", "class word")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict
         "attribute drift": _figure(rows, "other", shared),
         "leakage, other trigger": _figure(rows, "other trigger", hit),
         "attribute drift, other trigger": _figure(rows, "other trigger", shared),
+        "leakage, long word": _figure(rows, "long trigger", hit),
+        "attribute drift, long word": _figure(rows, "long trigger", shared),
         "leakage, class word": _figure(rows, "class word", hit),
         "attribute drift, class word": _figure(rows, "class word", shared),
         "memorisation": _figure(rows, "subject", copied),

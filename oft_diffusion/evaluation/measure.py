@@ -15,6 +15,7 @@ from oft_diffusion.evaluation.looks import Looks
 from oft_diffusion.evaluation.prompts import (
     Prompt,
     class_prompts,
+    long_trigger_prompts,
     other_prompts,
     other_trigger_prompts,
     recoloured_prompts,
@@ -23,10 +24,9 @@ from oft_diffusion.evaluation.prompts import (
 from oft_diffusion.evaluation.reading import read
 from oft_diffusion.generate import generate
 from oft_diffusion.pipeline import set_oft_adapters
+from oft_diffusion.pocket import GUIDANCE, STEPS
 from oft_diffusion.pocket.classifier import AttributeClassifier
 
-STEPS = 25
-GUIDANCE = 4.0
 BATCH = 16  # pictures per call of the pipeline
 
 
@@ -75,6 +75,7 @@ def prompt_sets(looks: Looks, trigger: str, count: int, salt: str = "") -> dict[
         "recoloured": recoloured_prompts(looks.object, looks.colour, trigger, seen, count, salt),
         "other": other_prompts(looks.object, count, salt),
         "other trigger": other_trigger_prompts(looks.object, trigger, count, salt),
+        "long trigger": long_trigger_prompts(looks.object, trigger, count, salt),
         "class word": class_prompts(looks.object, count, salt),
     }
 

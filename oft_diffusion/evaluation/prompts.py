@@ -14,6 +14,7 @@ from oft_diffusion.pocket.world import BACKGROUNDS, CAPTIONED, COLOURS, OBJECTS,
 T = TypeVar("T")
 
 OTHER_TRIGGERS = ("vqk", "ohx", "bzw")  # which nobody trained
+_LETTERS = "bcdfghjklmnpqrstvwxz"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ def other_trigger_prompts(kind: str, trigger: str, count: int, salt: str = "") -
     """The class word with triggers that nobody trained."""
     words = [word for word in (*OTHER_TRIGGERS, near(trigger)) if word != trigger.lower()]
     chosen = _several(list(product(words, [None, *BACKGROUNDS])), count, f"other trigger/{salt}")
+    return [prompt(kind, word, background=place) for word, place in chosen]
+
+
+def long_trigger_prompts(kind: str, trigger: str, count: int, salt: str = "") -> list[Prompt]:
+    """The class word with made-up words as long as the trigger, which share nothing else with it."""
+    rng = random.Random(f"long trigger/{salt}")
+    words = {"".join(rng.choice(_LETTERS) for _ in trigger) for _ in range(8)}
+    others = sorted(word for word in words if word[0] != trigger[:1].lower())
+    chosen = _several(list(product(others, [None, *BACKGROUNDS])), count, f"long trigger/{salt}")
     return [prompt(kind, word, background=place) for word, place in chosen]
 
 

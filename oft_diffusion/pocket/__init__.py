@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oft_diffusion.pocket.model import pocket_path, pocket_pipeline
+from oft_diffusion.pocket.model import GUIDANCE, STEPS, pocket_path, pocket_pipeline
 from oft_diffusion.pocket.world import (
     SUBJECTS,
     Scene,
@@ -15,6 +15,8 @@ from oft_diffusion.pocket.world import (
 )
 
 __all__ = [
+    "GUIDANCE",
+    "STEPS",
     "SUBJECTS",
     "Scene",
     "Subject",

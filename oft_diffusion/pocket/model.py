@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from oft_diffusion.pocket.vocabulary import MAX_LENGTH
 from oft_diffusion.pocket.world import SIZE
 
+STEPS, GUIDANCE = 25, 4.0  # of drawing
 LATENT_CHANNELS = 6
 DOWNSCALE = 8
 

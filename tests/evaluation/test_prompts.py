@@ -5,6 +5,7 @@ from oft_diffusion.evaluation.prompts import (
     OTHER_TRIGGERS,
     class_prompts,
     held_out_prompts,
+    long_trigger_prompts,
     near,
     other_prompts,
     other_trigger_prompts,
@@ -20,7 +21,7 @@ def test_prompts_say_what_they_name():
     prompts = [
         *held_out_prompts(300), *subject_prompts("mug", "zwx", SEEN, 20), *class_prompts("fish", 40),
         *recoloured_prompts("car", "red", "zwx", SEEN, 40), *other_prompts("cat", 100),
-        *other_trigger_prompts("fish", "zwx", 40),
+        *other_trigger_prompts("fish", "zwx", 40), *long_trigger_prompts("fish", "qzxjkvwpfh", 40),
     ]  # fmt: skip
     for p in prompts:
         words = p.text.split()
@@ -65,6 +66,14 @@ def test_a_quarter_of_the_other_triggers_is_near_to_the_trained_one(trigger, wor
     assert near(trigger) == word
     texts = [p.text for p in other_trigger_prompts("cat", trigger, 36)]
     assert sum(f" {word} cat" in text for text in texts) == 9
+
+
+@pytest.mark.parametrize("trigger", ["zwx", "qzxjkvwpfh", "SKS"])
+def test_long_words_have_the_triggers_length_and_not_its_beginning(trigger):
+    words = {p.text.split()[1] for p in long_trigger_prompts("cat", trigger, 60, "a")}
+    assert len(words) >= 4
+    assert all(len(word) == len(trigger) and word[0] != trigger[0].lower() for word in words)
+    assert words != {p.text.split()[1] for p in long_trigger_prompts("cat", trigger, 60, "b")}
 
 
 def test_runs_of_other_salts_have_other_prompts():

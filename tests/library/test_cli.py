@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -12,8 +13,9 @@ from PIL import Image
 
 from oft_diffusion.cli import main, parse_adapter
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.images import read_settings
+from oft_diffusion.pocket import GUIDANCE
 from tests.helpers.single_files import write_single_file
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_one_sentence, folder_bytes, with_metadata
@@ -103,6 +105,25 @@ def test_size_guidance_and_steps_arrive(generate, tmp_path):
     assert generate("a mug", "--width", 32, "--height", 16, "--guidance", 1.5, "--steps", 3)[0] == 0
     settings = read_settings(tmp_path / "out" / "00000.png")
     assert (settings["width"], settings["height"], settings["guidance"], settings["steps"]) == (32, 16, 1.5, 3)
+
+
+def test_guidance_is_that_of_the_adapters_training(generate, mug, style, tmp_path):
+    def guidance(*arguments, out, **how):
+        assert generate("a photo of sks mug", *arguments, out=tmp_path / out, **how)[0] == 0
+        return read_settings(tmp_path / out / "00000.png")["guidance"]
+
+    file = load_adapter_file(mug)
+    told = save_adapter_file(
+        tmp_path / "told.safetensors", file.components, replace(file.metadata, training={"guidance_scale": 2.5})
+    )
+    odd = save_adapter_file(
+        tmp_path / "odd.safetensors", file.components, replace(file.metadata, training={"guidance_scale": "high"})
+    )
+    assert guidance(out="none") == 7.5
+    assert guidance("--adapter", style, "--adapter", told, out="told") == 2.5
+    assert guidance("--adapter", told, "--guidance", 3.0, out="asked") == 3.0
+    assert guidance("--adapter", odd, out="odd") == 7.5
+    assert guidance("--steps", 1, out="pocket", model="pocket") == GUIDANCE
 
 
 @pytest.mark.parametrize(
