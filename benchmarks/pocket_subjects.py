@@ -22,17 +22,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from PIL import Image
 
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import instance_images
-from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
+from oft_diffusion.evaluation.measure import BATCH, draw_rows, prompt_sets, seed_of
+from oft_diffusion.evaluation.prompts import OTHER_TRIGGERS
 from oft_diffusion.files import FILE_NAME
+from oft_diffusion.generate import generate
+from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
@@ -47,6 +52,7 @@ _NO_RECIPE = (
     "instance_dir", "class_word", "output_dir", "validation_prompts", "validation_every", "validation_count",
     "evaluation_count",
 )  # fmt: skip
+_SHOWN = 4  # pictures per set and subject in the grid
 _HIT = ("object", "accent", "face", "hat", "badge")
 DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
@@ -237,6 +243,23 @@ def table() -> str:
     return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values())), "", *_attributes(rows, subjects)])
 
 
+def grid(out: Path, device: str) -> Image.Image:
+    """A row per subject, with the adapters in `out`: not chosen, but the first pictures of two sets."""
+    bench, rows = Bench(device), []
+    for name in FINAL:
+        config, group = bench.config(name, SEEDS[0], {}, out, captions=True), f"{name}/{SEEDS[0]}"
+        photos = instance_images(subjects_path(name))
+        sets = prompt_sets(looks_of(bench.classifier, photos), config.trigger, _SHOWN, salt=group)
+        asked = [(p.text, seed_of(group, key, i)) for key in ("subject", "recoloured") for i, p in enumerate(sets[key])]
+        load_oft_weights(bench.pipe, out / group / FILE_NAME, adapter_name="subject")
+        texts, seeds = zip(*asked, strict=True)
+        how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale, "batch_size": BATCH}
+        rows.append([*photos[:2], *(picture.image for picture in generate(bench.pipe, texts, seeds, **how))])
+        unload_oft_weights(bench.pipe)
+    told = "two of its pictures, then the subject in other places, and in other colours and places"
+    return labelled_grid(rows, row_labels=[f"{name}: {told}" for name in FINAL], cell=96)
+
+
 def _row(row: Mapping[str, str]) -> Row:
     return Row(
         group=row["group"],
@@ -275,7 +298,7 @@ def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Ma
             f"Prompt fidelity is {100 * ratio.mean:.1f} % ({100 * ratio.low:.1f} to {100 * ratio.high:.1f}) of the "
             f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
         )
-    lines.append(_lost(rows))
+    lines += [_lost(rows), _called(rows)]
     longest = {key: max(float(run[key]) for run in runs) for key in ("training", "wall", "megabytes")}
     lines.append(
         f"At most {longest['training']:.0f} s of training, {longest['wall']:.0f} s with loading and caching, on "
@@ -308,12 +331,31 @@ def _lost(rows: Sequence[Row]) -> str:
     return f"Preservation by the pattern that the prompt names: {told}."
 
 
+def _called(rows: Sequence[Row]) -> str:
+    """How much of the subject is called by words that nobody trained, by the kind of word."""
+    shared: dict[str, dict[bool, list[int]]] = {}
+    for r in rows:
+        if r.set in ("other trigger", "long trigger"):
+            short = any(word in r.prompt.split() for word in OTHER_TRIGGERS)
+            kind = "long" if r.set == "long trigger" else "three letters" if short else "begins as the trigger does"
+            shared.setdefault(kind, {True: [], False: []})[r.adapted].append(r.shared)
+    told = (
+        f"{kind}: {25 * (fmean(both[True]) - fmean(both[False])):+.1f} points, {len(both[True])} pairs"
+        for kind, both in sorted(shared.items())
+    )
+    return f"Attribute drift by the kind of another word: {'; '.join(told)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-subjects"), help="adapters, losses and reports")
     parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
+    parser.add_argument("--grid", type=Path, help="write a picture of all subjects here, with the adapters in --out")
     options = parser.parse_args()
+    if options.grid:
+        save_png(grid(options.out, options.device), options.grid)
+        return
     if not options.table:
         measure(options.out, options.device)
     print(table())

@@ -55,14 +55,18 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     run = {"training": "50", "wall": "60", "megabytes": "0.6"}
     records.append(files / "runs.csv", [{"setup": setup, "group": "bow_cat/0", **run} for setup in ("old", "new")])
     text = pocket_subjects.table().splitlines()
-    assert len(text) == 13
+    assert len(text) == 14
     assert text[2].startswith("| bow_cat | 75.0 / 0.0 | 100.0 / 100.0 | 0.0 / 0.0 | -25.0 | 0.0 |")
     assert text[3].startswith("| **all 1 runs** | 75.0 / 0.0 (")
     assert "4 pairs" in text[6]
     assert "spotted pattern: 1 lost, 0 won of 4" in text[7]
-    assert "50 s of training, 60 s" in text[8]
-    assert text[10] == "| right, per cent | object | accent | face | hat | badge |"
-    assert text[12:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
+    assert text[8] == (
+        "Attribute drift by the kind of another word: begins as the trigger does: +0.0 points, 4 pairs; "
+        "long: +0.0 points, 4 pairs."
+    )
+    assert "50 s of training, 60 s" in text[9]
+    assert text[11] == "| right, per cent | object | accent | face | hat | badge |"
+    assert text[13:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
 
 
 def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(

@@ -99,7 +99,7 @@ def draw_rows(
     """
     rows = []
     for name, prompts in sets.items():
-        seeds = [zlib.crc32(f"{group}/{name}/{i}".encode()) for i in range(len(prompts))]
+        seeds = [seed_of(group, name, i) for i in range(len(prompts))]
         drawn = generate(
             pipe,
             [p.text for p in prompts],
@@ -127,6 +127,11 @@ def draw_rows(
                 )
             )
     return rows
+
+
+def seed_of(group: str, name: str, place: int) -> int:
+    """The seed of a set's picture, in whichever run and on whichever side it is drawn."""
+    return zlib.crc32(f"{group}/{name}/{place}".encode())
 
 
 def evaluate(
