@@ -24,7 +24,6 @@ __all__ = [
     "Naming",
     "checkpoint_names",
     "describe",
-    "foreign_names",
     "read_names",
     "write_names",
 ]
@@ -90,7 +89,12 @@ _DENOISER_TENSORS = ("model.diffusion_model.", "", "diffusion_model.")
 
 
 def read_names(
-    pipeline: Components, keys: Iterable[str], component: str | None = None, *, source: str = "the file"
+    pipeline: Components,
+    keys: Iterable[str],
+    component: str | None = None,
+    *,
+    source: str = "the file",
+    strict: bool = True,
 ) -> dict[str, Meaning]:
     """What each foreign key means.
 
@@ -100,6 +104,7 @@ def read_names(
         component: the one meant by keys that name none, as PEFT's and LyCORIS's; needed only where several have such
             a layer.
         source: what errors call the file.
+        strict: whether every key must be a layer's. If not, those of no layer are left out, unless all are.
 
     Raises:
         AdapterFileError: a key is no layer's, or that of layers of several components.
@@ -113,21 +118,16 @@ def read_names(
             expected="keys that say which component they adapt",
             fix="say which one the file is for (component=...)",
         )
-    if unknown := [key for key in keys if key not in names]:
+    unknown = [key for key in keys if key not in names]
+    if unknown and (strict or len(unknown) == len(keys)):
         raise AdapterFileError(
-            f"{source}: {len(unknown)} of {len(keys)} keys are names of no layer: {_shown(unknown)}",
+            f"{source} has {len(unknown)} of {len(keys)} layers that this pipeline does not have: {_shown(unknown)}",
             expected=f"layers of {', '.join(f'{part} ({about.class_name})' for part, about in pipeline.items())}",
-            fix="load the pipeline that the file was trained on",
+            fix="load the pipeline that the file was trained on"
+            + (", or say which component it is for (component=...)" if component is None else "")
+            + (", or load what fits with strict=False" if len(unknown) < len(keys) else ""),
         )
-    return {key: names[key] for key in keys}
-
-
-def foreign_names(pipeline: Components, component: str | None = None) -> dict[str, Meaning]:
-    """Every foreign key that the pipeline's layers can have, but for those that fit several components.
-
-    The arguments, and what is raised about them, are those of `read_names`.
-    """
-    return _index(pipeline, component)[0]
+    return {key: names[key] for key in keys if key in names}
 
 
 def write_names(pipeline: Components, component: str, layers: Iterable[str], naming: str) -> dict[str, Meaning]:

@@ -5,6 +5,8 @@ Full matrices B per block of output rows: `Q = B - B^T`, `R = C(Q)` exactly, mer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from oft_diffusion.formats.source import Match, Source
 from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX, noted_block_size
 from oft_diffusion.rotation import pack
 from oft_diffusion.targets import output_width
+
+_SUFFIXES = ("oft_blocks", "oft_diag", "alpha", "rescale")
 
 
 def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OFTConfig, dict[str, Tensor]]]:
@@ -25,6 +29,8 @@ def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OF
     """
     states: dict[str, dict[str, Tensor]] = {}
     for match in matches:
+        if strange := [name for name in match.tensors if not name.startswith(_SUFFIXES)]:
+            raise _bad(source, match, f"{strange[0]} beside rotations of its outputs", "settings of one tool")
         state, scales = states.setdefault(match.meaning.component, {}), _scales(source, match)
         for layer, q in _read_match(source, match):
             if layer + KEY_SUFFIX in state:
@@ -34,6 +40,29 @@ def read_output_side(source: Source, matches: list[Match]) -> dict[str, tuple[OF
                 state[layer + SCALE_SUFFIX] = scales[layer].view(len(q), -1).float()
     return {part: (OFTConfig(block_size=noted_block_size(state), targets=".*", side="output"), state)
             for part, state in states.items()}  # fmt: skip
+
+
+def notes_of_training(source: Source, matches: list[Match]) -> tuple[str, ...]:
+    """What a user should know of how the file was trained: in LyCORIS's bypass mode, biases turn with the outputs."""
+    biased = [match.key for match in matches if any(getattr(m, "bias", None) is not None for m in match.modules)]
+    if not biased or not any(_bypasses(source.arguments(entry)) for entry in ("lycoris_config", "ss_network_args")):
+        return ()
+    note = (
+        f"{source.name} was trained in bypass_mode, in which LyCORIS rotates the biases of {len(biased)} layers, too "
+        f"({biased[0]}): they stay here, as where LyCORIS merges the file, so pictures differ from those in training"
+    )
+    return (note,)
+
+
+def _bypasses(told: dict[str, Any]) -> bool:
+    """Whether settings, or those of some layers inside them, ask for `bypass_mode`."""
+    queue: list[Any] = [told]
+    for part in queue:  # which grows; settings may be nested deep
+        if isinstance(part, dict):
+            if str(part.get("bypass_mode", "")).lower() in ("true", "1", "yes"):
+                return True
+            queue += part.values()
+    return False
 
 
 def _read_match(source: Source, match: Match) -> list[tuple[str, Tensor]]:

@@ -22,6 +22,9 @@ from oft_diffusion.rotation import block_size_of, generator_divisor
 from oft_diffusion.targets import taps_of
 
 MARKER = "oft_R.scaled_oft"
+# Settings that forks tell as tensors of each layer.
+_SIZES = ("alpha", "oft_block_size_metadata", "oft_block_size_buffer")
+_SHARES = ("oft_block_share_metadata", "oft_block_share_buffer")
 NEUMANN = {"parametrisation": "cayley_neumann", "neumann_order": 4}  # everybody's five terms
 
 
@@ -35,6 +38,8 @@ class Reading:
         conv_sign: of convolutions.
         eps: COFT's bound, None where there is none.
         conv_eps: the same for convolutions.
+        block_size: the one that was asked for, where the file tells; a layer's is the divisor of its inputs next to it.
+        block_share: whether the file says that all blocks of a layer are one; None where it does not.
         divided: whether a layer's vectors are multiplied by a divisor that its tensors tell.
         legacy: whether that divisor is the one of builds before the merge, `sqrt(b(b-1)/2)`.
         kernels: whether convolutions larger than 1x1 are right in that tool.
@@ -46,6 +51,8 @@ class Reading:
     conv_sign: float = -1.0
     eps: float | None = None
     conv_eps: float | None = None
+    block_size: int | None = None
+    block_share: bool | None = None
     divided: Callable[[Mapping[str, Tensor]], bool] = lambda tensors: MARKER in tensors
     legacy: bool = False
     kernels: bool = True
@@ -103,6 +110,7 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
     features = (module.in_channels if isinstance(module, nn.Conv2d) else int(module.in_features)) * taps  # type: ignore[arg-type]
     if len(stored) * size != features and not (len(stored) == 1 and features % size == 0):
         raise _misshapen(source, match.key, f"{len(stored)} blocks of size {size} for {features} input features")
+    _check_told(source, match, stored, size, features, reading)
     packed = stored.double()
     eps = reading.conv_eps if is_conv else reading.eps
     if eps is not None:
@@ -113,6 +121,42 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
     packed = packed * (reading.conv_sign if is_conv else reading.linear_sign)
     # A shared block is every block's; and files hold what was trained, so no digits are lost for nothing.
     return packed.to(torch.float32).expand(features // size, -1).contiguous()
+
+
+def _check_told(source: Source, match: Match, stored: Tensor, size: int, features: int, reading: Reading) -> None:
+    """Refuse a generator that is not what the file says of it."""
+    sizes: dict[str, float] = {name: scalar(match.tensors[name]) for name in _SIZES if name in match.tensors}
+    if reading.block_size is not None:
+        sizes["oft_block_size"] = reading.block_size
+    for name, told in sizes.items():
+        rounded = name in match.tensors and told == float(torch.tensor(size).to(match.tensors[name].dtype))
+        if not rounded and _divisor_near(features, told) != size:
+            raise _misshapen(source, match.key, f"blocks of size {size}, but {name}={told:g}")
+    shares = {name: scalar(match.tensors[name]) for name in _SHARES if name in match.tensors}
+    if reading.block_share is not None:
+        shares["block_share"] = float(reading.block_share)
+    for name, share in shares.items():
+        if share not in (0, 1) or (len(stored) > 1 if share else len(stored) * size < features):
+            raise _misshapen(source, match.key, f"{len(stored)} blocks, but {name}={share:g}")
+    rank = match.tensors.get("oft_rank_buffer")
+    if rank is not None and scalar(rank) not in (len(stored), features // size):
+        raise _misshapen(source, match.key, f"{len(stored)} blocks, but oft_rank_buffer={scalar(rank):g}")
+
+
+def _divisor_near(features: int, wanted: float) -> int | None:
+    """What PEFT, OneTrainer and sd-scripts make of a block size: the divisor next to it, of two the smaller."""
+    if wanted >= features:
+        return features
+    if wanted < 1 or not float(wanted).is_integer():
+        return None
+    lower = next(n for n in range(int(wanted), 0, -1) if features % n == 0)
+    higher = next(n for n in range(int(wanted), features + 1) if features % n == 0)
+    return lower if wanted - lower <= higher - wanted else higher
+
+
+def scalar(tensor: Tensor) -> float:
+    """A setting that is told as a tensor; infinite, which none may be, where it has several numbers."""
+    return float(tensor) if tensor.numel() == 1 else math.inf
 
 
 def _misshapen(source: Source, key: str, found: str) -> AdapterFileError:

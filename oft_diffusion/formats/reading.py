@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.files import AdapterFile
-from oft_diffusion.formats.origins import ORIGINS
-from oft_diffusion.formats.output_side import read_output_side
+from oft_diffusion.formats.origins import origin_of
+from oft_diffusion.formats.output_side import notes_of_training, read_output_side
 from oft_diffusion.formats.packed import read_packed
 from oft_diffusion.formats.source import Imported, Source, match_layers, read_source
 from oft_diffusion.hooks import unwrap
@@ -61,8 +61,9 @@ def read(
     if outputs:
         name = "output-side OFT (sd-scripts networks.oft, LyCORIS diag-oft)"
         components = read_output_side(source, matches)
+        notes = notes_of_training(source, matches)
     else:
-        origin = next(origin for origin in ORIGINS if origin.known_by(source))
+        origin = origin_of(source)
         parts_read = dict.fromkeys(match.meaning.component for match in matches)
         readings = {p: replace(origin.reading(source.settings_of(p)), legacy=legacy_scaled) for p in parts_read}
         name, mode = origin.name, origin.mode

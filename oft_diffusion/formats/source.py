@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from oft_diffusion.disk import SEAL_KEY, parse_json, read_safetensors
 from oft_diffusion.errors import AdapterFileError, first_line
 from oft_diffusion.files import AdapterFile
-from oft_diffusion.formats.components import Components, describe
-from oft_diffusion.formats.names import Meaning, foreign_names
+from oft_diffusion.formats.components import describe
+from oft_diffusion.formats.names import Meaning, read_names
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.plan import StrengthMode
 from oft_diffusion.targets import canonical_name, find_layers
@@ -33,6 +33,14 @@ REFUSED = {
     "boft_R": "BOFT", "boft_s": "BOFT", "oft_r": "OFT of PEFT 0.15 or older", "oft_s": "OFT of PEFT 0.15 or older",
     "oft_r.default": "OFT of PEFT 0.15 or older", "oft_s.default": "OFT of PEFT 0.15 or older",
     "oft_embedding_R.weight": "OFT of an embedding",
+}  # fmt: skip
+# What tools can train beside OFT, in the same file.
+_BESIDE = {
+    "w_norm": "norms (LyCORIS's train_norm)", "b_norm": "norms (LyCORIS's train_norm)",
+    "diff": "whole weights (LyCORIS's algo=full)", "diff_b": "biases",
+    "bias": "biases (PEFT's bias or modules_to_save)", "lora_down.weight": "a LoRA", "lora_up.weight": "a LoRA",
+    "lora_A.weight": "a LoRA", "lora_B.weight": "a LoRA", "lokr_w1": "a LoKr", "lokr_w2": "a LoKr",
+    "hada_w1_a": "a LoHa", "weight": "whole layers (PEFT's modules_to_save)",
 }  # fmt: skip
 _OTHERS = ("lora", "lokr", "hada_", "ia3", ".diff", "glora", "vera", ".a1.", ".b1.")
 _LEFT_OUT = ("bundle_emb.",)  # OneTrainer's embeddings: told, not loaded
@@ -167,19 +175,7 @@ def match_layers(
     Raises:
         AdapterFileError: some key is no layer's and `strict`, all are, or it may be that of several components.
     """
-    about: Components = describe(parts)
-    names = foreign_names(about, component)
-    unknown = tuple(key for key in source.groups if key not in names)
-    if unknown and (strict or len(unknown) == len(source.groups)):
-        raise AdapterFileError(
-            f"{source.name} has {len(unknown)} of {len(source.groups)} layers that this pipeline does not have: "
-            f"{_shown(unknown)}",
-            expected=f"layers of {', '.join(f'{part} ({layers.class_name})' for part, layers in about.items())}",
-            fix="load the pipeline that the file was trained on"
-            + (", or say which component it is for (component=...)" if component is None else "")
-            + (", or load what fits with strict=False" if len(unknown) < len(source.groups) else ""),
-        )
-    known = {key: names[key] for key in source.groups if key in names}
+    known = read_names(describe(parts), source.groups, component, source=source.name, strict=strict)
     wanted: dict[str, list[str]] = {}
     for meaning in known.values():
         wanted.setdefault(meaning.component, []).extend(meaning.layers)
@@ -193,7 +189,7 @@ def match_layers(
         )
         for key, meaning in known.items()
     ]
-    return matches, unknown
+    return matches, tuple(key for key in source.groups if key not in known)
 
 
 def _check_names(file_name: str, names: Sequence[str]) -> None:
@@ -207,7 +203,15 @@ def _check_names(file_name: str, names: Sequence[str]) -> None:
                 expected="OFT or OFTv2 of linear layers and convolutions",
                 fix="use it in the tool that wrote it, or merge it into a model there",
             )
-    if unknown := [name for name in own if _split(name)[1] == ""]:
+    unknown = [name for name in own if _split(name)[1] == ""]
+    if unknown and len(unknown) < len(own):
+        what = next((what for end, what in _BESIDE.items() if unknown[0].endswith(f".{end}")), "tensors of no OFT")
+        raise AdapterFileError(
+            f"{file_name} has {what} beside its rotations, such as {unknown[0]}, which have no counterpart here",
+            expected="rotations alone",
+            fix="train without them, or merge the file into a model with the tool that wrote it",
+        )
+    if unknown:
         lora = any(word in unknown[0] for word in _OTHERS)
         advice = " (this looks like a LoRA or one of its kin: load it with diffusers' load_lora_weights)"
         raise _no_adapter(file_name, f"tensors such as {unknown[0]}", advice if lora else "")
