@@ -92,8 +92,6 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
     found = [name for name in ("oft_R.weight", "oft_rotation.weight") if name in match.tensors]
     if len(found) != 1:
         raise _misshapen(source, match.key, "two generators" if found else "no generator beside its other tensors")
-    if "rescale" in match.tensors:
-        raise _misshapen(source, match.key, "scales of outputs beside a rotation of inputs")
     stored = match.tensors[found[0]]
     size = block_size_of(stored.shape[1]) if stored.dim() == 2 else None
     if not stored.is_floating_point() or size is None or not len(stored):

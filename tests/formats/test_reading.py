@@ -273,6 +273,21 @@ def test_scaled_files_of_builds_before_the_merge(base: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("revision", "old"),
+    [("1336b9b8", True), ("607470f7", True), ("75ee0917", True), ("86ae381", True), ("b46986d6", False),
+     ("1336b9", False), ("", False), ("git not installed", False)],
+)  # fmt: skip
+def test_the_first_series_of_onetrainer_is_told_by_the_revision(
+    base: Any, tmp_path: Path, revision: str, old: bool
+) -> None:
+    written = onetrainer.write_onetrainer(shapes(base, EVERYTHING))
+    written.metadata["ot_revision"] = revision
+    path = algebra.save(written, tmp_path / "one.safetensors")
+    formula = linear_in(onetrainer.merged_weight_onetrainer, written.metadata, old_series=old)
+    assert_weights(base, path, EVERYTHING, formula, written.tensors, strengths=(1.0, 0.4))
+
+
+@pytest.mark.parametrize(
     "options", [{}, {"scaled": False}, {"coft": True, "coft_eps": 0.5}, {"block_share": True}], ids=str
 )
 def test_a_fork_whose_strength_turns(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -280,6 +295,22 @@ def test_a_fork_whose_strength_turns(base: Any, tmp_path: Path, options: dict[st
     path = algebra.save(written, tmp_path / "fork.safetensors")
     formula = linear_in(wild.merged_weight_musubi, written.metadata)
     assert_weights(base, path, EVERYTHING, formula, written.tensors, strengths=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7])
+def test_a_strength_of_that_fork_between_0_and_1_is_a_power(base: Any, tmp_path: Path, strength: float) -> None:
+    written = wild.write_musubi(shapes(base, EVERYTHING))
+
+    def power(weight: Tensor, tensors: dict[str, Tensor], s: float) -> Tensor:
+        values, vectors = torch.linalg.eig(wild.musubi_rotation(tensors))
+        rotation = (vectors @ torch.diag_embed(values**s) @ torch.linalg.inv(vectors)).real
+        ours = algebra.times(weight, rotation.mT if weight.dim() == 2 else rotation)
+        theirs = wild.merged_weight_musubi(weight, tensors, written.metadata, s)
+        assert float((ours - theirs).norm()) < 0.1 * float((theirs - weight.double()).norm())  # near, as documented
+        return ours
+
+    path = algebra.save(written, tmp_path / "fork.safetensors")
+    assert_weights(base, path, EVERYTHING, power, written.tensors, strengths=(strength,))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.formats import read
+from tests.helpers.tiny_families import tiny_family
 from tests.helpers.tiny_sd import write_tiny_sd
-from tests.library.support import LAYER, Maker, assert_loading_refused, assert_one_sentence
+from tests.library.support import LAYER, Maker, assert_loading_refused, assert_one_sentence, copy_pipe
 from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, peft_oft, sd_scripts, wild
 
 NAMES = [LAYER.format(name).removesuffix(".oft_R.weight") for name in ("to_q", "to_k")]
@@ -162,6 +164,126 @@ def test_a_bound_of_outputs_that_is_no_number(pipe: Any, tmp_path: Path, value: 
     assert_loading_refused(pipe, written(tmp_path, made, {f"{KEYS['oft_unet_'][0]}.alpha": value}), "alpha")
 
 
+# Settings that contradict the tensors, or are of another tool
+
+
+def declared(tool: str, **options: Any) -> algebra.Written:
+    write: dict[str, Any] = {"onetrainer": onetrainer.write_onetrainer, "sd-scripts": sd_scripts.write_sd_scripts}
+    write |= {"musubi": wild.write_musubi, "wan": wild.write_wan}
+    return write[tool](shapes(KEYS["lora_unet_"]), **{"block_size": 16, **options})
+
+
+@pytest.mark.parametrize(
+    ("tool", "suffix", "value"),
+    [("onetrainer", "alpha", 0.5), ("sd-scripts", "alpha", 0.5), ("wan", "alpha", 0.5),
+     ("onetrainer", "rescale", 0.5), ("sd-scripts", "oft_coft_eps_metadata", 0.5), ("wan", "coft_eps_metadata", 0.5),
+     ("wan", "oft_R.scaled_oft", 1.0), ("musubi", "rescale", 2.0)],
+)  # fmt: skip
+def test_settings_that_a_tool_does_not_have(pipe: Any, tmp_path: Path, tool: str, suffix: str, value: float) -> None:
+    key = KEYS["lora_unet_"][0]
+    path = written(tmp_path, declared(tool), {f"{key}.{suffix}": torch.tensor(value)})
+    assert_loading_refused(pipe, path, "theirs.safetensors", suffix)
+
+
+def test_an_alpha_that_nobody_knows(pipe: Any, tmp_path: Path) -> None:
+    made = declared("onetrainer")._replace(metadata={})
+    alpha = {f"{KEYS['lora_unet_'][0]}.alpha": torch.tensor(0.5)}
+    assert_loading_refused(pipe, written(tmp_path, made, alpha), "an unknown tool", "alpha")
+
+
+@pytest.mark.parametrize(
+    ("tool", "suffix", "value"),
+    [("musubi", "oft_block_size_metadata", 64.0), ("musubi", "alpha", 0.5), ("musubi", "oft_block_share_metadata", 1.0),
+     ("wan", "oft_block_size_buffer", 8), ("wan", "oft_block_share_buffer", 1), ("wan", "oft_rank_buffer", 5),
+     ("wan", "oft_block_size_buffer", [16, 16])],
+    ids=str,
+)  # fmt: skip
+def test_blocks_that_are_not_what_a_layer_says(pipe: Any, tmp_path: Path, tool: str, suffix: str, value: Any) -> None:
+    key = KEYS["lora_unet_"][0]
+    path = written(tmp_path, declared(tool), {f"{key}.{suffix}": torch.tensor(value)})
+    assert_loading_refused(pipe, path, "theirs.safetensors", key, suffix)
+
+
+def test_one_block_for_all_where_a_file_says_that_each_has_its_own(pipe: Any, tmp_path: Path) -> None:
+    for tool, suffix in (("musubi", "oft_block_share_metadata"), ("wan", "oft_block_share_buffer")):
+        changed = {f"{key}.{suffix}": torch.tensor(0) for key in KEYS["lora_unet_"]}
+        path = written(tmp_path, declared(tool, block_share=True), changed)
+        assert_loading_refused(pipe, path, "theirs.safetensors", suffix)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"oft_block_size": 8}, "oft_block_size=8"), ({"oft_block_size": "16"}, "oft_block_size"),
+     ({"oft_scaled": True}, "oft_scaled"), ({"oft_block_share": True}, "block_share"), ({"peft_type": "LORA"}, "LORA")],
+    ids=str,
+)  # fmt: skip
+def test_a_configuration_of_onetrainer_that_its_tensors_contradict(
+    pipe: Any, tmp_path: Path, change: Mapping[str, Any], word: str
+) -> None:
+    made = declared("onetrainer", config=True)
+    told = json.dumps({**json.loads(made.metadata["ot_config"]), **change})
+    assert_loading_refused(pipe, written(tmp_path, made, {}, ot_config=told), "theirs.safetensors", word)
+
+
+def test_a_configuration_of_peft_that_its_tensors_contradict(pipe: Any, tmp_path: Path) -> None:
+    assert_loading_refused(pipe, peft(tmp_path, {"oft_block_size": 16}), "adapter_model.safetensors", "oft_block_size")
+    assert_loading_refused(pipe, peft(tmp_path, {"block_share": True}), "adapter_model.safetensors", "block_share")
+
+
+def test_scales_of_some_layers_alone(pipe: Any, tmp_path: Path) -> None:
+    first = f"{KEYS['lora_unet_'][0]}.oft_R.scaled_oft"
+    path = written(tmp_path, declared("onetrainer", scaled=True), {first: None})
+    assert_loading_refused(pipe, path, "theirs.safetensors", "oft_R.scaled_oft")
+    told = {"ot_config": json.dumps({"oft_scaled": False})}
+    path = written(tmp_path, declared("onetrainer", scaled=True), {}, **told)
+    assert_loading_refused(pipe, path, "theirs.safetensors", "oft_scaled")
+
+
+def test_a_shared_block_of_sd_scripts_that_is_none(pipe: Any, tmp_path: Path) -> None:
+    told = {"ss_network_args": json.dumps({"block_share": "True"})}
+    assert_loading_refused(pipe, written(tmp_path, declared("sd-scripts"), {}, **told), "block_share")
+
+
+@pytest.mark.parametrize("tool", ["musubi", "wan"])
+def test_a_bound_that_the_header_asks_for_and_the_tensors_do_not(pipe: Any, tmp_path: Path, tool: str) -> None:
+    told = {"ss_network_args": json.dumps({"coft": "True"})}
+    assert_loading_refused(pipe, written(tmp_path, declared(tool), {}, **told), "theirs.safetensors", "coft")
+
+
+@pytest.mark.parametrize(("tool", "suffix"), [("musubi", "coft_eps_metadata"), ("wan", "oft_coft_eps_buffer")])
+def test_a_bound_without_its_size(pipe: Any, tmp_path: Path, tool: str, suffix: str) -> None:
+    lost = {f"{key}.{suffix}": None for key in KEYS["lora_unet_"]}
+    path = written(tmp_path, declared(tool, coft=True), lost)
+    assert_loading_refused(pipe, path, "theirs.safetensors", suffix)
+
+
+# What tools train beside OFT
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("{}.w_norm", "norms (LyCORIS"), ("{}.b_norm", "norms (LyCORIS"), ("{}.diff_b", "biases"),
+     ("{}.lora_up.weight", "a LoRA"), ("{}.diff", "whole weights"), ("{}.bias", "biases (PEFT"),
+     ("{}.weight", "whole layers (PEFT"), ("{}.surprise", "tensors of no OFT")],
+)  # fmt: skip
+def test_what_is_beside_rotations_is_named(pipe: Any, tmp_path: Path, name: str, word: str) -> None:
+    beside = name.format(KEYS["lora_unet_"][0])
+    path = written(tmp_path, declared("onetrainer"), {beside: torch.zeros(32)})
+    assert_loading_refused(pipe, path, "theirs.safetensors", word, beside)
+
+
+def test_a_text_encoder_that_may_be_one_of_two(tmp_path: Path) -> None:
+    xl = tiny_family("StableDiffusionXLPipeline", tmp_path)
+    name = "encoder.layers.0.self_attn.q_proj"
+    shape = tuple(xl.text_encoder.get_submodule(name).weight.shape)
+    folder = peft_oft.write_peft(tmp_path / "peft", {f"text_model.{name}": shape}, block_size=8)
+    for strict in (True, False):
+        with pytest.raises(AdapterFileError, match="may be a layer of text_encoder or of text_encoder_2") as error:
+            load_oft_weights(xl, folder, strict=strict)
+        assert_one_sentence(error, "adapter_model.safetensors", "component=")
+    assert load_oft_weights(xl, folder, component="text_encoder").components == ("text_encoder",)
+
+
 # Tensors
 
 
@@ -231,6 +353,21 @@ def test_a_file_of_ours_without_its_metadata_is_not_read_as_another_tools(pipe: 
         read(path, {"unet": pipe.unet})
     bare = algebra.save(algebra.Written(load(data), {}), path)
     assert_loading_refused(pipe, bare, "mug.safetensors", "names of a file of oft-diffusion")
+
+
+def test_what_diffusers_saves_without_settings_says_how_to_save_it_with_them(pipe: Any, tmp_path: Path) -> None:
+    from peft import OFTConfig, get_peft_model_state_dict
+
+    theirs = copy_pipe(pipe)
+    theirs.unet.add_adapter(OFTConfig(oft_block_size=8, target_modules=["to_q"], init_weights=False))
+    layers = get_peft_model_state_dict(theirs.unet)
+    theirs.save_lora_weights(tmp_path / "bare", unet_lora_layers=layers)
+    assert_loading_refused(
+        pipe, tmp_path / "bare", "diffusers' save_lora_weights, and no metadata", "unet_lora_adapter_metadata="
+    )
+    settings = theirs.unet.peft_config["default"].to_dict()  # as the sentence says
+    theirs.save_lora_weights(tmp_path / "told", unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
+    assert load_oft_weights(copy_pipe(pipe), tmp_path / "told").format == "PEFT"
 
 
 def load(data: bytes) -> dict[str, Tensor]:

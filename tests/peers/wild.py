@@ -74,13 +74,18 @@ def merged_weight_musubi(
     COFT projects the stored `v`, before scaling. Both are told by the settings beside; `alpha` scales nothing.
     """
     del metadata
+    rotation = musubi_rotation(tensors, strength)
+    return times(weight, rotation.mT if weight.dim() == 2 else rotation)
+
+
+def musubi_rotation(tensors: Tensors, strength: float = 1.0) -> Tensor:
+    """The blocks of `R`."""
     packed = tensors["oft_R.weight"].double()
     if float(tensors.get("oft_coft_metadata", 0.0)):
         packed = project(packed, float(tensors["coft_eps_metadata"]))
     if float(tensors.get("scaled_oft_metadata", float("oft_R.scaled_oft" in tensors))):
         packed = packed / (2 * math.sqrt(block_size_of(packed) - 1))
-    rotation = neumann(skew(strength * packed))
-    return times(weight, rotation.mT if weight.dim() == 2 else rotation)
+    return neumann(skew(strength * packed))
 
 
 def write_wan(
