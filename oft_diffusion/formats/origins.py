@@ -45,7 +45,7 @@ def origin_of(source: Source) -> Origin:
     for key, tensors in source.groups.items():
         if strange := tensors.keys() - origin.suffixes:
             raise AdapterFileError(
-                f"{source.name}, taken for a file of {origin.name}, has {key}.{min(strange)}, which that never has",
+                f"{source.name} has {key}.{min(strange)}, whose meaning in a file of {origin.name} is not known",
                 expected="settings of one tool",
                 fix="get the file again from its author",
             )
@@ -105,9 +105,14 @@ def _onetrainer(source: Source) -> Reading:
     if (kind := told.get("peft_type", "OFT_2")) != "OFT_2":
         raise _unusable(source, "peft_type", kind, "OFT_2, as its tensors are")
     marked = {MARKER in tensors for tensors in source.groups.values()}
-    scaled = _told_flag(source, told, "oft_scaled")
-    if len(marked) > 1 or scaled not in (None, *marked):
-        raise _unusable(source, "oft_scaled", scaled, f"{MARKER} of every layer or of none, as its settings say")
+    if len(marked) > 1:
+        raise AdapterFileError(
+            f"{source.name} has {MARKER} for some of its layers alone",
+            expected="that marker for every layer or for none",
+            fix="get the file again from its author",
+        )
+    if (scaled := _told_flag(source, told, "oft_scaled")) not in (None, *marked):
+        raise _unusable(source, "oft_scaled", scaled, f"{not scaled}, its layers having {'no ' * scaled}{MARKER}")
     # Until 2026-05 it bounded linear layers, by an entry that is there only if the user asked for it.
     coft = _flag(source, told.get("oft_coft", False), "oft_coft")
     revision = source.header.get("ot_revision", "")
