@@ -112,7 +112,8 @@ def _onetrainer(source: Source) -> Reading:
             fix="get the file again from its author",
         )
     if (scaled := _told_flag(source, told, "oft_scaled")) not in (None, *marked):
-        raise _unusable(source, "oft_scaled", scaled, f"{not scaled}, its layers having {'no ' * scaled}{MARKER}")
+        found = "no " if scaled else ""
+        raise _unusable(source, "oft_scaled", scaled, f"{not scaled}, its layers having {found}{MARKER}")
     # Until 2026-05 it bounded linear layers, by an entry that is there only if the user asked for it.
     coft = _flag(source, told.get("oft_coft", False), "oft_coft")
     revision = source.header.get("ot_revision", "")
