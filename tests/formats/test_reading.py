@@ -104,7 +104,7 @@ def blended(formula: Callable[..., Tensor], *told: Any) -> Callable[..., Tensor]
     return at
 
 
-# -- PEFT, and diffusers through it -----------------------------------------------------------------------------------
+# -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,51 +154,6 @@ def test_a_folder_of_peft_for_a_text_encoder(base: Any, tmp_path: Path) -> None:
         config = peft_oft.peft_config(list(names))
         loaded = assert_weights(base, folder, layers, blended(peft_oft.merged_weight_peft, config), tensors)
         assert loaded.components == ("text_encoder",)
-
-
-def test_a_file_that_diffusers_itself_saves(base: Any, tmp_path: Path) -> None:
-    from peft import OFTConfig
-
-    pipe = copy_pipe(base)
-    pipe.unet.add_adapter(OFTConfig(oft_block_size=8, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(0)
-    for name, parameter in pipe.unet.named_parameters():
-        if "oft_R" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    wanted = draw(pipe)
-    pipe.unet.save_lora_adapter(tmp_path)
-    (path,) = tmp_path.glob("*.safetensors")
-    ours = copy_pipe(base)
-    loaded = load_oft_weights(ours, path)
-    assert loaded.format == "PEFT"
-    assert distance(wanted, draw(base)) > 0.01
-    assert distance(draw(ours), wanted) < 1e-4
-
-
-def test_a_file_of_several_components_that_diffusers_itself_saves(base: Any, tmp_path: Path) -> None:
-    from diffusers.training_utils import _collate_lora_metadata  # what diffusers' own scripts call
-    from peft import OFTConfig, get_peft_model_state_dict
-
-    pipe = copy_pipe(base)
-    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    pipe.unet.add_adapter(OFTConfig(oft_block_size=8, target_modules=["to_q", "to_v"], use_cayley_neumann=False))
-    pipe.text_encoder.add_adapter(OFTConfig(oft_block_size=4, target_modules=["q_proj"], coft=True, eps=0.5))
-    torch.manual_seed(0)
-    for name, parameter in (named for module in parts.values() for named in module.named_parameters()):
-        if "oft_R" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    wanted = draw(pipe)
-    layers = {f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()}
-    pipe.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata(parts))
-    ours = copy_pipe(base)
-    loaded = load_oft_weights(ours, tmp_path)
-    assert (loaded.format, set(loaded.components)) == ("PEFT", set(parts))
-    assert distance(wanted, draw(base)) > 0.01
-    assert distance(draw(ours), wanted) < 1e-4
-    parts["unet"].disable_adapters()  # the encoder alone is right, too
-    set_oft_adapters(ours, loaded.name, {"unet": 0.0, "text_encoder": 1.0})
-    assert distance(draw(pipe), draw(base)) > 0.001
-    assert distance(draw(ours), draw(pipe)) < 1e-4
 
 
 @pytest.mark.parametrize("write", [peft_oft.write_old_peft, peft_oft.write_peft_boft, peft_oft.write_peft_embedding])
@@ -314,7 +269,9 @@ def test_a_strength_of_that_fork_between_0_and_1_is_a_power(base: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"exact": True}, {"terms": 6}, {"coft": True, "eps": 0.3}, {"renamed": True}], ids=str
+    "options",
+    [{}, {"exact": True}, {"terms": 6}, {"coft": True, "eps": 0.3}, {"renamed": True}, {"block_share": True}],
+    ids=str,
 )
 def test_a_trainer_that_tells_all_by_tensors(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     layers = flat(*LINEAR, *POINT, *KERNEL, prefix="oftv2_unet_")
@@ -323,12 +280,19 @@ def test_a_trainer_that_tells_all_by_tensors(base: Any, tmp_path: Path, options:
     assert_weights(base, path, layers, blended(wild.merged_weight_wan, written.metadata), written.tensors)
 
 
-def test_a_file_that_does_not_tell_whose_it_is(base: Any, tmp_path: Path) -> None:
-    written = onetrainer.write_onetrainer(shapes(base, EVERYTHING))
+@pytest.mark.parametrize("options", [{}, {"scaled": True}, {"block_share": True}], ids=str)
+def test_a_file_that_does_not_tell_whose_it_is(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    written = onetrainer.write_onetrainer(shapes(base, EVERYTHING), **options)
     path = algebra.save(written._replace(metadata={}), tmp_path / "who.safetensors")
-    pipe = copy_pipe(base)
-    with pytest.warns(UserWarning, match="does not tell which tool wrote it"):
-        load_oft_weights(pipe, path)
+    if "scaled" not in options:  # only OneTrainer has that
+        with pytest.warns(UserWarning, match="does not tell which tool wrote it"):
+            load_oft_weights(copy_pipe(base), path)
+    assert_weights(base, path, EVERYTHING, linear_in(merged_weight_comfy_node, None), written.tensors)
+
+
+def test_scaled_files_for_comfyui_have_no_header(base: Any, tmp_path: Path) -> None:
+    written = onetrainer.write_onetrainer(shapes(base, EVERYTHING), scaled=True)._replace(metadata={})
+    path = algebra.save(written, tmp_path / "who.safetensors")
     assert_weights(base, path, EVERYTHING, linear_in(merged_weight_comfy_node, None), written.tensors)
 
 
@@ -349,8 +313,6 @@ def test_embeddings_beside_are_told(base: Any, tmp_path: Path) -> None:
 
 
 # -- output side ------------------------------------------------------------------------------------------------------
-
-CONVS = flat(*LINEAR, *POINT, *KERNEL)
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 10.0}, {"num_blocks": 8}, {"dtype": torch.bfloat16}], ids=str)
@@ -391,18 +353,18 @@ def test_lycoris_with_scaled_outputs(base: Any, tmp_path: Path) -> None:
 
 
 def test_old_lycoris(base: Any, tmp_path: Path) -> None:
-    written = lycoris_oft.write_lycoris_oft_diag(shapes(base, CONVS))
+    written = lycoris_oft.write_lycoris_oft_diag(shapes(base, EVERYTHING))
     path = algebra.save(written, tmp_path / "old.safetensors")
-    assert_weights(base, path, CONVS, linear_in(lycoris_oft.merged_weight_oft_diag, None), written.tensors)
+    assert_weights(base, path, EVERYTHING, linear_in(lycoris_oft.merged_weight_oft_diag, None), written.tensors)
     offset = algebra.save(
-        lycoris_oft.write_lycoris_oft_diag(shapes(base, CONVS), offset=True), tmp_path / "dev.safetensors"
+        lycoris_oft.write_lycoris_oft_diag(shapes(base, EVERYTHING), offset=True), tmp_path / "dev.safetensors"
     )
     with pytest.raises(AdapterFileError, match="no rotations"):
         load_oft_weights(copy_pipe(base), offset)
 
 
 def test_boft_is_refused(base: Any, tmp_path: Path) -> None:
-    path = algebra.save(lycoris_oft.write_lycoris_boft(shapes(base, CONVS)), tmp_path / "boft.safetensors")
+    path = algebra.save(lycoris_oft.write_lycoris_boft(shapes(base, EVERYTHING)), tmp_path / "boft.safetensors")
     with pytest.raises(AdapterFileError) as error:
         load_oft_weights(copy_pipe(base), path)
     assert_one_sentence(error, "BOFT", "boft.safetensors")

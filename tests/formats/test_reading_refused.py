@@ -17,7 +17,7 @@ from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.formats import read
 from tests.helpers.tiny_families import tiny_family
 from tests.helpers.tiny_sd import write_tiny_sd
-from tests.library.support import LAYER, Maker, assert_loading_refused, assert_one_sentence, copy_pipe
+from tests.library.support import LAYER, Maker, assert_loading_refused, assert_one_sentence
 from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, peft_oft, sd_scripts, wild
 
 NAMES = [LAYER.format(name).removesuffix(".oft_R.weight") for name in ("to_q", "to_k")]
@@ -353,21 +353,6 @@ def test_a_file_of_ours_without_its_metadata_is_not_read_as_another_tools(pipe: 
         read(path, {"unet": pipe.unet})
     bare = algebra.save(algebra.Written(load(data), {}), path)
     assert_loading_refused(pipe, bare, "mug.safetensors", "names of a file of oft-diffusion")
-
-
-def test_what_diffusers_saves_without_settings_says_how_to_save_it_with_them(pipe: Any, tmp_path: Path) -> None:
-    from peft import OFTConfig, get_peft_model_state_dict
-
-    theirs = copy_pipe(pipe)
-    theirs.unet.add_adapter(OFTConfig(oft_block_size=8, target_modules=["to_q"], init_weights=False))
-    layers = get_peft_model_state_dict(theirs.unet)
-    theirs.save_lora_weights(tmp_path / "bare", unet_lora_layers=layers)
-    assert_loading_refused(
-        pipe, tmp_path / "bare", "diffusers' save_lora_weights, and no metadata", "unet_lora_adapter_metadata="
-    )
-    settings = theirs.unet.peft_config["default"].to_dict()  # as the sentence says
-    theirs.save_lora_weights(tmp_path / "told", unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
-    assert load_oft_weights(copy_pipe(pipe), tmp_path / "told").format == "PEFT"
 
 
 def load(data: bytes) -> dict[str, Tensor]:
