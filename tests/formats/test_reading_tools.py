@@ -99,6 +99,47 @@ def test_an_adapter_of_peft_answers_as_in_peft(base: Any, tmp_path: Path, option
     assert_same(base, pipe, answer(model))
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.5}, {"block_share": True}, {"point": True}],
+    ids=str,
+)
+def test_an_adapter_of_diffusers_at_every_strength(
+    base: Any, tmp_path: Path, part: str, options: dict[str, Any]
+) -> None:
+    """Saved by `save_lora_adapter`, or by `save_lora_weights`; PEFT's own merged weights, blended."""
+    told: dict[str, Any] = {"target_modules": ["q_proj", "fc2"] if part == "text_encoder" else LINEAR, **options}
+    if told.pop("point", False) and part == "unet":
+        told["target_modules"] = [*LINEAR, *POINT]
+    pipe = copy_pipe(base)
+    theirs = getattr(pipe, part)
+    theirs.add_adapter(peft.OFTConfig(oft_block_size=8, **told))
+    excite(theirs, "oft_R", 0.1)
+    layers = peft.get_peft_model_state_dict(theirs)
+    config = theirs.peft_config["default"].to_dict()
+    if part == "unet":
+        theirs.save_lora_adapter(tmp_path)
+    else:
+        pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=layers, text_encoder_lora_adapter_metadata=config)
+    merged = {}
+    adapted: list[tuple[str, Any]] = [
+        (name, module) for name, module in theirs.named_modules() if isinstance(module, peft.tuners.oft.layer.OFTLayer)
+    ]
+    for name, layer in adapted:
+        before = layer.get_base_layer().weight.detach().clone()
+        layer.merge()
+        merged[name] = (before, layer.get_base_layer().weight.detach().clone())
+    assert len(merged) >= 4
+    for strength in (1.0, 0.4, -0.7, 0.0):
+        ours, _ = load(base, tmp_path, strength=strength)
+        fuse_oft(ours)
+        for name, (before, after) in merged.items():
+            got = getattr(ours, part).get_submodule(name).weight
+            assert float((got - torch.lerp(before, after, strength)).abs().max()) < 1e-5
+            assert float((after - before).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
