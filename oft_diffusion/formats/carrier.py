@@ -15,10 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from oft_diffusion.disk import tensor_digest, write_atomically
-from oft_diffusion.errors import AdapterFileError, ConfigError
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.formats.components import Components, describe, encoder_of, modules_of
-from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components, safetensors_path, same_name
+from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Meaning, write_names
+from oft_diffusion.formats.target import Owners, as_stored, safetensors_path
 from oft_diffusion.merge import LiveWeight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -106,7 +107,7 @@ class Carrier:
         self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
         self.tensors: dict[str, Tensor] = {}
-        self._owners: dict[str, str] = {}
+        self._owners = Owners()
         self._norms: dict[str, _Norms] = {}
         self._base: dict[str, str] = {}
 
@@ -121,19 +122,11 @@ class Carrier:
 
     def claim(self, key: str, part: str) -> None:
         """Refuse a key that means layers of two components."""
-        first = self._owners.setdefault(key, part)
-        if first != part:
-            raise same_name(key, first, part)
+        self._owners.claim(key, part)
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """Add a tensor, and return it as a reader will see it, in float32."""
-        stored = tensor.to("cpu", self._dtype).contiguous()
-        if not torch.isfinite(stored).all():
-            raise AdapterFileError(
-                f"{name} reaches {float(tensor.abs().max()):.3g}, which {self._dtype} cannot hold",
-                expected=f"numbers up to {torch.finfo(self._dtype).max:.3g}",
-                fix="write bfloat16 or float32, or take a smaller strength",
-            )
+        stored = as_stored(name, tensor, self._dtype)
         self.tensors[name] = stored
         return stored.to(tensor.device, torch.float32)
 

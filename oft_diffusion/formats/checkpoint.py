@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -14,17 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from oft_diffusion.disk import umask, unwritable, writing_atomically
+from oft_diffusion.disk import writing_atomically
 from oft_diffusion.errors import AdapterError, AdapterFileError
 from oft_diffusion.formats.components import describe, modules_of
-from oft_diffusion.formats.live import (
-    EXPORT_KEY,
-    export_note,
-    live_components,
-    safetensors_path,
-    same_name,
-)
+from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Leaf, checkpoint_names
+from oft_diffusion.formats.target import Owners, new_folder, safetensors_path
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.merge import LiveWeight, merge_oft, unmerge_oft
 
@@ -63,10 +55,10 @@ def export_checkpoint(
         raise AdapterFileError(f"{target} is the base itself", expected="a new file", fix="choose another name")
     told = header.pop("__metadata__", {})
     touched: dict[str, list[tuple[str, Leaf, LiveWeight]]] = {}
+    owners = Owners()
     for part, layers in live.items():
         for name, meaning in checkpoint_names(about, part, layers, header, source=source.name).items():
-            if name in touched:
-                raise same_name(name, touched[name][0][0], part)
+            owners.claim(name, part)
             touched[name] = [(part, leaf, layers[leaf.layer]) for leaf in meaning.leaves if leaf.layer in layers]
     _refuse_quantized(source, {name: header[name]["dtype"] for name in touched})
     note = export_note(pipe, "checkpoint", live, file=source.name)
@@ -110,34 +102,21 @@ def export_folder(pipe: Any, folder: str | Path, *, keep_base: Literal["cpu", "d
     """
     folder, modules = Path(folder), modules_of(pipe)
     adapted = [modules[part] for part in live_components(pipe)]
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise AdapterFileError(f"{folder} is there already", expected="a new folder", fix="choose another name")
     if wrapped := [part for part, module in modules.items() if any(hasattr(m, "base_layer") for m in module.modules())]:
         raise AdapterError(
             f"a LoRA is loaded into {wrapped[0]}, and folders cannot hold one",
             expected="no adapters but OFT's",
             fix="unload_lora_weights first, or fuse_oft, fuse_lora, unload_lora_weights and save_pretrained yourself",
         )
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-        for module in adapted:
-            merge_oft(module, keep_base=keep_base)
-        pipe.save_pretrained(temporary, safe_serialization=True)
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.chmod(0o777 & ~umask())  # temporary folders are private
-        temporary.replace(folder)
-        temporary = None
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        for module in adapted:
-            if (bank := bank_of(module)) is not None and bank.merged:
-                unmerge_oft(module)
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        try:
+            for module in adapted:
+                merge_oft(module, keep_base=keep_base)
+            pipe.save_pretrained(temporary, safe_serialization=True)
+        finally:
+            for module in adapted:
+                if (bank := bank_of(module)) is not None and bank.merged:
+                    unmerge_oft(module)
     return folder
 
 
@@ -194,11 +173,3 @@ def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
             raise OSError("the file was cut while it was read")
         writer.write(chunk)
         count -= len(chunk)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,12 +12,9 @@ from torch import Tensor
 from oft_diffusion.errors import TargetError
 from oft_diffusion.formats.carrier import NAMINGS, Carrier, Change, Exported, widest
 from oft_diffusion.formats.components import Components
-from oft_diffusion.formats.names import Meaning, write_names
+from oft_diffusion.formats.names import Meaning, split_names
 from oft_diffusion.merge import LiveWeight
 from oft_diffusion.plan import place_of
-
-# Denoisers of whose fused weights ComfyUI finds the rows by diffusers' names, `lora_transformer_`.
-_SPLIT_IN_COMFY = ("SD3Transformer2DModel", "FluxTransformer2DModel", "ChromaTransformer2DModel")
 
 
 def export_glora(
@@ -77,14 +74,14 @@ def _right_factor(layer: LiveWeight) -> Tensor:
 
 def _glora_names(about: Components, part: str, layers: Mapping[str, LiveWeight]) -> dict[str, Meaning]:
     """Native names, but split ones for the layers of a fused weight that are not all rotated alike."""
-    found: dict[str, Meaning] = {}
-    for key, meaning in write_names(about, part, layers, "kohya").items():
-        here = [layers[name] for name in meaning.layers if name in layers]
-        if not meaning.missing and all(_alike(layer, here[0]) for layer in here):
-            found[key] = meaning
-        elif about[part].class_name in _SPLIT_IN_COMFY:
-            found |= write_names(about, part, [layer.layer for layer in here], "flat")
-        else:
+
+    def alike(names: Collection[str]) -> bool:
+        first, *others = (layers[name] for name in names)
+        return all(_alike(first, other) for other in others)
+
+    found = split_names(about, part, layers, alike)
+    for meaning in found.values():
+        if meaning.missing or not alike(meaning.layers):
             raise TargetError(
                 f"{', '.join(meaning.layers)} of {part} are one weight in ComfyUI, and not all rotated alike",
                 expected="one rotation for all of them, as share_qkv gives",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from oft_diffusion.errors import AdapterError, AdapterFileError, TargetError
+from oft_diffusion.errors import AdapterError
 from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.merge import LiveWeight, live_weights
@@ -59,27 +58,3 @@ def export_note(pipe: Any, carrier: str, live: Collection[str], **more: Any) -> 
         **more,
     }
     return json.dumps(note, sort_keys=True)
-
-
-def same_name(name: str, first: str, second: str) -> TargetError:
-    """The error about two components, such as Wan's experts, of which a file can hold one."""
-    return TargetError(
-        f"{name} is a name of a layer of {first} and of {second}",
-        expected="a file for each of them",
-        fix=f'export them one by one, components=["{first}"] and components=["{second}"]',
-    )
-
-
-def safetensors_path(path: str | Path) -> Path:
-    """A path of that kind.
-
-    Raises:
-        AdapterFileError: its name says something else.
-    """
-    if Path(path).suffix != ".safetensors":
-        raise AdapterFileError(
-            f"{Path(path).name} is no name of a safetensors file",
-            expected="a name that ends in .safetensors",
-            fix=f"use {Path(path).stem}.safetensors",
-        )
-    return Path(path)

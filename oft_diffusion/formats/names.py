@@ -6,7 +6,7 @@ guessed: every key that a pipeline's layers can have is spelled out from their n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from oft_diffusion.errors import AdapterFileError, TargetError
@@ -16,6 +16,7 @@ from oft_diffusion.formats.native_unet import unet_names
 from oft_diffusion.targets import canonical_name
 
 __all__ = [
+    "APART",
     "NAMINGS",
     "ComponentLayers",
     "Components",
@@ -25,6 +26,7 @@ __all__ = [
     "checkpoint_names",
     "describe",
     "read_names",
+    "split_names",
     "write_names",
 ]
 
@@ -80,6 +82,10 @@ NAMINGS: Mapping[str, Naming] = {
     "peft": Naming("base_model.model.", "base_model.model.", live=True),
     "lycoris": Naming("lycoris_", "lycoris_", flat=True, live=True),
 }
+
+APART = "apart"  # that of `split_names`
+# Denoisers of whose fused weights ComfyUI finds the rows by diffusers' names, `lora_transformer_`.
+_SPLIT_IN_COMFY = ("SD3Transformer2DModel", "FluxTransformer2DModel", "ChromaTransformer2DModel")
 
 # By these prefixes other tools mean the denoiser, whatever its kind.
 _DENOISER_DOTTED = ("diffusion_model.", "model.diffusion_model.", "lora_unet.")
@@ -164,6 +170,34 @@ def write_names(pipeline: Components, component: str, layers: Iterable[str], nam
             )
         found[key] = meaning
     return found
+
+
+def split_names(
+    pipeline: Components, component: str, layers: Iterable[str], alike: Callable[[Collection[str]], bool]
+) -> dict[str, Meaning]:
+    """Names for ComfyUI, where those of a fused weight's layers must be kept apart if their rotations differ.
+
+    Native names ("kohya"), but diffusers' ("flat") for such layers, where ComfyUI knows those. For other layers they
+    would be wrong: it exchanges the halves of the last modulation's rows after rotating.
+
+    Args:
+        pipeline: as for `write_names`.
+        component: as there.
+        layers: as there.
+        alike: whether these layers have the same rotation.
+
+    Raises:
+        TargetError: as `write_names`.
+    """
+    names: dict[str, Meaning] = {}
+    for key, meaning in write_names(pipeline, component, layers, "kohya").items():
+        here = [layer for layer in meaning.layers if layer not in meaning.missing]
+        is_whole = not meaning.missing and alike(here)
+        if is_whole or pipeline[component].class_name not in _SPLIT_IN_COMFY:
+            names[key] = meaning
+        else:
+            names |= write_names(pipeline, component, here, "flat")
+    return names
 
 
 def checkpoint_names(

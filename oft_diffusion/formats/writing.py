@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import write_atomically
-from oft_diffusion.errors import AdapterFileError
+from oft_diffusion.errors import AdapterFileError, ConfigError, TargetError
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.components import UNET, Components, describe
-from oft_diffusion.formats.names import Meaning, write_names
+from oft_diffusion.formats.names import APART, Meaning, split_names, write_names
+from oft_diffusion.formats.target import Owners, as_stored, new_folder, safetensors_path
+from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.rotation import block_size_of, rotation_delta, unpack
-from oft_diffusion.targets import canonical_name, find_layers, taps_of
+from oft_diffusion.targets import Target, canonical_name, find_layers, taps_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+SINGLE_FILE = ("flat", "kohya", "diffusers", "comfy", "native", APART)
 _FIVE_TERMS = OFTConfig(parametrisation="cayley_neumann", neumann_order=4)
 
 
@@ -55,7 +58,7 @@ def write_single_file(
     path: Path,
     file: AdapterFile,
     parts: Mapping[str, nn.Module],
-    naming: str = "flat",
+    naming: str | Mapping[str, str] = "flat",
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Written:
@@ -67,89 +70,183 @@ def write_single_file(
         path: a `.safetensors` file.
         file: the adapter.
         parts: the modules of the pipeline that it is for, by name; "meta" tensors are enough.
-        naming: of `names.NAMINGS`: "flat" for OneTrainer, "kohya" for sd-scripts, "comfy", "diffusers", "native".
+        naming: of `SINGLE_FILE`, or one by component; `tools.names_of` tells which one a tool reads.
         dtype: of the numbers.
 
     Raises:
-        AdapterFileError: it rotates outputs; layers that are one in that naming have different rotations; it cannot be
-            written.
-        TargetError: a layer has no name in that naming.
+        AdapterFileError: it rotates outputs, or is not for these modules; layers that are one in that naming have
+            different rotations; a number is too large for `dtype`; it cannot be written.
+        TargetError: a layer has no name in that naming, or that of another component's.
+        ConfigError: there is no such naming.
     """
-    about = describe(parts)
+    path, about = safetensors_path(path), describe(parts)
+    namings = dict.fromkeys(file.components, naming) if isinstance(naming, str) else dict(naming)
+    if unknown := sorted(set(namings.values()) - set(SINGLE_FILE)):
+        raise ConfigError(
+            f"naming={unknown[0]!r} is no naming of single files",
+            expected=f"one of {', '.join(SINGLE_FILE)}",
+            fix="leave it out",
+        )
     tensors: dict[str, Tensor] = {}
-    notes = []
+    notes, owners, written = [], Owners(), 0
     for part, state in file.components.items():
-        config = file.metadata.components[part]
-        layers = {layer.name: layer for layer in _layers(file, part, parts[part])}
-        for key, meaning in write_names(about, part, layers, naming).items():
+        layers = {layer.name: layer for layer in _layers(file, part, parts)}
+        for key, meaning in _names(about, part, layers, namings[part]).items():
+            owners.claim(key, part)
             layer = _one_of(file, key, meaning, layers)
-            tensors[key + KEY_SUFFIX] = (-layer.packed if layer.is_conv else layer.packed).to(dtype).contiguous()
-        notes += _difference(part, state, config, _FIVE_TERMS)
-    header = _kohya_header(file, about, naming)
-    write_atomically(path, save(tensors, metadata=header))
+            tensors[key + KEY_SUFFIX] = as_stored(key, -layer.packed if layer.is_conv else layer.packed, dtype)
+            written += len(meaning.leaves)
+        notes += _difference(part, state, file.metadata.components[part], _FIVE_TERMS)
+    assert written == sum(map(len, file.components.values())), "layers were lost"
+    write_atomically(path, save(tensors, metadata=_kohya_header(file, about, namings)))
     return Written(path, tuple(notes))
 
 
 def write_peft(
-    folder: Path, file: AdapterFile, component: str, module: nn.Module, *, dtype: torch.dtype = torch.float32
+    folder: Path, file: AdapterFile, parts: Mapping[str, nn.Module], *, dtype: torch.dtype = torch.float32
 ) -> Written:
-    """A folder that PEFT loads onto one component: `adapter_model.safetensors` and `adapter_config.json`.
+    """What PEFT loads onto a component: a folder with `adapter_model.safetensors` and `adapter_config.json`.
+
+    Of an adapter of several components, each has a folder in it that is called as it is. All is written, or nothing.
 
     Args:
-        folder: made if need be.
+        folder: the new folder.
         file: the adapter.
-        component: which of its components.
-        module: that component of the pipeline it is for; "meta" tensors are enough.
+        parts: the modules of the pipeline that it is for, by name; "meta" tensors are enough.
         dtype: of the numbers.
 
     Raises:
-        AdapterFileError: it rotates outputs, or convolutions larger than 1x1, which PEFT gets wrong; no single block
-            size makes PEFT choose the sizes that its layers have; it cannot be written.
+        AdapterFileError: it rotates outputs, or convolutions larger than 1x1, which PEFT gets wrong, or is not for
+            these modules; no single block size makes PEFT choose the sizes that its layers have; a number is too large
+            for `dtype`; the folder is there already, or cannot be written.
     """
-    config = file.metadata.components[component]
-    layers = list(_layers(file, component, module))
+    made = {part: _peft_files(file, part, parts, dtype) for part in file.components}
+    notes = []
+    for part, state in file.components.items():
+        config = file.metadata.components[part]
+        notes += _difference(part, state, config, _peft_series(config)[1])
+    with new_folder(folder) as temporary:
+        for part, files in made.items():
+            for name, data in files.items():
+                write_atomically((temporary / part if len(made) > 1 else temporary) / name, data)
+    return Written(folder, tuple(notes))
+
+
+def part_of(file: AdapterFile, component: str) -> AdapterFile:
+    """What an adapter does to one component, as an adapter.
+
+    Raises:
+        ConfigError: it does not adapt it.
+    """
+    if component not in file.components:
+        raise ConfigError(
+            f"{file.path.name} does not adapt {component}",
+            expected=f"one of {', '.join(file.components)}",
+            fix="choose one of those",
+        )
+    metadata = replace(file.metadata, components={component: file.metadata.components[component]})
+    return AdapterFile(file.path, {component: file.components[component]}, metadata)
+
+
+def check_fit(file: AdapterFile, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse an adapter for another model than the one with these modules.
+
+    Raises:
+        AdapterFileError: a component is not there, or of another class, or lacks a layer, or one is of another width.
+    """
+    for part, state in file.components.items():
+        _targets(file, part, state, parts)
+
+
+def _peft_files(file: AdapterFile, part: str, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, bytes]:
+    """PEFT's two files about a component, by name."""
+    config = file.metadata.components[part]
+    layers = list(_layers(file, part, parts))
     if wide := [layer.name for layer in layers if layer.taps > 1]:
         raise AdapterFileError(
             f"{file.path.name} adapts {wide[0]}, a convolution larger than 1x1, where PEFT's OFT is broken",
             expected="linear layers and 1x1 convolutions",
             fix="write another format",
         )
-    told, target = _peft_series(config)
     sign = -1.0 if config.parametrisation == "cayley" else 1.0
-    tensors = {
-        f"base_model.model.{layer.name}{KEY_SUFFIX}": (sign * layer.packed).to(dtype).contiguous() for layer in layers
-    }
+    keys = {layer.name: f"base_model.model.{layer.name}{KEY_SUFFIX}" for layer in layers}
+    tensors = {keys[layer.name]: as_stored(keys[layer.name], sign * layer.packed, dtype) for layer in layers}
     settings = {
         "peft_type": "OFT", "peft_version": "0.21.2", "auto_mapping": None, "base_model_name_or_path": None,
         "bias": "none", "block_share": False, "coft": False, "eps": 6e-5, "exclude_modules": None,
         "fan_in_fan_out": False, "inference_mode": True, "init_weights": True, "layers_pattern": None,
         "layers_to_transform": None, "module_dropout": 0.0, "modules_to_save": None,
         "oft_block_size": _peft_block_size(file, layers), "r": 0, "revision": None,
-        "target_modules": [layer.name for layer in layers], "task_type": None, **told,
+        "target_modules": [layer.name for layer in layers], "task_type": None, **_peft_series(config)[0],
     }  # fmt: skip
-    write_atomically(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
-    return Written(folder, tuple(_difference(component, file.components[component], config, target)))
+    return {
+        WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
+        CONFIG_NAME: json.dumps(settings, indent=2, sort_keys=True).encode(),
+    }
 
 
-def _layers(file: AdapterFile, part: str, module: nn.Module) -> Iterator[_Layer]:
+def _targets(
+    file: AdapterFile, part: str, state: Mapping[str, Tensor], parts: Mapping[str, nn.Module]
+) -> list[tuple[Target, Tensor]]:
+    """A component's adapted layers in a model, each with its generator."""
+    trained = file.metadata.base.get("components", {}).get(part)
+    here = type(unwrap(parts[part])).__name__ if part in parts else None
+    if here is None or trained not in (None, here):
+        found = f"its {part} is a {here}" if here else f"it has no {part}"
+        raise _not_for(file, found, f"a {trained or 'model'} as {part}", describe(parts))
+    given = {canonical_name(key.removesuffix(KEY_SUFFIX)): t for key, t in state.items() if key.endswith(KEY_SUFFIX)}
+    try:
+        targets = find_layers(parts[part], given)
+    except TargetError as error:
+        raise _not_for(file, f"{part}: {error.problem}", error.expected, describe(parts)) from error
+    inputs = file.metadata.components[part].side == "input"
+    for target in targets:
+        packed = given[canonical_name(target.name)]
+        width, taps = len(packed) * (block_size_of(packed.shape[1]) or 0), taps_of(target.module)
+        if inputs and width not in (target.in_features, target.in_features * taps):
+            raise _not_for(
+                file, f"its rotation of {part}.{target.name} has {width} rows, which has {target.in_features} inputs",
+                "layers as wide as those that it was trained on", describe(parts),
+            )  # fmt: skip
+    return [(target, given[canonical_name(target.name)]) for target in targets]
+
+
+def _not_for(file: AdapterFile, problem: str, expected: str, about: Components) -> AdapterFileError:
+    classes = ", ".join(f"{part} {layers.class_name}" for part, layers in about.items())
+    trained = ", ".join(f"{part} {name}" for part, name in file.metadata.base.get("components", {}).items())
+    return AdapterFileError(
+        f"{file.path.name}{f', trained on a model with {trained},' if trained else ''} does not fit the model with "
+        f"{classes}: {problem}",
+        expected=expected,
+        fix="name the model that the adapter was trained on",
+    )
+
+
+def _layers(file: AdapterFile, part: str, parts: Mapping[str, nn.Module]) -> Iterator[_Layer]:
     """The adapted layers of a component, under their names in the model."""
-    config, state = file.metadata.components[part], file.components[part]
-    if config.side == "output":
+    if file.metadata.components[part].side == "output":
         raise AdapterFileError(
             f"{file.path.name} rotates outputs, as the first OFT did",
             expected="an adapter that rotates inputs, which is all that tools of OFTv2 know",
             fix='write "diff", "lora" or a merged model instead, which hold any change',
         )
-    given = {canonical_name(key.removesuffix(KEY_SUFFIX)): tensor.float() for key, tensor in state.items()}
-    for target in find_layers(module, [key.removesuffix(KEY_SUFFIX) for key in state]):
-        packed = given[canonical_name(target.name)]
-        is_conv = isinstance(target.module, nn.Conv2d)
-        taps = taps_of(target.module)
+    for target, stored in _targets(file, part, file.components[part], parts):
+        packed, taps = stored.float(), taps_of(target.module)
         size = block_size_of(packed.shape[1]) or 0
         if taps > 1 and len(packed) * size == target.in_features:
             packed = _at_every_tap(packed, taps)
-        yield _Layer(target.name, packed, is_conv, taps)
+        yield _Layer(target.name, packed, isinstance(target.module, nn.Conv2d), taps)
+
+
+def _names(about: Components, part: str, layers: Mapping[str, _Layer], naming: str) -> dict[str, Meaning]:
+    if naming != APART:
+        return write_names(about, part, layers, naming)
+
+    def alike(names: Collection[str]) -> bool:
+        first, *others = (layers[name].packed for name in names)
+        return all(torch.equal(first, other) for other in others)
+
+    return split_names(about, part, layers, alike)
 
 
 def _at_every_tap(packed: Tensor, taps: int) -> Tensor:
@@ -167,7 +264,7 @@ def _one_of(file: AdapterFile, key: str, meaning: Meaning, layers: Mapping[str, 
         raise AdapterFileError(
             f"{key} is one weight of {', '.join(meaning.layers)}, and {why} in {file.path.name}",
             expected="one rotation for all of them, as share_qkv trains it",
-            fix='use the naming "flat", which keeps them apart, or train with share_qkv = true',
+            fix='use the naming "flat" or "diffusers", which keep them apart, or train with share_qkv = true',
         )
     return leaves[0]
 
@@ -182,7 +279,6 @@ def _difference(part: str, state: Mapping[str, Tensor], ours: OFTConfig, theirs:
     for packed in (tensor.double() for key, tensor in state.items() if key.endswith(KEY_SUFFIX)):
         worst = max(worst, float((rotation_delta(packed, ours) - rotation_delta(packed, theirs)).abs().max()))
         norm = max(norm, float(torch.linalg.matrix_norm(unpack(packed), 2).max()))
-    how = "" if theirs.parametrisation == "cayley" else f" (order {theirs.neumann_order})"
     how = "exactly" if theirs.parametrisation == "cayley" else f"by a series of order {theirs.neumann_order}"
     told = f"{part}: the target builds rotations {how}, so that they differ by up to {worst:.2g} in an entry"
     return [f"{told} (generators reach a norm of {norm:.2f})"]
@@ -229,7 +325,7 @@ def _adjusted(width: int, wanted: int) -> int:
     return width
 
 
-def _kohya_header(file: AdapterFile, about: Components, naming: str) -> dict[str, str]:
+def _kohya_header(file: AdapterFile, about: Components, namings: Mapping[str, str]) -> dict[str, str]:
     """What sd-scripts, OneTrainer and the tools that list adapters look at."""
     sizes = {config.block_size for config in file.metadata.components.values()}
     unet = next((layers for layers in about.values() if layers.class_name == UNET), None)
@@ -242,6 +338,6 @@ def _kohya_header(file: AdapterFile, about: Components, naming: str) -> dict[str
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": file.metadata.trigger or file.path.stem,
         "modelspec.trigger_phrase": file.metadata.trigger or "",
-        f"{HEADER_KEY}_export": json.dumps({"naming": naming, "sha256": file.metadata.sha256}),
+        f"{HEADER_KEY}_export": json.dumps({"naming": namings, "sha256": file.metadata.sha256}),
     }
     return header | ({"ss_base_model_version": base} if base else {})

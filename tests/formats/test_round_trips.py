@@ -101,7 +101,7 @@ def test_peft(
             parent = module.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], nn.Conv2d(layer.in_channels, layer.out_channels, 1))
     file = adapter(module, block_size, folder, seed, **series)
-    write_peft(folder / "peft", file, "unet", module, dtype=dtype)
+    write_peft(folder / "peft", file, {"unet": module}, dtype=dtype)
     again = read(folder / "peft" / "adapter_model.safetensors", {"unet": module}).file
     assert again.metadata.components["unet"].parametrisation == file.metadata.components["unet"].parametrisation
     for layer, wanted in rotations(file).items():

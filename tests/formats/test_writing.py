@@ -22,6 +22,7 @@ from oft_diffusion.files import AdapterFile, load_adapter_file
 from oft_diffusion.formats import read, write_peft, write_single_file
 from oft_diffusion.formats.components import describe
 from oft_diffusion.formats.names import read_names
+from oft_diffusion.formats.writing import part_of
 from tests.helpers.tiny_families import tiny_family
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_one_sentence, copy_pipe, excite
@@ -154,7 +155,7 @@ def test_peft_itself_loads_it_and_answers_as_we_do(base: Any, tmp_path: Path, se
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 5, 32)
     tokens = torch.randint(0, 100, (2, 7))
     for part, call in (("unet", (x, t, text)), ("text_encoder", (tokens,))):
-        written = write_peft(tmp_path / part, file, part, getattr(base, part))
+        written = write_peft(tmp_path / part, part_of(file, part), parts_of(base))
         assert written.notes == ()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT warns about adjusted sizes and missing keys
@@ -174,7 +175,7 @@ def test_pefts_sizes_of_its_own_choice_are_found(base: Any, tmp_path: Path) -> N
     model.save_pretrained(str(tmp_path / "theirs"))
     imported = read(tmp_path / "theirs" / "adapter_model.safetensors", parts_of(base)).file
     assert imported.metadata.components["unet"].block_size == "mixed"
-    write_peft(tmp_path / "again", imported, "unet", base.unet)
+    write_peft(tmp_path / "again", imported, parts_of(base))
     again, before = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("again", "theirs"))
     assert again.keys() == before.keys()
     assert all(torch.equal(again[key], before[key]) for key in before)
@@ -186,15 +187,15 @@ def test_pefts_sizes_of_its_own_choice_are_found(base: Any, tmp_path: Path) -> N
 def test_what_peft_cannot_hold_is_refused(base: Any, tmp_path: Path) -> None:
     conv = adapter(base, tmp_path / "conv", targets="all-linear+conv")
     with pytest.raises(AdapterFileError) as error:
-        write_peft(tmp_path / "peft", conv, "unet", base.unet)
+        write_peft(tmp_path / "peft", part_of(conv, "unet"), parts_of(base))
     assert_one_sentence(error, "larger than 1x1")
     assert not (tmp_path / "peft").exists()
 
 
 def test_settings_are_those_that_peft_writes(base: Any, tmp_path: Path) -> None:
-    write_peft(tmp_path / "ours", adapter(base, tmp_path), "unet", base.unet)
+    write_peft(tmp_path / "peft", part_of(adapter(base, tmp_path), "unet"), parts_of(base))
     model = peft.get_peft_model(copy.deepcopy(base.unet), peft.OFTConfig(target_modules=["to_q"]))
     model.save_pretrained(str(tmp_path / "t"))
-    ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "t"))
+    ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "t"))
     assert set(ours) <= set(theirs)
-    assert isinstance(peft.PeftConfig.from_pretrained(str(tmp_path / "ours")), peft.OFTConfig)
+    assert isinstance(peft.PeftConfig.from_pretrained(str(tmp_path / "peft")), peft.OFTConfig)

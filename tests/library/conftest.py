@@ -6,6 +6,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from oft_diffusion import OFTConfig
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import Maker, copy_pipe, draw
 
@@ -42,6 +43,13 @@ def mug(make: Maker) -> Path:
 @pytest.fixture(scope="session")
 def plain(make: Maker) -> Path:
     return make("plain", seed=2)
+
+
+@pytest.fixture(scope="session")
+def series(make: Maker) -> Path:
+    """Of the series that all tools have."""
+    config = OFTConfig(8, parametrisation="cayley_neumann", neumann_order=4)
+    return make("series", seed=6, config=config, trigger="sks")
 
 
 @pytest.fixture(scope="session")

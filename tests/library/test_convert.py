@@ -10,13 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from oft_diffusion import OFTConfig, load_oft_weights, set_oft_adapters
+from oft_diffusion import load_oft_weights, set_oft_adapters
 from oft_diffusion.cli import main
 from oft_diffusion.files import load_adapter_file
 from tests.helpers.single_files import write_single_file
 from tests.library.support import copy_pipe, distance, draw
 
-FIVE_TERMS = OFTConfig(8, parametrisation="cayley_neumann", neumann_order=4)
 ROUNDING = 1e-4
 
 
@@ -24,13 +23,6 @@ def run(capsys: Any, *arguments: object) -> tuple[int, str]:
     status = main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return status, printed.out + printed.err
-
-
-@pytest.fixture(scope="session")
-def series(make: Any) -> Path:
-    """An adapter of the series that all tools have."""
-    path: Path = make("series", seed=6, config=FIVE_TERMS, trigger="sks")
-    return path
 
 
 def drawn(pipe: Any, path: Path, **options: Any) -> Any:
@@ -86,7 +78,9 @@ def test_a_lora_that_diffusers_loads(
     theirs = copy_pipe(base_pipe)
     theirs.load_lora_weights(lora)
     assert distance(draw(theirs), wanted) < ROUNDING
-    status, text = run(capsys, "convert", mug, lora, "--to", "lora", "--model", model_folder, "--rank", 2)
+    status, text = run(
+        capsys, "convert", mug, lora, "--to", "lora", "--model", model_folder, "--rank", 2, "--overwrite"
+    )
     assert float(text.partition("weights, ")[2].partition("%")[0]) > 5
 
 
