@@ -290,12 +290,6 @@ def test_a_file_that_does_not_tell_whose_it_is(base: Any, tmp_path: Path, option
     assert_weights(base, path, EVERYTHING, linear_in(merged_weight_comfy_node, None), written.tensors)
 
 
-def test_scaled_files_for_comfyui_have_no_header(base: Any, tmp_path: Path) -> None:
-    written = onetrainer.write_onetrainer(shapes(base, EVERYTHING), scaled=True)._replace(metadata={})
-    path = algebra.save(written, tmp_path / "who.safetensors")
-    assert_weights(base, path, EVERYTHING, linear_in(merged_weight_comfy_node, None), written.tensors)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kinds_of_oft_without_a_counterpart_are_refused_by_name(base: Any, tmp_path: Path, variant: Any) -> None:
     path = algebra.save(write_comfy_node_only(shapes(base, EVERYTHING), variant), tmp_path / "x.safetensors")

@@ -19,7 +19,7 @@ from oft_diffusion import fuse_oft, load_oft_weights
 from oft_diffusion.errors import AdapterFileError
 from tests.helpers.tiny_families import tiny_family
 from tests.library.support import assert_one_sentence
-from tests.peers import algebra, comfy_node, kohya_oft, lycoris_oft, onetrainer, sd_scripts
+from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, sd_scripts
 from tests.peers.comfy_node import merged_weight_comfy_node
 
 SD, XL, SD3, FLUX = (f"{name}Pipeline" for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"))
@@ -198,22 +198,10 @@ def test_a_rotation_of_fused_inputs(bases: Any, tmp_path: Path, name: str, prefi
 @pytest.mark.parametrize("name", [SD3, FLUX])
 def test_a_rotation_of_fused_inputs_of_nobody(bases: Any, tmp_path: Path, name: str) -> None:
     """As a file without a header for the node ComfyUI-OFTv2, whose own formula it is held to."""
-    native = _FLUX if name == FLUX else _SD3
-    layers = {f"diffusion_model.{key}": ("transformer", names) for key, names in native.items()}
-    written = onetrainer.write_onetrainer(shapes(bases[name], layers), block_size=16)._replace(metadata={})
-    with pytest.warns(UserWarning, match="does not tell which tool wrote it"):
-        found = assert_weights(bases[name], tmp_path, layers, written, merged_weight_comfy_node, strength=0.4)
-    assert found == "an unknown tool"
-
-
-@pytest.mark.parametrize("name", [SD3, FLUX])
-def test_a_rotation_of_fused_inputs_by_an_unknown_tool(bases: Any, tmp_path: Path, name: str) -> None:
     layers = KINDS[name]["COMFY"]
     written = onetrainer.write_onetrainer(shapes(bases[name], layers), block_size=8)._replace(metadata={})
     with pytest.warns(UserWarning, match="does not tell which tool wrote it"):
-        found = assert_weights(
-            bases[name], tmp_path, layers, written, comfy_node.merged_weight_comfy_node, strength=0.4
-        )
+        found = assert_weights(bases[name], tmp_path, layers, written, merged_weight_comfy_node, strength=0.4)
     assert found == "an unknown tool"
 
 

@@ -99,10 +99,16 @@ def test_an_adapter_of_peft_answers_as_in_peft(base: Any, tmp_path: Path, option
     assert_same(base, pipe, answer(model))
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.5}, {"block_share": True}, {"point": True}],
+    ("part", "options"),
+    [
+        *(
+            (part, options)
+            for part in ("unet", "text_encoder")
+            for options in ({}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.5}, {"block_share": True})
+        ),
+        ("unet", {"target_modules": [*LINEAR, *POINT]}),
+    ],
     ids=str,
 )
 def test_an_adapter_of_diffusers_at_every_strength(
@@ -110,8 +116,6 @@ def test_an_adapter_of_diffusers_at_every_strength(
 ) -> None:
     """Saved by `save_lora_adapter`, or by `save_lora_weights`; PEFT's own merged weights, blended."""
     told: dict[str, Any] = {"target_modules": ["q_proj", "fc2"] if part == "text_encoder" else LINEAR, **options}
-    if told.pop("point", False) and part == "unet":
-        told["target_modules"] = [*LINEAR, *POINT]
     pipe = copy_pipe(base)
     theirs = getattr(pipe, part)
     theirs.add_adapter(peft.OFTConfig(oft_block_size=8, **told))
