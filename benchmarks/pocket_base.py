@@ -170,8 +170,9 @@ def table() -> str:
     for (measure, of), row in newest.items():
         bounds = f"{row['low']} to {row['high']} ({row['bounds']})"
         lines.append(f"| {measure} | {of} | {row['value']} | {bounds} | {row['n']} |")
-    timed = next(row for row in newest.values() if row["measure"].startswith("seconds"))
-    return "\n".join([*lines, "", f"Times on {timed['hardware']}, {timed['threads']} threads."])
+    timed = [row for row in newest.values() if row["measure"].startswith("seconds")]
+    told = ["", f"Times on {timed[-1]['hardware']}, {timed[-1]['threads']} threads."] if timed else []
+    return "\n".join([*lines, *told])
 
 
 def main() -> None:

@@ -77,6 +77,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "plain, class images": PLAIN | CLASS_IMAGES,
     "without crops and mirroring": {"min_crop": 1.0, "flip": False},
     "without twins": {"prior_twins": 0},
+    "4 twins": {"prior_twins": 4},
+    "6 twins": {"prior_twins": 6},
     "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
     "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
     "timesteps below 850": {"max_timestep": 850},
@@ -126,9 +128,11 @@ def measure(
                 "preservation": f["preservation"].difference.mean,
                 "hit and fidelity": f["hit and fidelity"].adapted.mean,
                 "leakage, other trigger": f["leakage, other trigger"].adapted.mean,
+                "leakage, long word": f["leakage, long word"].adapted.mean,
                 "leakage, class word": f["leakage, class word"].adapted.mean,
                 "attribute drift": f["attribute drift"].difference.mean,
                 "drift, other trigger": f["attribute drift, other trigger"].difference.mean,
+                "drift, long word": f["attribute drift, long word"].difference.mean,
                 "drift, class word": f["attribute drift, class word"].difference.mean,
                 "memorisation": f["memorisation"].adapted.mean,
             }
@@ -164,18 +168,28 @@ def table() -> str:
         name = today.get(setup, f"{own[0]['candidate']} (earlier)")
         hit, preserved, leaked = (_mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger"))
         share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
-        more = ("leakage, class word", "drift, other trigger", "hit and fidelity", "attribute drift", "memorisation")
+        more = (
+            "leakage, long word",
+            "leakage, class word",
+            "drift, other trigger",
+            "drift, long word",
+            "hit and fidelity",
+            "attribute drift",
+            "memorisation",
+        )
         cells = [_percent(value) for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
         cells[0] += _spread([float(row["subject hit"]) for row in own])
         cells.append("" if name == "the chosen one" else _paired(own, chosen))
         runs = Counter(row["subject"] for row in own)
         cells.append(", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())))
         line = f"| {name} | {' | '.join(cells)} |"
-        ranked.append((score(hit, share, preserved, leaked), line))
+        long = _mean(own, "leakage, long word")
+        worst = leaked if math.isnan(long) else max(leaked, long)
+        ranked.append((score(hit, share, preserved, worst), line))
     columns = (
-        "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, class word",
-        "drift, other trigger", "hit and fidelity", "drift", "memorisation", "to the chosen one: hit, preservation",
-        "runs",
+        "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
+        "leakage, class word", "drift, other trigger", "drift, long word", "hit and fidelity", "drift", "memorisation",
+        "to the chosen one: hit, preservation", "runs",
     )  # fmt: skip
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])

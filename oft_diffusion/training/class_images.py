@@ -25,6 +25,7 @@ from oft_diffusion.training.data import Picture, read_caption
 from oft_diffusion.training.families import AT_ONCE, Family
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
+TWIN_LENGTHS = (2, 3, 4, None, None)  # of made-up words, drawn by lot; None is the trigger's
 RECORD = "class_images.json"
 
 
@@ -162,7 +163,8 @@ def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Pic
     """The instance images under `prior_twins` other prompts each: without the trigger, then with made-up words for it.
 
     With what the base answers as their target, nothing but the trigger can tell the subject from the rest. Every
-    second word begins as the trigger does, or a part of it would be enough.
+    second word begins as the trigger does, or a part of it would be enough; and some of the others are as long, or any
+    word of that length would be.
     """
     rng = random.Random(f"{config.seed} twins")
     trigger = re.compile(rf"\b{re.escape(config.trigger)}\b", re.IGNORECASE)
@@ -172,21 +174,17 @@ def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Pic
             if i == 0:
                 word = ""
             elif i % 2:
-                word = _letters(rng, rng.choice((2, 3, 3, 4)))
+                word = _other(rng, config.trigger, 0, rng.choice(TWIN_LENGTHS) or len(config.trigger))
             else:
-                word = _resembling(rng, config.trigger)
+                kept = rng.randrange(len(config.trigger) // 2, len(config.trigger))
+                word = _other(rng, config.trigger, kept, len(config.trigger))
             twins.append(Picture(picture.path, " ".join(trigger.sub(word, picture.prompt).split())))
     return twins
 
 
-def _resembling(rng: random.Random, trigger: str) -> str:
-    """A trigger with its last letters changed."""
-    kept = rng.randrange(len(trigger) // 2, len(trigger))
+def _other(rng: random.Random, trigger: str, kept: int, length: int) -> str:
+    """A made-up word that begins with some of a trigger's letters, and is not the trigger."""
     while True:
-        word = trigger[:kept] + _letters(rng, len(trigger) - kept)
+        word = trigger[:kept] + "".join(rng.choices(_CONSONANTS, k=length - kept))
         if word.lower() != trigger.lower():
             return word
-
-
-def _letters(rng: random.Random, count: int) -> str:
-    return "".join(rng.choices(_CONSONANTS, k=count))

@@ -112,7 +112,7 @@ def test_twins_are_the_instance_images_without_their_trigger(prior: Config, run:
     assert [t.prompt for t in twins[::3]] == ["a photo of mug"] * len(instances)
     words = [match[1] if (match := re.fullmatch(r"a photo of (\w+) mug", t.prompt)) else "" for t in twins]
     rare, near = words[1::3], words[2::3]
-    assert all(2 <= len(word) <= 4 for word in rare)
+    assert all(2 <= len(word) <= 4 and word != "sks" for word in rare)
     assert len(set(rare)) > 1
     # words that begin as the trigger does must not do, either
     assert all(len(word) == 3 and word[0] == "s" and word != "sks" for word in near)
@@ -121,6 +121,14 @@ def test_twins_are_the_instance_images_without_their_trigger(prior: Config, run:
     assert twins != twin_pictures(instances, prior(prior_target="base", prior_twins=3, seed=1))
     steps, _ = run(settings)
     assert steps[0].prior_loss is not None
+
+
+def test_some_twins_have_a_word_as_long_as_the_trigger_and_unlike_it(prior: Config) -> None:
+    settings = prior(prior_target="base", prior_twins=8, trigger="qzxjkvwpfh")
+    words = [twin.prompt.split()[-2] for twin in twin_pictures(preflight(settings).pictures, settings)]
+    unlike = [word for word in words if word != "of" and not word.startswith("qzxjk")]
+    assert {len(word) for word in unlike} == {2, 3, 4, 10}
+    assert sum(len(word) == 10 for word in unlike) > len(unlike) / 5
 
 
 def test_twins_of_the_shipped_subjects_never_wear_a_trigger_that_the_evaluation_asks_with() -> None:
