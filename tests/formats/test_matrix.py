@@ -108,7 +108,7 @@ def test_the_test_of_a_cell_is_there(key: str, collected: dict[str, list[pytest.
         assert not {mark.name for mark in test.iter_markers()} & {"skip", "skipif", "xfail"}
     # A cell says "refused" where its test expects a refusal, and no other test does nothing else.
     said = {text for cell in CELLS for text, used in cell.links if used == key}
-    refuses = re.search(r"raises\(|refused", inspect.getsource(tests[0].function)) is not None
+    refuses = re.search(r"raises\(|refused|status == 1", inspect.getsource(tests[0].function)) is not None
     if any("refused" in text for text in said):
         assert refuses, f"{name} refuses nothing"
     elif "refused" in name or name.startswith("test_a_bound_that_nobody"):

@@ -1,10 +1,11 @@
-"""`convert` of adapters that rotate and scale outputs: what holds them, at any strength, and what refuses them."""
+"""`convert` of what not every format holds, outputs and strengths: those that do draw the same, the others refuse."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from diffusers import StableDiffusionPipeline
 
@@ -69,6 +70,34 @@ def test_weights_hold_them(
     assert distance(draw(merged), wanted) < 1e-4
 
 
+def test_peft_holds_a_strength_of_ours(
+    base_pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    wanted = drawn(base_pipe, mug, strength=0.4)
+    assert distance(wanted, drawn(base_pipe, mug)) > 1e-2
+    told = ("--to", "peft", "--model", model_folder, "--strength", 0.4)
+    assert convert(capsys, mug, tmp_path / "peft", *told)[0] == 0
+    theirs = copy_pipe(base_pipe)
+    for part in ("unet", "text_encoder"):
+        model = peft.PeftModel.from_pretrained(getattr(theirs, part), str(tmp_path / "peft" / part))
+        setattr(theirs, part, model.base_model.model)
+    assert distance(draw(theirs), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("to", ["onetrainer", "comfyui-oftv2", "sd-scripts"])
+def test_files_of_five_terms_tell_by_how_much_a_strength_of_ours_differs(
+    base_pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, to: str
+) -> None:
+    wanted = drawn(base_pipe, mug, strength=0.4)
+    out = tmp_path / "x.safetensors"
+    status, text = convert(capsys, mug, out, "--to", to, "--model", model_folder, "--strength", 0.4)
+    assert status == 0, text
+    told = [float(line.partition("by up to ")[2].split()[0]) for line in text.splitlines() if "by up to" in line]
+    assert len(told) == 2  # of either component
+    assert max(told) < 1e-2
+    assert 0 < distance(drawn(base_pipe, out), wanted) < 1e-2
+
+
 @pytest.mark.parametrize("to", ["peft", "onetrainer", "comfyui-oftv2", "sd-scripts", "glora"])
 def test_formats_of_inputs_refuse_them(theirs: Path, model_folder: Path, tmp_path: Path, capsys: Any, to: str) -> None:
     out = tmp_path / ("x" if to == "peft" else "x.safetensors")
@@ -76,4 +105,14 @@ def test_formats_of_inputs_refuse_them(theirs: Path, model_folder: Path, tmp_pat
     assert status == 1
     _, _, reason = text.partition("error: ")
     assert "rotates outputs" in reason or (to == "glora" and "rotated inputs" in reason)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["oft", "peft", "onetrainer", "comfyui-oftv2", "sd-scripts"])
+def test_files_of_rotations_refuse_a_blend(mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, to: str) -> None:
+    out = tmp_path / ("x" if to in ("oft", "peft") else "x.safetensors")
+    told = ("--to", to, "--model", model_folder, "--strength", 0.4, "--mode", "linear")
+    status, text = convert(capsys, mug, out, *told)
+    assert status == 1
+    assert "--mode rotation" in text
     assert not out.exists()
