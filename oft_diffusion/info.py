@@ -12,7 +12,7 @@ from torch import Tensor
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import has_metadata
 from oft_diffusion.files import load_adapter_file
-from oft_diffusion.formats.origins import ORIGINS
+from oft_diffusion.formats.origins import origin_of
 from oft_diffusion.formats.source import Source, read_source
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import HEADER_KEY
@@ -56,9 +56,8 @@ def _ours(path: Path) -> list[str]:
 
 
 def _foreign(source: Source) -> list[str]:
-    origin = next(origin for origin in ORIGINS if origin.known_by(source))
     outputs = source.has("oft_blocks", "oft_diag")
-    name = "sd-scripts networks.oft or LyCORIS diag-oft" if outputs else origin.name
+    name = "sd-scripts networks.oft or LyCORIS diag-oft" if outputs else origin_of(source).name
     parameters = sum(t.numel() for tensors in source.groups.values() for t in tensors.values())
     sizes = Counter(_size(tensors) for tensors in source.groups.values())
     first = next(iter(source.groups))
@@ -68,8 +67,9 @@ def _foreign(source: Source) -> list[str]:
         f"layers     {len(source.groups)}, named as {first}",
         f"blocks     of size {', '.join(f'{size} ({count} layers)' for size, count in sizes.most_common())}",
     ]
-    if not outputs:
-        lines.append(f"series     {', '.join(f'{k} {v}' for k, v in origin.reading(source).settings.items())}")
+    for part in () if outputs else source.configured or [""]:
+        series = origin_of(source).reading(source.settings_of(part)).settings
+        lines.append(f"series     {', '.join(f'{k} {v}' for k, v in series.items())}{f' ({part})' if part else ''}")
     return [*lines, "load it with load_oft_weights, or make it one of ours with oft-diffusion convert --to oft"]
 
 

@@ -77,9 +77,14 @@ class Source:
     def _all(self) -> set[str]:
         return {suffix for tensors in self.groups.values() for suffix in tensors}
 
+    @property
+    def configured(self) -> list[str]:
+        """The components that its configuration tells apart; none where it has one for all."""
+        return list(dict.fromkeys(entry.partition(".")[0] for entry in self.config if "." in entry))
+
     def settings_of(self, component: str) -> Source:
         """The same file with the configuration of one component alone."""
-        if not any("." in entry for entry in self.config):
+        if not self.configured:
             return self
         own = {e.removeprefix(f"{component}."): v for e, v in self.config.items() if e.startswith(f"{component}.")}
         return replace(self, config=own)

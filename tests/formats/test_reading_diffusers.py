@@ -14,6 +14,7 @@ from peft import OFTConfig, get_peft_model_state_dict
 from torch import nn
 
 from oft_diffusion import load_oft_weights, set_oft_adapters
+from oft_diffusion.info import describe_file
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_loading_refused, copy_pipe, distance, draw
 
@@ -72,6 +73,9 @@ def test_a_file_of_several_components(base: Any, tmp_path: Path) -> None:
     wanted = draw(pipe)
     layers = {f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()}
     pipe.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata(parts))
+    told = "\n".join(describe_file(tmp_path))
+    assert "parametrisation cayley (unet)" in told
+    assert "neumann_order 4 (text_encoder)" in told
     ours = copy_pipe(base)
     loaded = load_oft_weights(ours, tmp_path)
     assert (loaded.format, set(loaded.components)) == ("PEFT", set(parts))
