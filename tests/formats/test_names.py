@@ -27,6 +27,7 @@ from oft_diffusion.formats.names import (
 )
 from tests.formats.real_models import BUILDERS, real_components
 from tests.helpers import tiny_denoisers
+from tests.helpers.lycoris_presets import preset
 from tests.helpers.tiny_families import BUILDERS as FAMILIES
 from tests.helpers.tiny_families import tiny_family
 
@@ -198,9 +199,9 @@ def tiny_sd() -> dict[str, Any]:
 
 def test_what_lycoris_writes_is_read(tiny_sd: dict[str, Any]) -> None:
     about = {part: ComponentLayers.from_model(module) for part, module in tiny_sd.items()}
-    LycorisNetwork.apply_preset({"target_module": ["Transformer2DModel", "CLIPEncoderLayer"]})
     for part, module in tiny_sd.items():
-        network = create_lycoris(module, 1.0, linear_dim=4, algo="diag-oft")
+        with preset(LycorisNetwork, {"target_module": ["Transformer2DModel", "CLIPEncoderLayer"]}):
+            network = create_lycoris(module, 1.0, linear_dim=4, algo="diag-oft")
         network.apply_to()
         layers = _layers_of(network.state_dict(), ".oft_blocks", about, part)
         assert len(layers) == len(network.loras) > 10
@@ -210,10 +211,10 @@ def test_what_lycoris_writes_is_read(tiny_sd: dict[str, Any]) -> None:
 def test_what_lycoris_writes_in_sd_scripts_is_read(tiny_sd: dict[str, Any]) -> None:
     about = {part: ComponentLayers.from_model(module) for part, module in tiny_sd.items()}
     targets = {"unet": ["Transformer2DModel", "ResnetBlock2D"], "text_encoder": ["CLIPEncoderLayer"]}
-    LycorisNetworkKohya.apply_preset({f"{part}_target_module": classes for part, classes in targets.items()})
-    network = LycorisNetworkKohya(
-        tiny_sd["text_encoder"], tiny_sd["unet"], lora_dim=4, conv_lora_dim=4, network_module="diag-oft"
-    )
+    with preset(LycorisNetworkKohya, {f"{part}_target_module": classes for part, classes in targets.items()}):
+        network = LycorisNetworkKohya(
+            tiny_sd["text_encoder"], tiny_sd["unet"], lora_dim=4, conv_lora_dim=4, network_module="diag-oft"
+        )
     stems = {lora.lora_name for lora in (*network.unet_loras, *network.text_encoder_loras)}
     found = read_names(about, stems)
     assert {meaning.component for meaning in found.values()} == {"unet", "text_encoder"}

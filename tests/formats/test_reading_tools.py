@@ -15,6 +15,7 @@ from lycoris import LycorisNetwork, create_lycoris
 from torch import Tensor, nn
 
 from oft_diffusion import fuse_oft, load_oft_weights
+from tests.helpers.lycoris_presets import preset
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_loading_refused, copy_pipe
 
@@ -169,9 +170,9 @@ def test_what_peft_does_and_is_no_rotation_is_refused(
 def trained(base: Any, path: Path, multiplier: float = 1.0, dtype: Any = None, **options: Any) -> tuple[Any, Tensor]:
     """LyCORIS's own network on a UNet, random, saved to `path`: the network and what the UNet answers with it."""
     unet = copy.deepcopy(base.unet)
-    LycorisNetwork.apply_preset({"target_module": ["Transformer2DModel", "ResnetBlock2D"]})
     told: dict[str, Any] = {"algo": "diag-oft", **options}
-    network = create_lycoris(unet, multiplier, linear_dim=4, conv_dim=4, **told)
+    with preset(LycorisNetwork, {"target_module": ["Transformer2DModel", "ResnetBlock2D"]}):
+        network = create_lycoris(unet, multiplier, linear_dim=4, conv_dim=4, **told)
     network.apply_to()
     excite(network, "oft_blocks", 0.1)
     with torch.no_grad():
@@ -237,11 +238,8 @@ def test_biases_that_lycoris_rotated_are_told_where_the_file_tells(
 def test_layers_without_a_bias_are_the_same_in_bypass_mode(base: Any, tmp_path: Path) -> None:
     path = tmp_path / "bypass.safetensors"
     unet = copy.deepcopy(base.unet)
-    try:  # presets are the class's, and stay
-        LycorisNetwork.apply_preset({"target_module": [], "target_name": [".*to_q", ".*to_k", ".*to_v"]})
+    with preset(LycorisNetwork, {"target_module": [], "target_name": [".*to_q", ".*to_k", ".*to_v"]}):
         network = create_lycoris(unet, 1.0, linear_dim=4, algo="diag-oft", bypass_mode=True)
-    finally:
-        LycorisNetwork.apply_preset({"target_name": []})
     network.apply_to()
     excite(network, "oft_blocks", 0.3)
     network.save_weights(str(path), None, {"lycoris_config": '{"bypass_mode": true}'})
