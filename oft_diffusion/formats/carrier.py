@@ -20,6 +20,7 @@ from oft_diffusion.formats.components import Components, describe, encoder_of, m
 from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Meaning, write_names
 from oft_diffusion.formats.target import Owners, as_stored, safetensors_path
+from oft_diffusion.formats.tools import carrier_naming
 from oft_diffusion.merge import LiveWeight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,20 +93,21 @@ class Carrier:
         pipe: Any,
         path: str | Path,
         dtype: torch.dtype,
-        naming: str,
+        naming: str | None,
         namings: Sequence[str],
         components: Collection[str] | None,
     ) -> None:
-        for what, value, usable in (("naming", naming, namings), ("dtype", dtype, DTYPES)):
+        for what, value, usable in (("naming", naming, (None, *namings)), ("dtype", dtype, DTYPES)):
             if value not in usable:
                 raise ConfigError(
                     f"{what}={value!r} is unusable here",
-                    expected=f"one of {', '.join(map(str, usable))}",
+                    expected=f"one of {', '.join(str(known) for known in usable if known is not None)}",
                     fix=f"leave {what} out",
                 )
-        self._pipe, self._path, self._dtype, self._naming = pipe, safetensors_path(path), dtype, naming
+        self._pipe, self._path, self._dtype = pipe, safetensors_path(path), dtype
         self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
+        self.naming = naming or carrier_naming(self.about)
         self.tensors: dict[str, Tensor] = {}
         self._owners = Owners()
         self._norms: dict[str, _Norms] = {}
@@ -114,8 +116,8 @@ class Carrier:
     def changes(self) -> Iterator[tuple[str, Meaning, dict[str, Change]]]:
         """Every key to write, with the changes of the layers in it."""
         for part, layers in self.live.items():
-            for key, meaning in write_names(self.about, part, layers, self._naming).items():
-                if self._naming == "diffusers" and part in LOADED_AS:
+            for key, meaning in write_names(self.about, part, layers, self.naming).items():
+                if self.naming == "diffusers" and part in LOADED_AS:
                     key = LOADED_AS[part] + key.removeprefix(part)
                 self.claim(key, part)
                 yield key, meaning, {name: Change.of(layers[name]) for name in meaning.layers if name in layers}
@@ -146,7 +148,7 @@ class Carrier:
             self._pipe,
             carrier,
             self.live,
-            naming=self._naming,
+            naming=self.naming,
             sha256=tensor_digest({name: t.flatten() for name, t in self.tensors.items()}),
             weights_sha256=base if carrier != "glora" else None,  # those that the numbers were computed from
             errors={"delta": overall.delta, "weight": overall.weight},

@@ -26,7 +26,7 @@ def export_diff(
     pipe: Any,
     path: str | Path,
     *,
-    naming: str = "kohya",
+    naming: str | None = None,
     dtype: torch.dtype = torch.float16,
     components: Collection[str] | None = None,
 ) -> Exported:
@@ -37,14 +37,14 @@ def export_diff(
         path: a `.safetensors` file.
         naming: "kohya" for `lora_unet_` with the names that sd-scripts has; "flat" for diffusers' names, which leave
             fused weights split (of transformers, ComfyUI knows SD 3's, Flux's and Chroma's); "comfy" for dotted native
-            names.
+            names. None for the one by which ComfyUI finds this family: "kohya", but "comfy" of Z-Image.
         dtype: of the file.
         components: which adapted ones of the pipeline's; all if None.
 
     Raises:
         AdapterError: nothing is live, or an adapter or a LoRA is fused.
         TargetError: a weight is quantized or not in memory, or a layer has no name of this kind, or that of another
-            component's.
+            component's; or ComfyUI has no names for this family, and no naming is given.
         ConfigError: `naming` or `dtype` is unusable.
         AdapterFileError: the file cannot be written, or a value is too large for `dtype`.
     """
@@ -60,7 +60,7 @@ def export_lora(
     path: str | Path,
     *,
     rank: int | None = None,
-    naming: str = "kohya",
+    naming: str | None = None,
     dtype: torch.dtype = torch.float16,
     components: Collection[str] | None = None,
 ) -> Exported:

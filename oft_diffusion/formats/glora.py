@@ -39,11 +39,11 @@ def export_glora(
         AdapterError, TargetError, ConfigError, AdapterFileError: as `export_diff`; or an adapter rotates outputs, or a
             kernel of more than one tap, or layers of a fused weight differently where ComfyUI cannot tell them apart.
     """
-    file = Carrier(pipe, path, dtype, "kohya", NAMINGS, components)
+    file = Carrier(pipe, path, dtype, None, NAMINGS, components)
     for part, layers in file.live.items():
         for layer in layers.values():
             _check_glora(part, layer)
-        for key, meaning in _glora_names(file.about, part, layers).items():
+        for key, meaning in _glora_names(file.about, part, layers, file.naming).items():
             file.claim(key, part)
             changes = {name: Change.of(layers[name]) for name in meaning.layers}
             turn = _right_factor(layers[meaning.layers[0]])
@@ -72,14 +72,14 @@ def _right_factor(layer: LiveWeight) -> Tensor:
     return layer.rotated(identity) - identity
 
 
-def _glora_names(about: Components, part: str, layers: Mapping[str, LiveWeight]) -> dict[str, Meaning]:
+def _glora_names(about: Components, part: str, layers: Mapping[str, LiveWeight], naming: str) -> dict[str, Meaning]:
     """Native names, but split ones for the layers of a fused weight that are not all rotated alike."""
 
     def alike(names: Collection[str]) -> bool:
         first, *others = (layers[name] for name in names)
         return all(_alike(first, other) for other in others)
 
-    found = split_names(about, part, layers, alike)
+    found = split_names(about, part, layers, alike, naming)
     for meaning in found.values():
         if meaning.missing or not alike(meaning.layers):
             raise TargetError(

@@ -173,11 +173,15 @@ def write_names(pipeline: Components, component: str, layers: Iterable[str], nam
 
 
 def split_names(
-    pipeline: Components, component: str, layers: Iterable[str], alike: Callable[[Collection[str]], bool]
+    pipeline: Components,
+    component: str,
+    layers: Iterable[str],
+    alike: Callable[[Collection[str]], bool],
+    naming: str = "kohya",
 ) -> dict[str, Meaning]:
     """Names for ComfyUI, where those of a fused weight's layers must be kept apart if their rotations differ.
 
-    Native names ("kohya"), but diffusers' ("flat") for such layers, where ComfyUI knows those. For other layers they
+    Native names, but diffusers' ("flat") for such layers, where ComfyUI knows those. For other layers they
     would be wrong: it exchanges the halves of the last modulation's rows after rotating.
 
     Args:
@@ -185,12 +189,13 @@ def split_names(
         component: as there.
         layers: as there.
         alike: whether these layers have the same rotation.
+        naming: of the native names.
 
     Raises:
         TargetError: as `write_names`.
     """
     names: dict[str, Meaning] = {}
-    for key, meaning in write_names(pipeline, component, layers, "kohya").items():
+    for key, meaning in write_names(pipeline, component, layers, naming).items():
         here = [layer for layer in meaning.layers if layer not in meaning.missing]
         is_whole = not meaning.missing and alike(here)
         if is_whole or pipeline[component].class_name not in _SPLIT_IN_COMFY:

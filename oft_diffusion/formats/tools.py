@@ -75,7 +75,7 @@ def names_of(tool: str, pipeline: Components, parts: Collection[str], naming: st
         ConfigError: the family has no such names in that tool.
     """
     encoders = {part for part in pipeline if encoder_of(pipeline, part) is not None}
-    family = next((about.class_name for part, about in pipeline.items() if part not in encoders), "no denoiser")
+    family = _family(pipeline)
     known = TOOLS[tool].get(family)
     if known is None:
         raise TargetError(
@@ -100,3 +100,27 @@ def names_of(tool: str, pipeline: Components, parts: Collection[str], naming: st
             )
         found[part] = naming or usable[0]
     return found
+
+
+def carrier_naming(pipeline: Components) -> str:
+    """The naming by which ComfyUI finds changed weights of a family.
+
+    Raises:
+        TargetError: it does not know the family, or by diffusers' names alone.
+    """
+    family = _family(pipeline)
+    known = TOOLS["comfyui-oftv2"].get(family)
+    found = [naming for naming in ("kohya", "comfy") if known is not None and naming in known.denoiser]
+    if not found:
+        raise TargetError(
+            f"ComfyUI has no names for changed weights of a {family}",
+            expected="a family whose native names it has, such as Stable Diffusion, Flux, Qwen-Image or Wan",
+            fix='write a merged folder, or naming="flat" or "diffusers" for tools that have such names',
+        )
+    return found[0]
+
+
+def _family(pipeline: Components) -> str:
+    """The class of a pipeline's denoiser."""
+    denoisers = (about.class_name for part, about in pipeline.items() if encoder_of(pipeline, part) is None)
+    return next(denoisers, "pipeline without a denoiser")

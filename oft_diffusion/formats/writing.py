@@ -264,7 +264,7 @@ def _one_of(file: AdapterFile, key: str, meaning: Meaning, layers: Mapping[str, 
         raise AdapterFileError(
             f"{key} is one weight of {', '.join(meaning.layers)}, and {why} in {file.path.name}",
             expected="one rotation for all of them, as share_qkv trains it",
-            fix='use the naming "flat" or "diffusers", which keep them apart, or train with share_qkv = true',
+            fix='use names that keep them apart ("flat", "diffusers"), train with share_qkv = true, or write a diff',
         )
     return leaves[0]
 

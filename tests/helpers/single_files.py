@@ -35,7 +35,7 @@ _OPEN_CLIP = {
 
 def write_single_file(pipe: Any, path: Path) -> Path:
     """Save a tiny SD 1.x or SDXL pipeline as one .safetensors file with the original implementation's names."""
-    state = {f"model.diffusion_model.{_unet_name(k, pipe.unet)}": v for k, v in pipe.unet.state_dict().items()}
+    state = {f"model.diffusion_model.{unet_name(k, pipe.unet)}": v for k, v in pipe.unet.state_dict().items()}
     blocks = len(pipe.vae.config.block_out_channels)
     state |= {f"first_stage_model.{_vae_name(k, blocks)}": v for k, v in pipe.vae.state_dict().items()}
     xl = hasattr(pipe, "text_encoder_2")
@@ -70,7 +70,7 @@ def _swap(name: str, letter: str) -> str:
     return name.replace("q_proj", f"{letter}_proj")
 
 
-def _unet_name(name: str, unet: Any) -> str:
+def unet_name(name: str, unet: Any) -> str:
     per_block = unet.config.layers_per_block + 1
     parts = name.split(".")
     if parts[0] in ("down_blocks", "up_blocks"):
