@@ -115,7 +115,7 @@ def native(meaning: Meaning, weights: Weights) -> Tensor:
 
 
 def keys_in(pipe: Any, tensors: Mapping[str, Tensor]) -> dict[str, Meaning]:
-    """What the keys of a file mean, as their readers find it out."""
+    """What the keys of a file mean, as we read them; `test_comfy_names.py` holds them to ComfyUI's own maps."""
     ends = re.compile(r"\.(diff|alpha|(lora_up|lora_down|lora_A|lora_B|[ab][12])\.weight)$")
     return read_names(describe(modules(pipe)), sorted({ends.sub("", name) for name in tensors}))
 

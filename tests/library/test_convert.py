@@ -9,12 +9,16 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
 
-from oft_diffusion import load_oft_weights, set_oft_adapters
+from oft_diffusion import fuse_oft, load_oft_weights, set_oft_adapters
 from oft_diffusion.cli import main
 from oft_diffusion.files import load_adapter_file
 from tests.helpers.single_files import write_single_file
 from tests.library.support import copy_pipe, distance, draw
+from tests.peers.comfy_core import comfy_weight
+from tests.peers.comfy_keys import KeyMap
 
 ROUNDING = 1e-4
 
@@ -84,13 +88,31 @@ def test_a_lora_that_diffusers_loads(
     assert float(text.partition("weights, ")[2].partition("%")[0]) > 5
 
 
-@pytest.mark.parametrize("name", ["diff", "glora"])
-def test_other_carriers_lose_nothing(mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["diff", "lora", "glora"])
+def test_carriers_lose_nothing_in_comfyui(
+    pipe: Any, base_pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, name: str
+) -> None:
     out = tmp_path / "x.safetensors"
     status, text = run(capsys, "convert", mug, out, "--to", name, "--model", model_folder, "--dtype", "float32")
     assert status == 0
     assert "0.00% is lost" in text
-    assert out.stat().st_size > 0
+    keys = KeyMap(base_pipe)
+    native = keys.native(weights(base_pipe))
+    load_oft_weights(pipe, mug)
+    fuse_oft(pipe)
+    wanted, got = keys.native(weights(pipe)), keys.patched(native, load_file(out), comfy_weight)
+    assert got.keys() == wanted.keys()
+    assert all(distance(got[weight], wanted[weight]) < 1e-5 for weight in wanted)
+    assert sum(distance(native[weight], wanted[weight]) > 1e-3 for weight in wanted) > 10
+
+
+def weights(pipe: Any) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (part, name): module.weight
+        for part in ("unet", "text_encoder")
+        for name, module in getattr(pipe, part).named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
 
 
 def test_models_with_the_adapter_inside(pipe: Any, mug: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
