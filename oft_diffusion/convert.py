@@ -22,8 +22,10 @@ from oft_diffusion.formats.carriers import export_diff, export_lora
 from oft_diffusion.formats.checkpoint import export_checkpoint, export_folder
 from oft_diffusion.formats.components import describe, modules_of
 from oft_diffusion.formats.glora import export_glora
+from oft_diffusion.formats.target import check_new
 from oft_diffusion.formats.tools import TOOLS, names_of
 from oft_diffusion.formats.writing import CONFIG_NAME, WEIGHTS_NAME, check_fit, part_of
+from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.metadata import HEADER_KEY, AdapterMetadata
 from oft_diffusion.pipeline import load_oft_weights, set_oft_adapters
@@ -86,6 +88,8 @@ def convert_main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     _check(options)
     _check_target(_written(options), _read_from(options), overwrite=options.overwrite or options.to in _FOLDERS)
+    if options.to in _FOLDERS:
+        check_new(options.target)
     told = _export(options) if options.to in _WEIGHTS else _rename(options)
     for line in told:
         print(line)
@@ -256,7 +260,9 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
             imported = _joined(path, [read(f, parts, component=part) for part, f in folders.items()])
         else:
             imported = read(path, parts, component=options.component, legacy_scaled=options.legacy_scaled)
-        print(f"read {path.name}: {imported.format}, {sum(map(len, imported.file.components.values()))} layers")
+        states = imported.file.components.values()
+        count = sum(key.endswith(KEY_SUFFIX) for state in states for key in state)
+        print(f"read {path.name}: {imported.format}, {count} layers")
     return imported if options.only is None else replace(imported, file=part_of(imported.file, options.only))
 
 

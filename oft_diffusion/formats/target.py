@@ -31,6 +31,16 @@ def safetensors_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder that something would have to be replaced for.
+
+    Raises:
+        AdapterFileError: there is something of that name.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise AdapterFileError(f"{folder} is there already", expected="a new folder", fix="choose another name")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name when all is in it, synced; after any error there is none.
@@ -38,8 +48,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         AdapterFileError: there is something of that name, or it cannot be made or written.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise AdapterFileError(f"{folder} is there already", expected="a new folder", fix="choose another name")
+    check_new(folder)
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -270,3 +270,34 @@ def test_each_tool_has_a_family_or_refuses_it(name: str, tool: str, tmp_path: Pa
         with pytest.raises(TargetError) as error:
             names_of(tool, about, ["text_encoder"])
         assert_one_sentence(error, "text_encoder", "--only")
+
+
+ROWS = {  # of the table in docs/formats.md
+    "SD 1, SD 2, SDXL": [SD, SD2, XL], "SD 3, Flux.1, Chroma": [SD3, FLUX, CHROMA],
+    "PixArt": ["PixArtAlphaPipeline", "PixArtSigmaPipeline"], "Qwen-Image": ["QwenImagePipeline"],
+    "Flux.2": ["Flux2Pipeline", "Flux2KleinPipeline"], "Z-Image": ["ZImagePipeline"],
+    "HiDream": ["HiDreamImagePipeline"], "Sana": ["SanaPipeline"], "Krea 2": ["Krea2Pipeline"],
+    "Lumina 2, Wan": ["Lumina2Pipeline", "WanPipeline"],
+}  # fmt: skip
+
+
+def test_the_table_in_the_docs_is_the_data(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    [header] = [row for row in rows if row[0] == "" and row[1] == "`onetrainer`"]
+    found = {row[0]: row[1:] for row in rows if row[0] in ROWS and len(row) == len(header)}
+    assert found.keys() == ROWS.keys()
+    for row, name in ((row, name) for row, names in ROWS.items() for name in names):
+        pipe = tiny_family(name, tmp_path)
+        family = type(getattr(pipe, denoiser_of(pipe))).__name__
+        for tool, cell in zip(header[1:], found[row], strict=True):
+            known = TOOLS[tool.strip("`")].get(family)
+            if known is None:
+                assert cell == "-", (row, tool)
+                continue
+            apart = known.denoiser[0] == APART  # kohya, but flat
+            usual = ("kohya", "flat") if apart else known.denoiser[:1]
+            assert cell.startswith(usual[0]), (row, tool)
+            told = {naming for naming in SINGLE_FILE if naming in cell}
+            assert told == {*usual, *known.denoiser} - {APART}, (row, tool)
+            assert ("the denoiser alone" in cell) == (not known.encoders), (row, tool)

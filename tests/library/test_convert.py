@@ -17,6 +17,7 @@ from oft_diffusion.cli import main
 from oft_diffusion.files import load_adapter_file
 from tests.helpers.single_files import write_single_file
 from tests.library.support import copy_pipe, distance, draw
+from tests.peers import algebra, lycoris_oft
 from tests.peers.comfy_core import comfy_weight
 from tests.peers.comfy_keys import KeyMap
 
@@ -160,6 +161,15 @@ def test_another_tools_file_wants_a_model(series: Path, model_folder: Path, tmp_
     status, text = run(capsys, "convert", theirs, tmp_path / "ours", "--to", "oft")
     assert status == 1
     assert "its layers go by the names of a model" in text
+
+
+def test_layers_are_counted_not_tensors(model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    written = lycoris_oft.write_lycoris({layer: (32, 32)}, rescaled=True)
+    theirs = algebra.save(written, tmp_path / "theirs.safetensors")
+    status, text = run(capsys, "convert", theirs, tmp_path / "ours", "--to", "oft", "--model", model_folder)
+    assert status == 0
+    assert ", 1 layers\n" in text
 
 
 @pytest.mark.parametrize("how", ["compose", "average", "interpolate", "subtract"])
