@@ -88,16 +88,17 @@ def write_single_file(
             fix="leave it out",
         )
     tensors: dict[str, Tensor] = {}
-    notes, owners, written = [], Owners(), 0
+    held: dict[str, int] = {}  # layers per key
+    notes, owners = [], Owners()
     for part, state in file.components.items():
         layers = {layer.name: layer for layer in _layers(file, part, parts)}
         for key, meaning in _names(about, part, layers, namings[part]).items():
             owners.claim(key, part)
             layer = _one_of(file, key, meaning, layers)
             tensors[key + KEY_SUFFIX] = as_stored(key, -layer.packed if layer.is_conv else layer.packed, dtype)
-            written += len(meaning.leaves)
+            held[key] = len(meaning.leaves)
         notes += _difference(part, state, file.metadata.components[part], _FIVE_TERMS)
-    assert written == sum(map(len, file.components.values())), "layers were lost"
+    assert sum(held.values()) == sum(map(len, file.components.values())), "layers were lost"
     write_atomically(path, save(tensors, metadata=_kohya_header(file, about, namings)))
     return Written(path, tuple(notes))
 
