@@ -42,7 +42,6 @@ from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subject
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
 from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
 from oft_diffusion.training import TrainConfig, train
-from oft_diffusion.training.class_images import TWIN_LENGTHS
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
 FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
@@ -179,8 +178,6 @@ def _recipe(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     config = TrainConfig.from_toml(CONFIG, own)
     recipe = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _NO_RECIPE}
     changed = {name: value for name, value in recipe.items() if value != getattr(TrainConfig, name, None)}
-    if config.prior_twins:
-        changed["twins' words"] = TWIN_LENGTHS
     return changed, captions
 
 

@@ -25,7 +25,6 @@ from oft_diffusion.training.data import Picture, read_caption
 from oft_diffusion.training.families import AT_ONCE, Family
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
-TWIN_LENGTHS = (2, 3, 4, None, None)  # of made-up words, drawn by lot; None is the trigger's
 RECORD = "class_images.json"
 
 
@@ -163,8 +162,7 @@ def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Pic
     """The instance images under `prior_twins` other prompts each: without the trigger, then with made-up words for it.
 
     With what the base answers as their target, nothing but the trigger can tell the subject from the rest. Every
-    second word begins as the trigger does, or a part of it would be enough; and some of the others are as long, or any
-    word of that length would be.
+    second word begins as the trigger does, or a part of it, or its length alone, would be enough.
     """
     rng = random.Random(f"{config.seed} twins")
     trigger = re.compile(rf"\b{re.escape(config.trigger)}\b", re.IGNORECASE)
@@ -174,7 +172,7 @@ def twin_pictures(instances: Sequence[Picture], config: TrainConfig) -> list[Pic
             if i == 0:
                 word = ""
             elif i % 2:
-                word = _other(rng, config.trigger, 0, rng.choice(TWIN_LENGTHS) or len(config.trigger))
+                word = _other(rng, config.trigger, 0, rng.choice((2, 3, 3, 4)))
             else:
                 kept = rng.randrange(len(config.trigger) // 2, len(config.trigger))
                 word = _other(rng, config.trigger, kept, len(config.trigger))

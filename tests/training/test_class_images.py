@@ -123,14 +123,6 @@ def test_twins_are_the_instance_images_without_their_trigger(prior: Config, run:
     assert steps[0].prior_loss is not None
 
 
-def test_some_twins_have_a_word_as_long_as_the_trigger_and_unlike_it(prior: Config) -> None:
-    settings = prior(prior_target="base", prior_twins=8, trigger="qzxjkvwpfh")
-    words = [twin.prompt.split()[-2] for twin in twin_pictures(preflight(settings).pictures, settings)]
-    unlike = [word for word in words if word != "of" and not word.startswith("qzxjk")]
-    assert {len(word) for word in unlike} == {2, 3, 4, 10}
-    assert sum(len(word) == 10 for word in unlike) > len(unlike) / 5
-
-
 def test_twins_of_the_shipped_subjects_never_wear_a_trigger_that_the_evaluation_asks_with() -> None:
     for name, seed in product(SUBJECTS, (0, 1)):
         own = {"instance_dir": str(subjects_path(name)), "class_word": SUBJECTS[name].object, "seed": seed}
