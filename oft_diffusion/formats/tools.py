@@ -102,6 +102,13 @@ def names_of(tool: str, pipeline: Components, parts: Collection[str], naming: st
     return found
 
 
+def is_loaded_by(tool: str, classes: Mapping[str, str]) -> bool:
+    """Whether a tool has adapters of these components, the class of each by its name in the pipeline."""
+    denoisers = [kind for part, kind in classes.items() if not part.startswith("text_encoder")]
+    known = TOOLS[tool].get(denoisers[0]) if denoisers else None
+    return known is not None and (len(denoisers) == len(classes) or known.encoders != ())
+
+
 def carrier_naming(pipeline: Components) -> str:
     """The naming by which ComfyUI finds changed weights of a family.
 

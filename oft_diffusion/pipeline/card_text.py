@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from oft_diffusion.files import AdapterFile
+from oft_diffusion.formats.tools import is_loaded_by
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.pipeline.escaping import code, is_repo_id, line, plain, python, without_local_paths
@@ -33,6 +34,9 @@ _LICENSES = (
     "lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail "
     "openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib "
 )
+_TOOLS = {
+    "comfyui-oftv2": "ComfyUI with the node ComfyUI-OFTv2", "onetrainer": "OneTrainer", "sd-scripts": "sd-scripts",
+}  # fmt: skip
 # Of the training settings, those that a reader of the card has a use for. Never a path.
 _TRAINING = {
     "imported_from": "imported from", "combined": "several adapters as one, by", "steps_done": "steps",
@@ -148,6 +152,12 @@ def _usage(metadata: AdapterMetadata, repo_id: str, pictures: Mapping[str, Mappi
     name = repo_id.partition("/")[2]
     stands = "" if is_repo_id(base) else f" ({code(base)} stands for wherever you have the base.)"
     convert = f"oft-diffusion convert {repo_id} {name}"
+    classes = metadata.base.get("components", {})
+    tools = "".join(
+        f"# {called}\n{convert}-{tool}.safetensors --to {tool} {model}\n"
+        for tool, called in _TOOLS.items()
+        if is_loaded_by(tool, classes)
+    )
     return f"""## How to use it
 
 It needs the Python package `oft-diffusion`.{stands}
@@ -177,11 +187,7 @@ For other tools; what a format cannot hold exactly, the command tells:
 ```bash
 # everything that loads LoRA
 {convert}-lora.safetensors --to lora {model}
-# ComfyUI with the node ComfyUI-OFTv2
-{convert}-comfyui.safetensors --to comfyui-oftv2 {model}
-# OneTrainer
-{convert}-onetrainer.safetensors --to onetrainer {model}
-# PEFT, and diffusers through it
+{tools}# PEFT, and diffusers through it
 {convert}-peft --to peft {model}
 ```"""
 

@@ -13,6 +13,7 @@ from PIL.ExifTags import GPS, IFD
 
 from oft_diffusion.cli import main
 from oft_diffusion.files import load_adapter_file
+from oft_diffusion.formats.tools import TOOLS, is_loaded_by
 from oft_diffusion.generate import generate
 from oft_diffusion.images import read_settings, save_png
 from oft_diffusion.metadata import AdapterMetadata
@@ -176,7 +177,7 @@ def test_its_commands_run(folder, model_folder, drawn, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path(model_folder.name).symlink_to(model_folder)
     commands = [row for text in blocks(folder, "bash") for row in text.splitlines() if not row.startswith("#")]
-    assert [shlex.split(row)[:2] for row in commands] == [["oft-diffusion", v] for v in ["generate"] + ["convert"] * 4]
+    assert [shlex.split(row)[:2] for row in commands] == [["oft-diffusion", v] for v in ["generate"] + ["convert"] * 5]
     for row in commands:
         assert main(shlex.split(row.replace(REPO, str(folder)))[1:]) == 0, capsys.readouterr().err
     [picture] = Path("pictures").glob("*.png")
@@ -184,10 +185,28 @@ def test_its_commands_run(folder, model_folder, drawn, tmp_path, monkeypatch, ca
     made = {path.name for path in tmp_path.glob("mug-oft-*")}
     assert made == {
         "mug-oft-lora.safetensors",
-        "mug-oft-comfyui.safetensors",
+        "mug-oft-comfyui-oftv2.safetensors",
         "mug-oft-onetrainer.safetensors",
+        "mug-oft-sd-scripts.safetensors",
         "mug-oft-peft",
     }
+
+
+@pytest.mark.parametrize(
+    ("classes", "tools"),
+    [
+        (
+            {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"},
+            {"comfyui-oftv2", "onetrainer", "sd-scripts"},
+        ),
+        ({"transformer": "WanTransformer3DModel"}, {"comfyui-oftv2"}),
+        ({"transformer": "SanaTransformer2DModel"}, {"onetrainer"}),
+        ({"transformer": "Flux2Transformer2DModel", "text_encoder": "Qwen3ForCausalLM"}, set()),
+        ({}, set()),
+    ],
+)
+def test_only_tools_that_load_such_an_adapter_are_named(classes, tools):
+    assert {tool for tool in TOOLS if is_loaded_by(tool, classes)} == tools
 
 
 # Pictures
