@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.images import labelled_grid
 from oft_diffusion.pocket import pocket_path, subjects_path
 from oft_diffusion.report import Section, Table
@@ -157,7 +158,7 @@ def test_figures_of_the_pocket_base_are_on_the_page(
     page = result.report.read_text(encoding="utf-8")
     assert all(name in page for name in ("Figures", "subject hit", "preservation", "leakage, class word"))
     rows = json.loads((result.report.parent / "evaluation.json").read_text())["rows"]
-    assert len(rows) == 10
+    assert len(rows) == 2 * len(SETS)
 
 
 def test_a_stop_leaves_the_figures_out(pocket: Callable[..., TrainConfig]) -> None:
