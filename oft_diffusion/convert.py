@@ -205,9 +205,10 @@ def _read_from(options: argparse.Namespace) -> dict[str, Path]:
     """What is read, as far as it is local, and what to call it."""
     folder = _peft_folders(options.source)
     found = {"adapter": Path(options.source) if folder else locate(options.source, None, {})[0]}
-    for name, path in (("model", options.model), ("checkpoint", options.checkpoint)):
-        if path is not None:
-            found[name] = Path(path)
+    if options.model is not None:
+        found["model"] = Path(_model(options))
+    if options.checkpoint is not None:
+        found["checkpoint"] = options.checkpoint
     return found
 
 

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from oft_diffusion import OFTConfig, inject_oft, load_oft_weights, save_oft_weights
+from oft_diffusion import OFTConfig, convert, inject_oft, load_oft_weights, save_oft_weights
 from oft_diffusion.files import load_adapter_file
 from tests.helpers.single_files import write_single_file
 from tests.helpers.tiny_families import tiny_family, write_tiny_family
@@ -81,6 +81,17 @@ def test_weights_of_the_model_s_folder_stay(
     told = ["--checkpoint", checkpoint] if to == "checkpoint" else []
     before = folder_bytes(model)
     assert "or of it" in refused(capsys, "convert", mug, target, "--to", to, "--model", model, *told, "--overwrite")
+    assert folder_bytes(model) == before
+
+
+def test_the_shipped_model_stays(
+    mug: Path, model_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")  # in its place, in case this fails
+    monkeypatch.setattr(convert, "pocket_path", lambda: model)
+    target, before = next((model / "unet").glob("*.safetensors")), folder_bytes(model)
+    text = refused(capsys, "convert", mug, target, "--to", "oft", "--model", "pocket", "--overwrite")
+    assert "or of it" in text
     assert folder_bytes(model) == before
 
 
@@ -377,8 +388,14 @@ def test_a_strength_is_the_tool_s_own_unless_asked(
         text = refused(capsys, "convert", source, tmp_path / "x.safetensors", "--to", to, *model, "--strength", 0.5)
         assert "--mode rotation" in text
     half = ("--strength", 0.5, "--mode", "rotation")
-    assert run(capsys, "convert", source, tmp_path / "half", "--to", "oft", *model, *half)[0] == 0
+    status, text = run(capsys, "convert", source, tmp_path / "half", "--to", "oft", *model, *half)
+    assert status == 0
+    assert "is a truncated series: its nearest rotations were taken" in text
     out = tmp_path / "half.safetensors"
     assert run(capsys, "convert", tmp_path / "half", out, "--to", "diff", *model, "--dtype", "float32")[0] == 0
-    # `rotation` blends the series' lengths as well as it turns; the file holds the nearest rotations.
-    assert float((difference(out) - rotation).norm() / rotation.norm()) < 0.3
+    # The series of five terms is (I - Q^4) C(Q), so that the nearest rotation is C(Q).
+    packed = written.tensors[f"{key}.oft_R.weight"]
+    values, vectors = torch.linalg.eig(algebra.cayley(algebra.skew(packed.double())))
+    root = (vectors @ torch.diag_embed(values.sqrt()) @ vectors.mH).real
+    wanted = algebra.times(weight, root.mT) - weight
+    assert float((difference(out) - wanted).abs().max()) < 1e-5
