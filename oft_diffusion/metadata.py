@@ -44,7 +44,7 @@ class AdapterMetadata:
         created: ISO 8601 date and time, UTC; filled in on saving.
         sha256: of the tensors (`tensor_digest`); filled in on saving.
         probes: what `proof` computed when the file was written: by component and layer, "rotations" (filled in on
-            saving), and "layers" where the base was there.
+            saving), and "layers" and "weights" where the base was there.
         format_version: of this layout.
     """
 

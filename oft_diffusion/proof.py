@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,18 @@ def layer_probes(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], con
         x = _rotate({n: _vector(_features(state, n), 1) for n in layers}, state, config)
         answers = {n: torch.einsum("oct,c->o", rows[n].view(len(rows[n]), len(x[n]), -1), x[n]) for n in layers}
     return {canonical_name(layer): float(_vector(len(y), 2) @ y) for layer, y in answers.items()}
+
+
+def weight_probes(weights: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, float]:
+    """One number per layer, `v (W x)` through rows of it: whether its weight is the one that an adapter was trained on.
+
+    Args:
+        weights: by canonical name, as for `layer_probes`.
+        layers: names, in any spelling.
+    """
+    names = [name for name in map(canonical_name, layers) if name in weights]
+    rows = {name: _rows(weights[name], _ROWS).flatten(1) for name in names}
+    return {n: float(_vector(len(w), 2) @ w @ _vector(w.shape[1], 1)) for n, w in rows.items()}
 
 
 def fingerprint(module: nn.Module) -> dict[str, Any]:

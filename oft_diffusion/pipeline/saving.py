@@ -19,7 +19,7 @@ from oft_diffusion.files import load_adapter_file, save_adapter_file
 from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.images import image_files
-from oft_diffusion.inject import oft_state_dict
+from oft_diffusion.inject import KEY_SUFFIX, oft_state_dict
 from oft_diffusion.metadata import AdapterMetadata, public_name
 from oft_diffusion.pipeline.card import (
     CARD_NAME,
@@ -36,7 +36,7 @@ from oft_diffusion.pipeline.card import (
 from oft_diffusion.pipeline.escaping import line, without_local_paths
 from oft_diffusion.pipeline.state import require_banks
 from oft_diffusion.plan import make_active
-from oft_diffusion.proof import fingerprint, layer_probes, weights_of
+from oft_diffusion.proof import fingerprint, layer_probes, weight_probes, weights_of
 
 
 def save_oft_weights(
@@ -212,8 +212,12 @@ def probe_layers(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`AdapterMetadata.probes` through the layers of a base, as loading onto the same base will compute them."""
     clean = {part: module for part, module in parts.items() if not _merged(module)}
-    probes = {part: layer_probes(weights_of(m), states[part], configs[part]) for part, m in clean.items()}
-    return {"layers": probes}
+    weights = {part: weights_of(module) for part, module in clean.items()}
+    names = {p: [k.removesuffix(KEY_SUFFIX) for k in states[p] if k.endswith(KEY_SUFFIX)] for p in clean}
+    return {
+        "layers": {part: layer_probes(own, states[part], configs[part]) for part, own in weights.items()},
+        "weights": {part: weight_probes(own, names[part]) for part, own in weights.items()},
+    }
 
 
 def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -113,6 +113,27 @@ def test_what_is_written_is_read_again(base: Any, tmp_path: Path, naming: str) -
         assert all(torch.equal(canonical[key.removeprefix("text_model.")], tensor) for key, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    ("family", "version"),
+    [
+        ("StableDiffusionPipeline", {"ss_base_model_version": "sd_v1", "ss_v2": "False"}),
+        ("StableDiffusionPipeline 2.x", {"ss_base_model_version": "sd_v2", "ss_v2": "True"}),
+        ("StableDiffusionXLPipeline", {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}),
+        ("FluxPipeline", {}),
+    ],
+)
+def test_the_header_says_which_base(family: str, version: dict[str, str], tmp_path: Path) -> None:
+    pipe = tiny_family(family, tmp_path)
+    pipe.register_to_config(_name_or_path="tiny")
+    if family.endswith("2.x"):
+        pipe.text_encoder.config.hidden_act = "gelu"  # OpenCLIP's, by which SD 2 is known
+    file = adapter(pipe, tmp_path, **FIVE_TERMS)
+    with safe_open(write_single_file(tmp_path / "x.safetensors", file, parts_of(pipe)).path, framework="pt") as opened:
+        header = opened.metadata()
+    assert {key: text for key, text in header.items() if key in ("ss_base_model_version", "ss_v2")} == version
+    assert header["ss_network_module"] == "networks.oft_v2"
+
+
 def test_another_series_is_told_by_how_much_it_differs(base: Any, tmp_path: Path) -> None:
     file = adapter(base, tmp_path)
     written = write_single_file(tmp_path / "theirs.safetensors", file, parts_of(base))

@@ -155,6 +155,15 @@ def test_two_rotations_on_each_others_layers_are_noticed(
         load_oft_weights(pipe, odd)
 
 
+@pytest.mark.parametrize("edited", ["attn2.to_k", "attn1.to_q"])
+def test_an_edit_of_one_adapted_layer_is_another_base_and_no_fault_of_ours(pipe: Any, mug: Path, edited: str) -> None:
+    layer = pipe.unet.get_submodule(f"mid_block.attentions.0.transformer_blocks.0.{edited}")
+    with torch.no_grad():
+        layer.weight[0, 0] += 0.01
+    with pytest.warns(UserWarning, match=r"was trained on another base .* than this pipeline's unet"):
+        load_oft_weights(pipe, mug)
+
+
 def test_a_loader_that_mixes_layers_up_is_noticed(pipe: Any, mug: Path, monkeypatch: Any) -> None:
     sound = inject._match
 

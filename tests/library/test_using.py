@@ -1,4 +1,4 @@
-"""Strengths by component, enabling and disabling, hot swaps, and files that prove themselves."""
+"""Strengths by component, enabling and disabling, and what adapters cost."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from oft_diffusion import (
+    OFTConfig,
     disable_oft_adapters,
     enable_oft_adapters,
     fuse_oft,
+    hooks,
     list_oft_adapters,
     load_oft_weights,
     set_oft_adapters,
@@ -19,6 +21,7 @@ from oft_diffusion import (
 )
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.kernels import block_rotate
 from tests.library.support import (
     assert_one_sentence,
     copy_pipe,
@@ -111,3 +114,25 @@ def test_one_strength_by_component_for_adapters_of_which_some_lack_one(pipe: Any
     with pytest.raises(AdapterError) as error:
         set_oft_adapters(pipe, ["mug", "style"], [1.0, {"text_encoder": 0.4}])
     assert_one_sentence(error, "'text_encoder'", "'style'")
+
+
+def test_adapters_of_equal_block_sizes_cost_as_much_as_one(pipe: Any, plain: Path, make: Any, monkeypatch: Any) -> None:
+    turned: list[int] = []
+
+    def counted(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        turned.append(1)
+        return block_rotate(x, delta)
+
+    monkeypatch.setattr(hooks, "block_rotate", counted)
+
+    def count() -> int:
+        turned.clear()
+        draw(pipe)
+        return len(turned)
+
+    load_oft_weights(pipe, plain, adapter_name="a")
+    alone = count()
+    load_oft_weights(pipe, make("second", seed=9), adapter_name="b")
+    assert count() == alone > 0
+    load_oft_weights(pipe, make("third", seed=8, parts=("unet",), config=OFTConfig(16)), adapter_name="c")
+    assert count() > alone
