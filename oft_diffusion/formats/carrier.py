@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oft_diffusion.disk import tensor_digest, write_atomically
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.formats.components import Components, describe, encoder_of, modules_of
+from oft_diffusion.formats.components import Components, describe, modules_of, stable_diffusion
 from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Meaning, write_names
 from oft_diffusion.formats.target import Owners, as_stored, safetensors_path
@@ -176,7 +176,5 @@ def native_change(meaning: Meaning, changes: Mapping[str, Change]) -> Tensor:
 
 def _told_version(about: Components) -> dict[str, str]:
     """By what A1111 knows a file's base; it takes any other with a header for one of SD 1.x."""
-    if any(layers.is_xl for layers in about.values()):
-        return {"ss_base_model_version": "sdxl_base_v1-0"}
-    encoder = encoder_of(about, "text_encoder") if "text_encoder" in about else None
-    return {"ss_v2": "True"} if encoder is not None and encoder.comfy == "clip_h" else {}
+    told = {"SDXL": {"ss_base_model_version": "sdxl_base_v1-0"}, "SD 2": {"ss_v2": "True"}}
+    return told.get(stable_diffusion(about) or "", {})

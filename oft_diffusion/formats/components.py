@@ -182,6 +182,12 @@ def encoder_of(pipeline: Components, component: str) -> Encoder | None:
     return Encoder("te", also=("te1",)) if len(encoders) == 1 else Encoder(f"te{number if number.isdecimal() else 1}")
 
 
+def stable_diffusion(pipeline: Components) -> str | None:
+    """Which Stable Diffusion of a UNet a pipeline is, "SD 1", "SD 2" or "SDXL"; None for all others."""
+    unet = next((part for part, about in pipeline.items() if about.class_name == UNET), None)
+    return None if unet is None else _family(pipeline, unet)
+
+
 def _is_encoder(component: str, about: ComponentLayers) -> bool:
     return component.startswith("text_encoder") or about.class_name in TEXT_ENCODERS
 

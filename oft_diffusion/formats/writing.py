@@ -16,7 +16,7 @@ from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError, TargetError
 from oft_diffusion.files import AdapterFile
-from oft_diffusion.formats.components import UNET, Components, describe, encoder_of
+from oft_diffusion.formats.components import Components, describe, stable_diffusion
 from oft_diffusion.formats.names import APART, Meaning, split_names, write_names
 from oft_diffusion.formats.target import Owners, as_stored, new_folder, safetensors_path
 from oft_diffusion.hooks import unwrap
@@ -329,10 +329,8 @@ def _adjusted(width: int, wanted: int) -> int:
 def _kohya_header(file: AdapterFile, about: Components, namings: Mapping[str, str]) -> dict[str, str]:
     """What sd-scripts, OneTrainer and the tools that list adapters look at."""
     sizes = {config.block_size for config in file.metadata.components.values()}
-    unet = next((layers for layers in about.values() if layers.class_name == UNET), None)
-    encoder = encoder_of(about, "text_encoder") if "text_encoder" in about else None
-    is_v2 = encoder is not None and encoder.comfy == "clip_h"
-    base = "" if unet is None else "sdxl_base_v1-0" if unet.is_xl else "sd_v2" if is_v2 else "sd_v1"
+    version = stable_diffusion(about)
+    base = {"SD 1": "sd_v1", "SD 2": "sd_v2", "SDXL": "sdxl_base_v1-0"}.get(version or "")
     header = {
         "format": "pt",
         "ss_network_module": "networks.oft_v2",
@@ -343,4 +341,4 @@ def _kohya_header(file: AdapterFile, about: Components, namings: Mapping[str, st
         "modelspec.trigger_phrase": file.metadata.trigger or "",
         f"{HEADER_KEY}_export": json.dumps({"naming": namings, "sha256": file.metadata.sha256}),
     }
-    return header | ({"ss_base_model_version": base, "ss_v2": str(is_v2)} if base else {})
+    return header | ({"ss_base_model_version": base, "ss_v2": str(version == "SD 2")} if base else {})

@@ -33,8 +33,6 @@ from tests.library.support import (
 )
 from tests.peers import peft_oft
 
-MOVED = 0.01
-
 
 def test_a_swapped_adapter_is_as_if_loaded_there(pipe: Any, mug: Path, plain: Path, make: Any, base_pipe: Any) -> None:
     series = make("series", seed=4, config=OFTConfig(8, parametrisation="cayley_neumann", neumann_order=4))

@@ -26,8 +26,6 @@ from tests.library.support import (
     write_raw,
 )
 
-MOVED = 0.01
-
 
 def test_layers_that_the_pipeline_lacks_can_be_left_out(pipe: Any, style: Path, tmp_path: Path) -> None:
     file = load_adapter_file(style)
