@@ -38,6 +38,12 @@ from oft_diffusion.inject import load_oft_state_dict
 FILE = DATA / "swapping.csv"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK = 16
+_SWAP, _PEFT = "hot swap, in memory", "PEFT OFT: unmerge and merge"
+_NAMES = {
+    _SWAP: "a hot swap in memory",
+    "hot swap, from a file, checked": "one from a file",
+    "the same at strength 0.5": "that at strength 0.5",
+}
 
 
 def unet() -> Any:
@@ -76,9 +82,7 @@ def ours(folder: Path) -> dict[str, Callable[[], object]]:
         bank.refresh()  # forgets the decomposition that fractions need
 
     return {
-        "hot swap, in memory": _after(
-            lambda: set_oft_adapters(pipe, "a"), lambda: load_oft_state_dict(model, states[turn()], "a")
-        ),
+        _SWAP: _after(lambda: set_oft_adapters(pipe, "a"), lambda: load_oft_state_dict(model, states[turn()], "a")),
         "hot swap, from a file, checked": swap_at(1.0),
         "the same at strength 0.5": swap_at(0.5),
         "strength, first time": _after(forget, lambda: set_oft_adapters(pipe, "a", 0.5)),
@@ -106,7 +110,7 @@ def pefts_oft() -> dict[str, Callable[[], object]]:
         model.unmerge_adapter()
         model.merge_adapter([("a", "b")[turn()]])
 
-    return {"PEFT OFT: unmerge and merge": swap}
+    return {_PEFT: swap}
 
 
 def diffusers_lora(folder: Path) -> dict[str, Callable[[], object]]:
@@ -161,11 +165,18 @@ def table() -> str:
     rows = load(FILE)
     newest = [row for row in rows if row["date"] == rows[-1]["date"] and row["threads"] == rows[-1]["threads"]]
     newest = list({row["way"]: row for row in newest}.values())
-    swap = next(float(row["median"]) for row in newest if row["way"] == "hot swap, in memory")
+    took = {row["way"]: float(row["median"]) for row in newest}
+    swap = took[_SWAP]
     lines = ["| | ms, median (least to most) | of a hot swap |", "|---|---|---|"]
     for row in newest:
         median, least, most = (1000 * float(row[key]) for key in ("median", "least", "most"))
         lines.append(f"| {row['way']} | {median:.1f} ({least:.1f} to {most:.1f}) | {median / 1000 / swap:.1f} |")
+    lines += [
+        "",
+        "PEFT's way takes "
+        + ", ".join(f"{took[_PEFT] / took[way]:.0f} times as long as {name}" for way, name in _NAMES.items())
+        + ".",
+    ]
     told = newest[-1]
     lines += ["", f"{told['hardware']}, {told['threads']} thread(s), {told['repeats']} turns, torch {told['torch']}."]
     return "\n".join(lines)

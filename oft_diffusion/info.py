@@ -12,6 +12,7 @@ from torch import Tensor
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import has_metadata
 from oft_diffusion.files import load_adapter_file
+from oft_diffusion.formats.folders import component_folders
 from oft_diffusion.formats.origins import origin_of
 from oft_diffusion.formats.source import Source, read_source
 from oft_diffusion.inject import KEY_SUFFIX
@@ -21,12 +22,14 @@ from oft_diffusion.rotation import block_size_of, orthogonality_error, rotation_
 
 
 def describe_file(path: Path) -> list[str]:
-    """Lines about a file, or the one in a folder.
+    """Lines about a file, or what is in a folder.
 
     Raises:
         AdapterFileError: it is broken, or no OFT adapter.
     """
     found, _ = locate(path, None, {})
+    if found.is_dir():
+        return [line for part in component_folders(found).values() for line in describe_file(part)]
     return _ours(found) if has_metadata(found, HEADER_KEY) else _foreign(read_source(found))
 
 

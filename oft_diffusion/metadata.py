@@ -104,8 +104,10 @@ def _are_probes(found: Mapping[str, Any]) -> bool:
 
 
 def _is_fingerprint(found: object) -> bool:
-    samples = found.get("samples") if isinstance(found, dict) else None
-    return isinstance(samples, list) and all(_is_sample(sample) for sample in samples)
+    if not isinstance(found, dict) or not isinstance(found.get("config", {}), dict):
+        return False
+    samples = found.get("samples")
+    return isinstance(samples, list) and all(map(_is_sample, samples))
 
 
 def _is_sample(found: object) -> bool:

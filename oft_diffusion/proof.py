@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -24,6 +25,11 @@ from oft_diffusion.targets import canonical_name, normalise_name
 TOLERANCE = 1e-6  # of probes in float64, against another machine's
 _SAMPLED = 64  # tensors of a base
 _ROWS = 8  # of a layer's weight, for the second probe
+# Of a config, what changes no answer of a component, or changes with libraries, added tokens and an IP-Adapter.
+_NOT_SETTINGS = re.compile(
+    r"_.*|sample_size|vocab_size|.*dtype|architectures|.*_version|initializer_.*|return_.*|use_cache|output_.*|"
+    r".*_token_id|.*label.*|problem_type|.*dropout.*|encoder_hid_dim.*|projection_dim|gradient_checkpointing|tie_.*"
+)
 _NOT_BASE = (".lora_", "_ip.", "encoder_hid_proj.")  # of adapters that lie in a base's modules
 
 Same = Literal["equal", "rounded", "other", "unknown"]
@@ -92,11 +98,11 @@ def weight_probes(weights: Mapping[str, Tensor], layers: Iterable[str]) -> dict[
 
 
 def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Of a base: samples of its weights, never a hash of gigabytes.
+    """Of a base: its config and samples of its weights, never a hash of gigabytes.
 
-    `samples` are `[tensor, shape, dtype, place, number]` of 64 tensors; the number is None where a tensor is not in
-    memory or not floating. Which tensors these are depends on their names alone, so that others beside them (an
-    IP-Adapter's) change nothing.
+    `config` has the entries that are numbers, texts, or lists of them. `samples` are `[tensor, shape, dtype, place,
+    number]` of 64 tensors; the number is None where a tensor is not in memory or not floating. Which tensors these are
+    depends on their names alone, so that others beside them (an IP-Adapter's) change nothing.
     """
     named = _tensors(module)
     chosen = sorted((name for name in named if not any(word in name for word in _NOT_BASE)), key=_hash)[:_SAMPLED]
@@ -105,14 +111,18 @@ def fingerprint(module: nn.Module) -> dict[str, Any]:
         tensor = named[name]
         place = _hash(name) % max(1, tensor.numel())
         samples.append([name, list(tensor.shape), _dtype(tensor), place, _number(tensor, place)])
-    return {"samples": samples}
+    return {"config": _settings(module), "samples": samples}
 
 
 def compare(known: Mapping[str, Any], module: nn.Module) -> Same:
     """Whether a fingerprint is that of this base, to the bit, or of the same rounded to half precision or from it.
 
-    Embeddings may have more rows than when it was taken (added tokens). "unknown" where no number can be compared.
+    Of configs, entries that both have are compared: versions of a library add and drop some. Embeddings may have more
+    rows than when it was taken (added tokens). "unknown" where no number can be compared.
     """
+    settings, told = _settings(module), known.get("config", {})
+    if any((told[key] or None) != (settings[key] or None) for key in told.keys() & settings.keys()):
+        return "other"
     named = _tensors(module)
     same_dtype, before, here = True, [], []
     for name, shape, dtype, place, value in known["samples"]:
@@ -187,6 +197,23 @@ def _rows(weight: Tensor, count: int) -> Tensor:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     found = unwrap(module).state_dict().items()
     return {canonical_name(normalise_name(name)): tensor for name, tensor in found if isinstance(tensor, Tensor)}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    config = getattr(unwrap(module), "config", {})
+    entries = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in entries.items()
+        if not _NOT_SETTINGS.fullmatch(key) and _is_setting(value)
+    }
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a config's entry is None, a number, a text, or a list of numbers and texts."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    is_one = (entry is None or isinstance(entry, str | int | float) for entry in entries)
+    return all(is_one) and all(math.isfinite(entry) for entry in entries if isinstance(entry, float))
 
 
 def _hash(name: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterFileError
 from oft_diffusion.files import AdapterFile
+from oft_diffusion.formats.folders import component_folders, joined
 from oft_diffusion.formats.origins import origin_of
 from oft_diffusion.formats.output_side import notes_of_training, read_output_side
 from oft_diffusion.formats.packed import read_packed
@@ -34,7 +35,7 @@ def read(
     """Read a file of another tool: PEFT, diffusers, OneTrainer, sd-scripts, LyCORIS, ComfyUI-OFTv2, and some forks.
 
     Args:
-        path: the file; of PEFT's folders, `adapter_model.safetensors`.
+        path: the file; of PEFT's folder, `adapter_model.safetensors`; or a folder with such folders, one per component.
         parts: the pipeline's modules by name; "meta" tensors are enough.
         component: the one that the file is for, where its keys do not tell and several could be meant (PEFT, LyCORIS).
         strict: whether every layer of the file must be in the pipeline.
@@ -47,7 +48,10 @@ def read(
     Raises:
         AdapterFileError: the file is broken, is of a kind that has no exact counterpart here, or does not fit.
     """
-    source = read_source(Path(path))
+    path = Path(path)
+    if inner := component_folders(path):
+        return joined(path, {part: read(file, parts, component=part, strict=strict) for part, file in inner.items()})
+    source = read_source(path)
     matches, unmatched = match_layers(source, parts, component, strict=strict)
     outputs, inputs = source.has("oft_blocks", "oft_diag"), source.has("oft_R.weight", "oft_rotation.weight")
     if outputs == inputs:

@@ -60,7 +60,8 @@ def load_oft_weights(
 
     Args:
         pipe: any diffusers pipeline.
-        source: a `.safetensors` file, a folder with one, PEFT's folder, or a hub repository id.
+        source: a `.safetensors` file, a folder with one, PEFT's folder or a folder with one of PEFT's per component, or
+            a hub repository id.
         weight_name: the file's name in the folder or repository; `oft_adapter.safetensors`, or PEFT's names, if None.
         adapter_name: its name in this pipeline; made from the trigger token or the file's name if None.
         strength: 0 is the base, 1 as trained, see `set_oft_adapters`; what its author recommends if None, which is 1
@@ -114,7 +115,13 @@ def load_oft_weights(
 def _read(pipe: DiffusionPipeline, path: Path, component: str | None, *, strict: bool) -> Imported:
     """A file of ours or of another tool, without the layers that this pipeline lacks if they may be left out."""
     parts = modules_of(pipe)
-    if not has_metadata(path, HEADER_KEY):
+    if path.is_dir() and component is not None:
+        raise ConfigError(
+            f"component={component!r} with {path.name}, whose folders are called after their components",
+            expected="component for files that do not tell",
+            fix="leave it out, or load one of its folders",
+        )
+    if path.is_dir() or not has_metadata(path, HEADER_KEY):
         try:
             return read(path, parts, component=component, strict=strict)
         except TargetError as error:

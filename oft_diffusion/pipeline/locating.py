@@ -9,6 +9,7 @@ from typing import Any
 
 from oft_diffusion.errors import AdapterFileError, first_line
 from oft_diffusion.files import FILE_NAME, resolve_adapter_path
+from oft_diffusion.formats.folders import component_folders, is_pefts
 from oft_diffusion.formats.writing import CONFIG_NAME, WEIGHTS_NAME
 
 _HUB_OPTIONS = (
@@ -20,7 +21,8 @@ _HUB_OPTIONS = (
 def locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str, Any]) -> tuple[Path, str]:
     """The local path of an adapter's tensors, and what to call it: the folder's, the file's or the repository's name.
 
-    PEFT's two files lie in one folder; its path is then that of the tensors.
+    PEFT's two files lie in one folder; its path is then that of the tensors. Where there is such a folder for each
+    component, the path is that of the folder around them.
 
     Raises:
         AdapterFileError: there is none, or it cannot be had.
@@ -39,20 +41,15 @@ def locate(source: str | Path, weight_name: str | None, hub_options: Mapping[str
     if not is_hub_id or local.suffix == ".safetensors" or local.exists():
         if subfolder := hub_options.get("subfolder"):
             local = local / subfolder
-        path = resolve_adapter_path(local, WEIGHTS_NAME if weight_name is None and _is_pefts(local) else weight_name)
+        if weight_name is None and component_folders(local):
+            return local, local.absolute().name
+        path = resolve_adapter_path(local, WEIGHTS_NAME if weight_name is None and is_pefts(local) else weight_name)
     else:
         path = _download(str(source), weight_name, hub_options)
         local = Path(source)
-        if path.name in (FILE_NAME, WEIGHTS_NAME):
+        if path.is_dir() or path.name in (FILE_NAME, WEIGHTS_NAME):
             return path, local.name
     return path, path.absolute().parent.name if path.name in (FILE_NAME, WEIGHTS_NAME) else path.stem
-
-
-def _is_pefts(folder: Path) -> bool:
-    try:
-        return (folder / CONFIG_NAME).is_file() and not (folder / FILE_NAME).is_file()
-    except OSError:  # a name too long, a folder that may not be searched: resolving it tells
-        return False
 
 
 def _download(repository: str, weight_name: str | None, hub_options: Mapping[str, Any]) -> Path:
@@ -68,6 +65,8 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
                 raise
             is_offline = isinstance(error, LocalEntryNotFoundError)
             found = (_cached_files if is_offline else _hub_files)(repository, hub_options)
+            if folders := _folders(found):
+                return _download_folders(repository, folders, hub_options)
             name = _only_adapter(repository, found)
             if name == WEIGHTS_NAME:
                 hf_hub_download(repository, CONFIG_NAME, **hub_options)
@@ -81,6 +80,27 @@ def _download(repository: str, weight_name: str | None, hub_options: Mapping[str
             expected="a local file or folder, or a reachable repository that holds the file",
             fix="check the name, weight_name, revision and token, or download the file first",
         ) from error
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """Of a repository with no adapter at its top, the folders that hold one of PEFT's each."""
+    if any(name.endswith(".safetensors") and "/" not in name for name in names):
+        return []
+    found = (name.split("/") for name in names)
+    return sorted(parts[0] for parts in found if len(parts) == 2 and parts[1] == CONFIG_NAME)
+
+
+def _download_folders(repository: str, folders: Sequence[str], hub_options: Mapping[str, Any]) -> Path:
+    """PEFT's two files of each folder; the path of the folder around them."""
+    from huggingface_hub import hf_hub_download
+
+    inside = hub_options.get("subfolder")
+    others = {key: value for key, value in hub_options.items() if key != "subfolder"}
+    for folder in folders:
+        subfolder = f"{inside.strip('/')}/{folder}" if inside else folder
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            path = Path(hf_hub_download(repository, name, subfolder=subfolder, **others))
+    return path.parent.parent
 
 
 def _hub_files(repository: str, hub_options: Mapping[str, Any]) -> list[str]:
@@ -99,7 +119,7 @@ def _cached_files(repository: str, hub_options: Mapping[str, Any]) -> list[str]:
 
     where = {key: hub_options[key] for key in ("revision", "repo_type", "cache_dir") if key in hub_options}
     folder = Path(snapshot_download(repository, local_files_only=True, **where)) / (hub_options.get("subfolder") or "")
-    return [path.name for path in folder.glob("*")]
+    return [str(path.relative_to(folder).as_posix()) for path in (*folder.glob("*"), *folder.glob("*/*"))]
 
 
 def _only_adapter(repository: str, names: Sequence[str]) -> str:

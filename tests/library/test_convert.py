@@ -14,9 +14,10 @@ from torch import nn
 
 from oft_diffusion import fuse_oft, load_oft_weights, set_oft_adapters
 from oft_diffusion.cli import main
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import load_adapter_file
 from tests.helpers.single_files import write_single_file
-from tests.library.support import copy_pipe, distance, draw
+from tests.library.support import assert_loading_refused, copy_pipe, distance, draw
 from tests.peers import algebra, lycoris_oft
 from tests.peers.comfy_core import comfy_weight
 from tests.peers.comfy_keys import KeyMap
@@ -62,6 +63,25 @@ def test_peft_folders(pipe: Any, base_pipe: Any, series: Path, model_folder: Pat
     for part in ("unet", "text_encoder"):
         load_oft_weights(ours, tmp_path / "peft" / part, component=part)
     assert distance(draw(ours), wanted) < 1e-6
+    at_once = copy_pipe(base_pipe)
+    loaded = load_oft_weights(at_once, tmp_path / "peft")
+    assert (loaded.name, loaded.format, set(loaded.components)) == ("peft", "PEFT", {"unet", "text_encoder"})
+    assert torch.equal(draw(at_once), draw(ours))
+    status, text = run(capsys, "info", tmp_path / "peft")
+    assert status == 0
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(str(tmp_path))] == [
+        str(tmp_path / "peft" / part / "adapter_model.safetensors") for part in ("text_encoder", "unet")
+    ]
+
+
+def test_peft_folders_that_do_not_fit(pipe: Any, series: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "peft"
+    assert run(capsys, "convert", series, folder, "--to", "peft", "--model", model_folder)[0] == 0
+    assert_loading_refused(pipe, folder, "component='unet'", "leave it out", kind=ConfigError, component="unet")
+    (folder / "unet").rename(folder / "transformer")
+    assert_loading_refused(pipe, folder, "peft", "transformer")
+    (folder / "transformer" / "adapter_model.safetensors").unlink()
+    assert_loading_refused(pipe, folder, "adapter_model.safetensors")
 
 
 def test_a_strength_baked_in(pipe: Any, base_pipe: Any, mug: Path, tmp_path: Path, capsys: Any) -> None:

@@ -498,6 +498,7 @@ def test_scales_that_are_not_those_of_their_generator(tmp_path, shape):
         {"base": {"fingerprints": {"unet": {"samples": [[["a"], [4], "float32", 0, 0.5]]}}}},
         {"base": {"fingerprints": {"unet": {"samples": [0.5]}}}},
         {"base": {"fingerprints": {"unet": {}}}},
+        {"base": {"fingerprints": {"unet": {"samples": [], "config": [4]}}}},
         {"strength": 10**400},
         {"components": {"unet": {"block_size": 8, "coft_eps": 10**400}}},
     ],

@@ -81,6 +81,24 @@ def test_repositories_of_peft_and_of_diffusers(pipe, hub, tmp_path):
     )
 
 
+@pytest.mark.parametrize("inside", [None, "deep"])
+def test_a_repository_with_a_folder_of_peft_for_each_component(pipe, hub, tmp_path, inside):
+    folder = tmp_path / "repository"
+    layers = {
+        "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj",
+    }
+    for part, layer in layers.items():
+        shape = tuple(getattr(pipe, part).get_submodule(layer.removeprefix("text_model.")).weight.shape)
+        peft_oft.write_peft((folder / inside if inside else folder) / part, {layer: shape}, block_size=8)
+    hub.repositories["someone/peft", "main"] = folder
+    where: dict[str, Any] = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "subfolder": inside}
+    for offline in (False, True):
+        loaded = load_oft_weights(pipe, "someone/peft", local_files_only=offline, **where)
+        assert (loaded.name, loaded.matched, set(loaded.components)) == ("peft", 2, set(layers))
+        unload_oft_weights(pipe)
+
+
 @pytest.mark.parametrize("how", ["asked for", "by the environment"])
 def test_what_was_downloaded_is_found_offline_whatever_its_name(pipe, hub, tmp_path, monkeypatch, how):
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -88,6 +88,27 @@ def test_what_is_put_beside_a_base_makes_no_other_of_it(pipe: Any, mug: Path) ->
     says_nothing(pipe, mug)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"), [("unet", {"attention_head_dim": 2}), ("text_encoder", {"hidden_act": "gelu"})]
+)
+def test_the_same_weights_under_another_config_are_another_base(pipe: Any, mug: Path, part: str, change: Any) -> None:
+    module = getattr(pipe, part)
+    for key, value in change.items():
+        if part == "unet":
+            module.register_to_config(**{key: value})
+        else:
+            setattr(module.config, key, value)
+    with pytest.warns(UserWarning, match=f"was trained on another base .* than this pipeline's {part}"):
+        load_oft_weights(pipe, mug)
+
+
+def test_entries_of_configs_that_come_and_go_with_versions_make_no_other_base(pipe: Any, mug: Path) -> None:
+    pipe.unet.register_to_config(sample_size=99, new_entry=1, center_input_sample=None)
+    pipe.text_encoder.config.eos_token_id = 2
+    pipe.text_encoder.config.another = "one"
+    says_nothing(pipe, mug)
+
+
 def rewritten(path: Path, to: Path, change: Any) -> Path:
     """The file with changed metadata, and the digest of its tensors as it is."""
     header, body = split_raw(path.read_bytes())
