@@ -24,10 +24,10 @@ from oft_diffusion.formats.components import describe, modules_of
 from oft_diffusion.formats.glora import export_glora
 from oft_diffusion.formats.target import check_new
 from oft_diffusion.formats.tools import TOOLS, names_of
-from oft_diffusion.formats.writing import CONFIG_NAME, WEIGHTS_NAME, check_fit, part_of
+from oft_diffusion.formats.writing import check_fit, part_of
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.load import load_pipeline
-from oft_diffusion.metadata import HEADER_KEY, AdapterMetadata
+from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.pipeline import load_oft_weights, set_oft_adapters
 from oft_diffusion.pipeline.locating import locate
 from oft_diffusion.pocket import pocket_path
@@ -203,8 +203,7 @@ def _file_in(target: Path) -> Path:
 
 def _read_from(options: argparse.Namespace) -> dict[str, Path]:
     """What is read, as far as it is local, and what to call it."""
-    folder = _peft_folders(options.source)
-    found = {"adapter": Path(options.source) if folder else locate(options.source, None, {})[0]}
+    found = {"adapter": locate(options.source, None, {})[0]}
     if options.model is not None:
         found["model"] = Path(_model(options))
     if options.checkpoint is not None:
@@ -240,11 +239,10 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
         options: the command's.
         parts: the model's components, if a model is named.
     """
-    folders = _peft_folders(options.source)
-    path = Path(options.source) if folders else locate(options.source, None, {})[0]
-    is_ours = not folders and has_metadata(path, HEADER_KEY)
+    path, _ = locate(options.source, None, {})
+    is_ours = not path.is_dir() and has_metadata(path, HEADER_KEY)
     for option, value in (("--component", options.component), ("--legacy-scaled", options.legacy_scaled)):
-        if value and (is_ours or folders):
+        if value and (is_ours or path.is_dir()):
             raise _useless(option, path.name, "it with files of other tools that do not tell")
     if is_ours:
         imported = Imported(load_adapter_file(path), "oft-diffusion", "rotation")
@@ -257,35 +255,11 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
             fix="name the model that the adapter was trained on",
         )
     else:
-        if folders:
-            imported = _joined(path, [read(f, parts, component=part) for part, f in folders.items()])
-        else:
-            imported = read(path, parts, component=options.component, legacy_scaled=options.legacy_scaled)
+        imported = read(path, parts, component=options.component, legacy_scaled=options.legacy_scaled)
         states = imported.file.components.values()
         count = sum(key.endswith(KEY_SUFFIX) for state in states for key in state)
         print(f"read {path.name}: {imported.format}, {count} layers")
     return imported if options.only is None else replace(imported, file=part_of(imported.file, options.only))
-
-
-def _peft_folders(source: str) -> dict[str, Path]:
-    """By component, the files in a folder of PEFT's folders, as `--to peft` writes it."""
-    folder = Path(source)
-    if not folder.is_dir() or (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors")):
-        return {}
-    inner = sorted(path for path in folder.iterdir() if (path / CONFIG_NAME).is_file())
-    return {path.name: path / WEIGHTS_NAME for path in inner}
-
-
-def _joined(path: Path, imported: Sequence[Imported]) -> Imported:
-    """Files of one component each as one."""
-    components = {part: state for one in imported for part, state in one.file.components.items()}
-    metadata = AdapterMetadata(
-        components={part: config for one in imported for part, config in one.file.metadata.components.items()},
-        base={"components": {p: c for one in imported for p, c in one.file.metadata.base["components"].items()}},
-        training=imported[0].file.metadata.training,
-    )
-    notes = tuple(note for one in imported for note in one.notes)
-    return replace(imported[0], file=AdapterFile(path, components, metadata), notes=notes)
 
 
 def _rename(options: argparse.Namespace) -> list[str]:
