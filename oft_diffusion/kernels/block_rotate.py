@@ -29,20 +29,22 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _blocks_first(x: Tensor, groups: int, block_size: int) -> Tensor:
-    """`(..., r b)` as `(groups * r, rows, b)`, in which one batched product does all blocks."""
-    blocks = x.shape[-1] // block_size
-    return x.reshape(groups, -1, blocks, block_size).transpose(1, 2).flatten(0, 1)
+    """`(..., r b)` as `(groups, r, rows, b)`: a view, in which one batched product per group does all blocks."""
+    return x.reshape(groups, -1, x.shape[-1] // block_size, block_size).transpose(1, 2)
 
 
 @torch.library.custom_op("oft_diffusion::block_rotate", mutates_args=())
 def _block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     _check(x, delta)
     groups, block_size = delta.shape[0] if delta.dim() == 4 else 1, delta.shape[-1]
-    product = torch.bmm(_blocks_first(x, groups, block_size), delta.reshape(-1, block_size, block_size))
-    # Addition in x's order, so that there is no second permute.
-    rows = x.reshape(groups, -1, x.shape[-1] // block_size, block_size)
-    out: Tensor = torch.add(rows, product.unflatten(0, (groups, -1)).transpose(1, 2)).reshape(x.shape)
-    return out.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    deltas = delta.reshape(groups, -1, block_size, block_size)
+    # Read and written where they lie: no permuted copy of x, nor of the product.
+    for part, d, written in zip(
+        _blocks_first(x, groups, block_size), deltas, _blocks_first(out, groups, block_size), strict=True
+    ):
+        torch.baddbmm(part, part, d, out=written)
+    return out
 
 
 @torch.library.custom_op("oft_diffusion::block_rotate_delta_grad", mutates_args=())
@@ -50,7 +52,10 @@ def _block_rotate_delta_grad(x: Tensor, grad: Tensor, shape: list[int]) -> Tenso
     """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
     groups, block_size = shape[0] if len(shape) == 4 else 1, shape[-1]
     rows, grads = (_blocks_first(t, groups, block_size) for t in (x, grad))
-    return torch.bmm(rows.transpose(1, 2), grads).view(shape)
+    out = x.new_empty(shape).view(groups, -1, block_size, block_size)
+    for own, grad_of, written in zip(rows, grads, out, strict=True):
+        torch.bmm(own.transpose(1, 2), grad_of, out=written)
+    return out.view(shape)
 
 
 @_block_rotate.register_fake
