@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.kernels import block_rotate
+from oft_diffusion.offload import stored
 from oft_diffusion.plan import Place, layer_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,17 @@ class LayerHook:
             )
         x: Tensor = args[0]
         return x
+
+    def _own(self, module: nn.Module, name: str, y: Tensor) -> Tensor:
+        """The layer's weight or bias beside its output: offloading has put it away by the time a hook sees that."""
+        tensor = stored(module, name)
+        if tensor is None:
+            raise TargetError(
+                f"the {name} of layer {layer_of(self.site)} is not in memory after its forward",
+                expected="it in memory, or a merged adapter: this one, of another tool, rotates what the layer returns",
+                fix="merge it (fuse_oft) before offloading, or offload to memory, not to disk",
+            )
+        return tensor.to(device=y.device, dtype=y.dtype)
 
     def _deltas_for(self, x: Tensor) -> Deltas:
         """The slot's deltas, in the device and dtype of what they are to rotate."""
@@ -104,13 +116,14 @@ class OutputHook(LayerHook):
         deltas = self._deltas_for(y)
         if not deltas:
             return y
-        bias = module.bias
         channels = isinstance(module, nn.Conv2d)
-        if isinstance(bias, Tensor):
-            bias = (bias.view(-1, 1, 1) if channels else bias).to(y.dtype)
+        bias = None
+        if module.bias is not None:
+            bias = self._own(module, "bias", y)
+            bias = bias.view(-1, 1, 1) if channels else bias
             y = y - bias
         y = _rotate_channels(y, deltas) if channels else _rotate(y, deltas)
-        return y + bias if isinstance(bias, Tensor) else y
+        return y if bias is None else y + bias
 
 
 class PatchHook(LayerHook):
@@ -131,7 +144,7 @@ class PatchHook(LayerHook):
         if not deltas:
             return y
         patches = _patches(module, x)
-        changed = (_rotate(patches, deltas) - patches) @ module.weight.flatten(1).T
+        changed = (_rotate(patches, deltas) - patches) @ self._own(module, "weight", y).flatten(1).T
         return y + changed.transpose(1, 2).reshape(y.shape)
 
 

@@ -185,9 +185,17 @@ def remove_oft(model: nn.Module, adapter_name: str | None = None) -> None:
         bank.refuse_merged(bank.merged)
     model = unwrap(model)
     detach(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in bank.was_trainable)
+    _thaw(model, bank.was_trainable)
     reset_compiler()
+
+
+def _thaw(model: nn.Module, names: frozenset[str]) -> None:
+    """Make trainable what injection froze. What came since (an IP-Adapter, a LoRA) stays as it is."""
+    here = dict(model.named_parameters())
+    if any(".base_layer." in name and name.replace(".base_layer", "") in names for name in here):
+        return  # PEFT has wrapped layers since, and has frozen the base for reasons of its own
+    for name in names & here.keys():
+        here[name].requires_grad_(True)
 
 
 def require_bank(model: nn.Module) -> OFTBank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,12 @@ from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import bank_of, hooked_layers, unwrap
 from oft_diffusion.inject import require_bank
+from oft_diffusion.offload import is_on_disk, stored
 from oft_diffusion.plan import Active, Stage, as_names, layer_of, make_stages, place_of, split_by_site
 
 KeepBase = Literal["cpu", "disk", False]
+
+_SAMPLED = 8  # of a merged weight's rows, to know it again
 
 
 def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu") -> None:
@@ -40,7 +43,7 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
     Raises:
         AdapterError: nothing is active, something is merged already, a LoRA is fused there, the order would change,
             `keep_base` is none of the three, or the disk cannot take the copy.
-        TargetError: a target's weight is not a floating matrix (a quantized layer).
+        TargetError: a target's weight is not a floating matrix in memory (a quantized layer, or one on disk).
 
     After any error, Ctrl-C included, the weights are as before; but not where it struck amid the rotations with
     `keep_base=False`: load the base again then.
@@ -57,6 +60,8 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
             # x meets the rotations of its channels before those of patches, so W takes them the other way round.
             for site in sorted(deltas, key=lambda site: place_of(site) != "patches"):
                 _rotate_(weights[layer_of(site)], site, deltas[site])
+            if copy is not None:
+                copy.note(weights)
             bank.set_merged(staying, merging, copy)
         except BaseException:
             if copy is not None:
@@ -88,8 +93,9 @@ def unmerge_oft(model: nn.Module) -> None:
     """Put the base's weights back, bit by bit, and let the merged adapters act live again.
 
     Raises:
-        AdapterError: nothing is merged, it was merged with `keep_base=False`, a LoRA has been fused on top of it, or
-            the copy on disk cannot be read; the weights are as they were then.
+        AdapterError: nothing is merged, it was merged with `keep_base=False`, a LoRA has been fused on top of it, also
+            one that has been unloaded since, or the copy on disk cannot be read; the weights are as they were then.
+        TargetError: weights have been offloaded to disk since; likewise.
     """
     bank, weights = read_base(model)
     put_back(model, weights)
@@ -100,7 +106,7 @@ def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
     """All that can fail in unmerging: the kept weights, by layer name, and the bank whose adapters they are without.
 
     Raises:
-        AdapterError: as `unmerge_oft`.
+        AdapterError, TargetError: as `unmerge_oft`.
     """
     bank = require_bank(model)
     if not bank.merged:
@@ -114,15 +120,24 @@ def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
             fix="load the base model again",
         )
     refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
-    return bank, bank.base_copy.weights()
+    kept = bank.base_copy.weights()
+    weights = _weights(model, kept)
+    for name, weight in weights.items():
+        if bank.base_copy.has_changed(name, weight):
+            raise AdapterError(
+                f"layer {name} of {bank.component} is not what merging {', '.join(bank.merged)} made of it: a LoRA was "
+                "fused into it since and unloaded, or other weights were loaded, which unmerging would undo",
+                expected="the weights that merging left, up to the rounding of a LoRA that was fused and unfused",
+                fix="load the base again; a LoRA that is to go first needs unfuse_lora before unload_lora_weights",
+            )
+    return bank, kept
 
 
 @torch.no_grad()
 def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Overwrite some layers' weights by what `read_base` returned."""
-    targets = {layer_of(site): _weight(layer) for site, layer in hooked_layers(model).items()}
-    for name, weight in weights.items():
-        targets[name].copy_(weight)
+    for name, target in _weights(model, weights).items():
+        target.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,7 @@ class BaseCopy:
     """Weights as they were before a merge, in memory or in a temporary file."""
 
     def __init__(self, weights: Mapping[str, Tensor], where: Literal["cpu", "disk"]) -> None:
+        self._merged: dict[str, Tensor] = {}
         copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
         self._memory: dict[str, Tensor] | None = copies if where == "cpu" else None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -207,13 +223,23 @@ class BaseCopy:
                 fix="load the base model again",
             ) from error
 
+    def note(self, weights: Mapping[str, Tensor]) -> None:
+        """Take samples of the weights as merging leaves them."""
+        self._merged = {name: _sample(weight) for name, weight in weights.items()}
+
+    def has_changed(self, name: str, weight: Tensor) -> bool:
+        """Whether a merged weight is another by now, not only rounded: cast, or with a LoRA fused and unfused."""
+        then = self._merged[name]
+        rounding = max(torch.finfo(weight.dtype).eps / 2, 2.0**-10)  # a cast to 16 bits and back may lie behind it
+        return bool((_sample(weight) - then).norm() > 4.0 * rounding * then.norm())
+
     def _path(self) -> Path:
         assert self._folder is not None
         return Path(self._folder.name) / "base.safetensors"
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled bank cannot share a temporary file whose owner deletes it.
-        return {"_memory": dict(self.weights()), "_folder": None}
+        return {"_memory": dict(self.weights()), "_folder": None, "_merged": self._merged}
 
 
 def _check(model: nn.Module, names: Sequence[str] | None) -> tuple[OFTBank, tuple[Active, ...], tuple[Active, ...]]:
@@ -264,26 +290,41 @@ def _refuse_reordering(bank: OFTBank, staying: tuple[Active, ...], merging: tupl
 
 def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
     """The weights that these stages rotate, by layer name."""
-    sites = {site for stage in stages for site in stage.sites}
-    layers = {layer_of(site): module for site, module in hooked_layers(model).items() if site in sites}
-    for name, layer in layers.items():
-        _check_weight(name, layer)
-    return {name: _weight(layer) for name, layer in layers.items()}
+    return _weights(model, {layer_of(site) for stage in stages for site in stage.sites})
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
+def _weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Layers' weights by name, where they lie in memory: what is written to them lasts.
+
+    Raises:
+        TargetError: one is not there, or not a floating matrix.
+    """
+    if is_on_disk(unwrap(model)):
+        raise TargetError(
+            f"the weights of {type(unwrap(model)).__name__} are offloaded to disk, where nothing can be merged into "
+            "them, nor taken out",
+            expected="weights in memory",
+            fix="merge before offloading, keep the adapter live, or offload to memory",
+        )
+    layers = {layer_of(site): module for site, module in hooked_layers(model).items()}
+    found = {name: (layer, stored(layer, "weight")) for name, layer in layers.items() if name in names}
+    return {name: _matrix(name, layer, weight) for name, (layer, weight) in found.items()}
 
 
-def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4) or weight.is_meta:
+def _matrix(name: str, layer: nn.Module, weight: Tensor | None) -> Tensor:
+    if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 4):
         raise TargetError(
             f"layer {name} ({type(layer).__name__}) has no floating weight matrix in memory to merge into",
             expected="a linear layer or a Conv2d whose weight is a loaded float tensor",
             fix="keep the adapter live, which needs no access to the weights",
         )
+    return weight
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A few of a weight's rows, as a copy."""
+    step = max(1, len(weight) // _SAMPLED)
+    return weight.detach()[::step][:_SAMPLED].to("cpu", torch.float32, copy=True)
 
 
 def _rotate_(weight: Tensor, site: str, deltas: Sequence[Tensor]) -> None:

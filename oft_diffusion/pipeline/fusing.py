@@ -25,7 +25,7 @@ def fuse_oft(
     Raises:
         AdapterError: nothing is active, the order would change, a LoRA is fused there, or `keep_base` is none of the
             three, or a disk that is full.
-        TargetError: a layer has no floating weight, as in a quantized base.
+        TargetError: a layer has no floating weight in memory, as in a quantized base or one offloaded to disk.
 
     After any error nothing is fused, in no component; but for one amid the work (Ctrl-C, no memory) with
     `keep_base=False`: load the pipeline again then.
@@ -62,7 +62,8 @@ def unfuse_oft(pipe: DiffusionPipeline) -> None:
 
     Raises:
         AdapterError: nothing is fused, the base was not kept or its copy cannot be read, or a LoRA has been fused on
-            top; nothing is unfused then, in no component.
+            top, also one that has been unloaded since; nothing is unfused then, in no component.
+        TargetError: weights have been offloaded to disk since; likewise.
     """
     fused = [part for part, bank in require_banks(pipe, ()).items() if bank.merged]
     if not fused:

@@ -19,6 +19,7 @@ from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, Ta
 from oft_diffusion.files import AdapterFile, load_adapter_file
 from oft_diffusion.formats import Imported, read
 from oft_diffusion.formats.components import modules_of
+from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import (
     KEY_SUFFIX,
     SCALE_SUFFIX,
@@ -28,6 +29,7 @@ from oft_diffusion.inject import (
     remove_oft,
 )
 from oft_diffusion.metadata import HEADER_KEY
+from oft_diffusion.offload import is_on_disk
 from oft_diffusion.pipeline.fitting import (
     check_prediction,
     compare_bases,
@@ -98,7 +100,7 @@ def load_oft_weights(
     file = imported.file
     parts = {part: component_for(pipe, file, part) for part in file.components}
     check_prediction(pipe, file)
-    bases = compare_bases(parts, file)
+    bases = compare_bases({part: m for part, m in parts.items() if not is_on_disk(unwrap(m))}, file)
     note = Note(file.metadata, imported.format, imported.mode, imported.unmatched)
     proven = [part for part, same in bases.items() if same == "equal"]
     if hotswap:

@@ -21,6 +21,7 @@ from oft_diffusion.hooks import bank_of, unwrap
 from oft_diffusion.images import image_files
 from oft_diffusion.inject import KEY_SUFFIX, oft_state_dict
 from oft_diffusion.metadata import AdapterMetadata, public_name
+from oft_diffusion.offload import is_on_disk
 from oft_diffusion.pipeline.card import (
     CARD_NAME,
     SampleImage,
@@ -211,7 +212,7 @@ def probe_layers(
     parts: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, OFTConfig]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`AdapterMetadata.probes` through the layers of a base, as loading onto the same base will compute them."""
-    clean = {part: module for part, module in parts.items() if not _merged(module)}
+    clean = {part: module for part, module in parts.items() if _is_base(module)}
     weights = {part: weights_of(module) for part, module in clean.items()}
     names = {p: [k.removesuffix(KEY_SUFFIX) for k in states[p] if k.endswith(KEY_SUFFIX)] for p in clean}
     return {
@@ -228,10 +229,11 @@ def describe_base(name: str, components: Mapping[str, nn.Module]) -> dict[str, A
     return {
         "name": public_name(name),
         "components": {part: type(unwrap(m)).__name__ for part, m in components.items()},
-        "fingerprints": {part: fingerprint(m) for part, m in components.items() if not _merged(m)},
+        "fingerprints": {part: fingerprint(m) for part, m in components.items() if _is_base(m)},
     }
 
 
-def _merged(module: nn.Module) -> bool:
+def _is_base(module: nn.Module) -> bool:
+    """Whether a component's tensors are the base's: nothing is merged into them, and they are not on disk."""
     bank = bank_of(module)
-    return bank is not None and bool(bank.merged)
+    return (bank is None or not bank.merged) and not is_on_disk(unwrap(module))

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from diffusers.hooks import apply_group_offloading
 
-from oft_diffusion import OFTConfig, inject_oft, remove_oft
+from oft_diffusion import OFTConfig, inject_oft, merge_oft, remove_oft, unmerge_oft
 from oft_diffusion.bank import OFTBank
+from oft_diffusion.errors import TargetError
 from oft_diffusion.hooks import bank_of
+from oft_diffusion.inject import inject_state
 from tests.core.reference import relative, unet_inputs
+from tests.core.test_sites import INPUT, OUTPUT, Net, X, generators
 from tests.helpers.tiny_sd import tiny_pipeline
-from tests.library.support import distance, draw, excite, tiny_unet
+from tests.library.support import assert_one_sentence, distance, draw, excite, tiny_unet
 
 
 def adapted(frozen: bool) -> tuple[Any, OFTBank, torch.Tensor]:
@@ -195,6 +199,48 @@ def test_offloading_a_pipeline(offload: Callable[[Any], None], inject_first: boo
     for component in (pipe.unet, pipe.text_encoder):
         remove_oft(component)
     assert torch.equal(draw(pipe), draw(base))
+
+
+def to_disk_by_accelerate(model: Any, folder: Path) -> None:
+    disk_offload(model, str(folder), execution_device=torch.device("cpu"), offload_buffers=True)
+
+
+def to_disk_by_diffusers(model: Any, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, cpu, cpu, "leaf_level", offload_to_disk_path=str(folder))
+
+
+@pytest.mark.parametrize(("side", "shapes"), [("input", INPUT), ("output", OUTPUT)])
+def test_rotated_outputs_and_patches_find_offloaded_weights(side: Any, shapes: Any) -> None:
+    """They need a bias, or a weight, when the forward is over and offloading has put it away."""
+    model = Net().eval()
+    with torch.no_grad():
+        base = model(X)
+        inject_state(model, OFTConfig(side=side), generators(shapes)).freeze("default")
+        live = model(X)
+        assert relative(live, base) > 1e-2
+        sequential(model)
+        assert torch.equal(model(X), live)
+        merge_oft(model)
+        assert relative(model(X), live) < 1e-5
+        unmerge_oft(model)
+        assert torch.equal(model(X), live)
+        remove_oft(model)
+        assert torch.equal(model(X), base)
+
+
+@pytest.mark.parametrize("offload", [to_disk_by_accelerate, to_disk_by_diffusers])
+@pytest.mark.parametrize(("side", "shapes"), [("input", INPUT), ("output", OUTPUT)])
+def test_rotated_outputs_and_patches_refuse_weights_on_disk(
+    side: Any, shapes: Any, offload: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    model = Net().eval()
+    inject_state(model, OFTConfig(side=side), generators(shapes)).freeze("default")
+    offload(model, tmp_path)
+    what = "bias" if side == "output" else "weight"
+    with torch.no_grad(), pytest.raises(TargetError, match=f"the {what} of layer conv is not in memory") as error:
+        model(X)
+    assert_one_sentence(error, "fuse_oft", "not to disk")
 
 
 def test_deltas_follow_the_execution_device() -> None:

@@ -1,4 +1,7 @@
-"""Adapters in company: pipelines that share components, ControlNet, IP-Adapter, LoRA, offloading, saving."""
+"""Adapters in company: pipelines that share components, ControlNet, LoRA files, saving, moving, priors.
+
+IP-Adapters are in `test_ip_adapter.py`, LoRA in `test_lora_beside.py`, too, offloading in `test_offload.py`.
+"""
 
 from __future__ import annotations
 
@@ -124,42 +127,6 @@ def test_a_pipeline_that_shares_one_component_alone(pipe: Any, base_pipe: Any, m
     assert torch.equal(draw(pipe), whole)
 
 
-def test_an_ip_adapters_attention_beside(pipe: Any, mug: Path) -> None:
-    """Its processors add keys and values of a picture to cross-attention; q, k, v and out go on through the layers."""
-    unet = pipe.unet
-    torch.manual_seed(0)
-    processors = {}
-    for name, processor in unet.attn_processors.items():
-        if name.endswith("attn1.processor"):
-            processors[name] = processor
-            continue
-        width = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-        made = diffusers.models.attention_processor.IPAdapterAttnProcessor2_0(width, 32, num_tokens=(4,))
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        processors[name] = made
-    unet.set_attn_processor(processors)
-    unet.encoder_hid_proj = diffusers.models.embeddings.MultiIPAdapterImageProjection(
-        [
-            diffusers.models.embeddings.ImageProjection(
-                image_embed_dim=16, cross_attention_dim=32, num_image_text_embeds=4
-            )
-        ]
-    )
-    unet.config.encoder_hid_dim_type = "ip_image_proj"
-    pictures = {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 16), torch.randn(1, 1, 16)])]}
-    base, other_picture = call(pipe, **pictures), {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
-    assert distance(call(pipe, **other_picture), base) > MOVED
-    load_oft_weights(pipe, mug, adapter_name="mug")
-    live = call(pipe, **pictures)
-    assert distance(live, base) > MOVED
-    fuse_oft(pipe)
-    assert distance(call(pipe, **pictures), live) < 1e-5
-    unfuse_oft(pipe)
-    unload_oft_weights(pipe)
-    assert torch.equal(call(pipe, **pictures), base)
-
-
 @pytest.mark.parametrize("lora_first", [False, True])
 def test_a_lora_that_diffusers_loads_beside(
     pipe: Any, base_pipe: Any, mug: Path, tmp_path: Path, lora_first: bool
@@ -218,30 +185,6 @@ def test_moving_and_casting(pipe: Any, mug: Path) -> None:
     assert distance(call(pipe, latents=noise.double()).float(), live) < 1e-5
     pipe.to(torch.float32)
     assert distance(call(pipe, latents=noise), live) < 1e-6
-
-
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("load_first", [False, True])
-def test_group_offloading(pipe: Any, mug: Path, kind: str, load_first: bool) -> None:
-    """On a machine without an accelerator, from the processor to itself: the hooks are real, their devices are not."""
-    if load_first:
-        load_oft_weights(pipe, mug, adapter_name="mug")
-    reference = copy_pipe(pipe)
-    if not load_first:
-        load_oft_weights(reference, mug, adapter_name="mug")
-    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    pipe.unet.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind, **more
-    )
-    if not load_first:
-        load_oft_weights(pipe, mug, adapter_name="mug")
-    assert torch.equal(draw(pipe), draw(reference))
-    set_oft_adapters(pipe, "mug", 0.3)
-    set_oft_adapters(reference, "mug", 0.3)
-    assert torch.equal(draw(pipe), draw(reference))
-    unload_oft_weights(pipe)
-    unload_oft_weights(reference)
-    assert torch.equal(draw(pipe), draw(reference))
 
 
 def test_many_times_in_and_out_leaves_nothing(pipe: Any, mug: Path, style: Path) -> None:
