@@ -284,7 +284,7 @@ def _rename(options: argparse.Namespace) -> list[str]:
     if options.to == "peft":
         return [*notes, *write_peft(options.target, file, parts, dtype=dtype).notes]
     naming = names_of(options.to, describe(parts), file.components, options.naming)
-    return [*notes, *write_single_file(options.target, file, parts, naming, dtype=dtype).notes]
+    return [*notes, *write_single_file(options.target, file, parts, naming, tool=options.to, dtype=dtype).notes]
 
 
 def _export(options: argparse.Namespace) -> list[str]:

@@ -107,7 +107,7 @@ class Carrier:
         self._pipe, self._path, self._dtype = pipe, safetensors_path(path), dtype
         self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
-        self.naming = naming or carrier_naming(self.about)
+        self.naming = naming or carrier_naming(self.about, self.live)
         self.tensors: dict[str, Tensor] = {}
         self._owners = Owners()
         self._norms: dict[str, _Norms] = {}

@@ -66,6 +66,12 @@ class ComponentLayers:
         inside = self.class_name.startswith("CLIPText") and layer != "text_projection"
         return f"text_model.{canonical_name(layer)}" if inside else layer
 
+    def comfy_name(self, layer: str) -> str:
+        """A text encoder's layer as in ComfyUI, whose names are those of the checkpoints that it reads."""
+        if self.class_name.startswith("Qwen2_5_VL"):  # saved before transformers 4.52 put both halves into `model`
+            return layer.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+        return self.file_name(layer)
+
 
 Components = Mapping[str, ComponentLayers]  # a pipeline: its denoisers and text encoders by their names in it
 
@@ -79,6 +85,7 @@ class Encoder:
         comfy: in ComfyUI's files, `text_encoders.clip_l.transformer.`: "clip_l". Empty where they have none.
         kohya: what KOHYA files write instead of `te`.
         also: what is read besides.
+        projection: what flat names of its projection have instead of `te`.
         single_file: prefixes of its tensors in single-file checkpoints, with the naming behind them: "clip", as
             transformers 4 has it, "bare", without `text_model.`, or "open_clip".
     """
@@ -87,6 +94,7 @@ class Encoder:
     comfy: str = ""
     kohya: str = ""
     also: tuple[str, ...] = ()
+    projection: str = ""
     single_file: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -100,16 +108,18 @@ _SD_FILES = (
     ("cond_stage_model.transformer.", "bare"),
     ("cond_stage_model.model.", "open_clip"),
 )
-_XL_FILES = (
-    ("conditioner.embedders.1.model.", "open_clip"),
-    ("conditioner.embedders.0.model.", "open_clip"),  # the refiner, which has no other
-)
 ENCODERS: Mapping[str, Mapping[str, Encoder]] = {
     "SD 1": {"text_encoder": Encoder("te", "clip_l", also=("te1",), single_file=_SD_FILES)},
     "SD 2": {"text_encoder": Encoder("te", "clip_h", also=("te1",), single_file=_SD_FILES)},
     "SDXL": {
         "text_encoder": Encoder("te1", "clip_l", single_file=(("conditioner.embedders.0.transformer.", "clip"),)),
-        "text_encoder_2": Encoder("te2", "clip_g", single_file=_XL_FILES),
+        "text_encoder_2": Encoder("te2", "clip_g", single_file=(("conditioner.embedders.1.model.", "open_clip"),)),
+    },
+    "SDXL refiner": {  # whose encoder is the only one; ComfyUI has the number in the projection's name alone
+        "text_encoder_2": Encoder(
+            "te", "clip_g", also=("te2",), projection="te2",
+            single_file=(("conditioner.embedders.0.model.", "open_clip"),),
+        ),
     },
     "SD3Transformer2DModel": {
         "text_encoder": Encoder("te1", "clip_l"),
@@ -121,7 +131,15 @@ ENCODERS: Mapping[str, Mapping[str, Encoder]] = {
         "text_encoder_2": Encoder("te2", "t5xxl", also=("te3",)),  # sd-scripts writes te3
     },
     "ChromaTransformer2DModel": {"text_encoder": Encoder("te", "t5xxl", kohya="te1")},
-}
+    "PixArtTransformer2DModel": {"text_encoder": Encoder("te", "t5xxl", also=("te1",))},
+    "QwenImageTransformer2DModel": {"text_encoder": Encoder("te", "qwen25_7b", also=("te1",))},
+    "HiDreamImageTransformer2DModel": {
+        "text_encoder": Encoder("te1", "clip_l"),
+        "text_encoder_2": Encoder("te2", "clip_g"),
+        "text_encoder_3": Encoder("te3", "t5xxl"),
+        "text_encoder_4": Encoder("te4", "llama"),
+    },
+}  # fmt: skip
 OMI = {"clip_l": "clip_l", "clip_g": "clip_g", "clip_h": "clip_l", "t5xxl": "t5"}  # in OneTrainer's files of 2025
 
 
@@ -185,7 +203,7 @@ def encoder_of(pipeline: Components, component: str) -> Encoder | None:
 def stable_diffusion(pipeline: Components) -> str | None:
     """Which Stable Diffusion of a UNet a pipeline is, "SD 1", "SD 2" or "SDXL"; None for all others."""
     unet = next((part for part, about in pipeline.items() if about.class_name == UNET), None)
-    return None if unet is None else _family(pipeline, unet)
+    return None if unet is None else _family(pipeline, unet).removesuffix(" refiner")
 
 
 def _is_encoder(component: str, about: ComponentLayers) -> bool:
@@ -200,4 +218,9 @@ def _family(pipeline: Components, denoiser: str) -> str:
     # OpenAI's CLIP, which SD 1.x has, is the only one with the quick kind of GELU.
     clip = pipeline.get("text_encoder")
     is_open_clip = clip is not None and clip.config.get("hidden_act") == "gelu"
-    return "SDXL" if about.is_xl else "SD 2" if is_open_clip else "SD 1"
+    if about.is_xl:
+        # The refiner's UNet attends to the second encoder alone, the base's to both side by side.
+        second = pipeline.get("text_encoder_2")
+        alone = second is not None and second.config.get("hidden_size") == about.config.get("cross_attention_dim")
+        return "SDXL refiner" if alone else "SDXL"
+    return "SD 2" if is_open_clip else "SD 1"

@@ -158,10 +158,13 @@ def write_names(pipeline: Components, component: str, layers: Iterable[str], nam
     else:
         told = {"te": encoder.te, "kohya": encoder.kohya or encoder.te, "comfy": encoder.comfy}
         prefix = style.encoder.format(part=component, **told)
-        names = {layer if style.live else about.file_name(layer): (Leaf(layer),) for layer in about.layers}
+        spell = str if style.live else about.comfy_name if naming == "comfy" else about.file_name
+        names = {spell(layer): (Leaf(layer),) for layer in about.layers}
     found: dict[str, Meaning] = {}
     for name, meaning in _grouped(about, component, layers, names, kind).items():
         key = prefix + (name.replace(".", "_") if style.flat else name)
+        if style.flat and not style.live and encoder is not None and encoder.projection and name == "text_projection":
+            key = f"lora_{encoder.projection}_{name}"
         if key in found:
             raise TargetError(
                 f"{component} has two layers of the name {key}: {found[key].layers[0]} and {meaning.layers[0]}",
@@ -257,7 +260,7 @@ def _readings(pipeline: Components, component: str | None) -> Iterator[tuple[str
         names = {
             spelling: Meaning(part, (Leaf(layer),))
             for layer in about.layers
-            for spelling in (layer, canonical_name(layer), about.file_name(layer))
+            for spelling in (layer, canonical_name(layer), about.file_name(layer), about.comfy_name(layer))
         }
         native = {name: Meaning(part, leaves) for name, leaves in _native_names(about).items()}
         dotted, flat = _prefixes(pipeline, part, component)
@@ -273,6 +276,11 @@ def _prefixes(pipeline: Components, part: str, component: str | None) -> tuple[l
     """What may stand before a component's layers, dotted and flat, in files for `component`."""
     encoder = encoder_of(pipeline, part)
     dotted, flat = [f"{part}.", f"{part}.base_model.model."], []
+    # The components of a combined pipeline that a pipeline of their own calls otherwise: `prior_prior` is its `prior`.
+    alone = part.removeprefix("prior_")
+    if alone != part and alone not in pipeline:
+        dotted += [f"{alone}.", f"{alone}.base_model.model."]
+        flat += [f"lora_{alone}_"] if encoder is None else []
     if component in (None, part):
         dotted += ["", "base_model.model."]
         flat += ["lycoris_"]
@@ -280,7 +288,9 @@ def _prefixes(pipeline: Components, part: str, component: str | None) -> tuple[l
         dotted += [f"lora_{te}." for te in encoder.flat]
         flat += [f"lora_{te}_" for te in encoder.flat]
         if encoder.comfy:
-            dotted += [f"text_encoders.{encoder.comfy}.transformer.", f"{OMI[encoder.comfy]}."]
+            dotted += [f"text_encoders.{encoder.comfy}.transformer."]
+        if encoder.comfy in OMI:
+            dotted += [f"{OMI[encoder.comfy]}."]
         return dotted, flat
     flat += [f"lora_{part}_"]
     # In a file for a text encoder they still mean a denoiser.
@@ -317,7 +327,7 @@ def _layouts(pipeline: Components, component: str) -> Iterator[Native]:
             yield {f"{prefix}{name}.weight": leaves for name, leaves in native.items()}
         return
     live = {canonical_name(layer): layer for layer in about.layers}
-    comfy = ((f"text_encoders.{encoder.comfy}.transformer.", "clip"),) if encoder.comfy else ()
+    comfy = ((f"text_encoders.{encoder.comfy}.transformer.", "comfy"),) if encoder.comfy else ()
     for prefix, style in (*encoder.single_file, *comfy):
         if style == "open_clip":
             native = expand(OPEN_CLIP, {name: about.layers[layer] for name, layer in live.items()})
@@ -326,7 +336,8 @@ def _layouts(pipeline: Components, component: str) -> Iterator[Native]:
                 for name, leaves in native.items()
             }
         else:
-            spelled = {name if style == "bare" else about.file_name(layer): layer for name, layer in live.items()}
+            spell = {"bare": canonical_name, "comfy": about.comfy_name}.get(style, about.file_name)
+            spelled = {spell(layer): layer for layer in live.values()}
             yield {f"{prefix}{name}.weight": (Leaf(layer),) for name, layer in spelled.items()}
 
 

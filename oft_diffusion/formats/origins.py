@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from oft_diffusion.errors import AdapterFileError
+from oft_diffusion.formats.live import EXPORT_KEY
 from oft_diffusion.formats.packed import MARKER, NEUMANN, Reading, scalar
 from oft_diffusion.formats.source import Source
 from oft_diffusion.plan import StrengthMode
@@ -184,7 +185,7 @@ def _wan(source: Source) -> Reading:
 
 def _unknown(source: Source) -> Reading:
     """What all tools have in common; nothing where a file says, or may once have said, that it has more."""
-    if source.header.keys() <= {"format"} and all(key.startswith(_OURS) for key in source.groups):
+    if source.header.keys() <= {"format"} and all(_OURS.match(key) for key in source.groups):
         raise AdapterFileError(
             f"{source.name} has the names of a file of oft-diffusion, or of diffusers' save_lora_weights, and no "
             "metadata at all",
@@ -250,17 +251,19 @@ def _unusable(source: Source, what: str, value: object, expected: str) -> Adapte
     )
 
 
+def _is_for_onetrainer(source: Source) -> bool:
+    """Whether it is what we write for OneTrainer, whose `ot_branch` and `ot_revision` are not ours to write."""
+    return source.arguments(EXPORT_KEY).get("tool") == "onetrainer"
+
+
 def _bare(source: Source) -> bool:
     """Whether keys are modules' own names, as PEFT and, through it, diffusers save them, and nothing says otherwise."""
-    flat, dotted = (
-        ("lora_", "oft_", "oftv2_", "lycoris_"),
-        ("unet.", "transformer.", "text_encoder", "diffusion_model."),
-    )
-    named = any(key.startswith((*flat, *dotted, "clip_")) for key in source.groups)
+    others = ("lora_", "oft_", "oftv2_", "lycoris_", "diffusion_model.", "text_encoders.", "clip_")
+    named = any(key.startswith(others) or _OURS.match(key) for key in source.groups)
     return not named and not source.has(MARKER) and not source.header.keys() - {"format"}
 
 
-_OURS = ("unet.", "transformer", "prior.", "text_encoder")  # how our names begin
+_OURS = re.compile(r"(prior_)?(unet|transformer|prior|text_encoder)(_[0-9])?\.")  # how our names begin
 
 _PACKED = frozenset({"oft_R.weight"})
 _MUSUBI = frozenset(
@@ -282,7 +285,7 @@ ORIGINS = (
     Origin("sd-scripts", lambda s: s.header.get("ss_network_module") == "networks.oft_v2", _PACKED, _sd_scripts),
     Origin(
         "OneTrainer",
-        lambda s: s.header.keys() & {"ot_branch", "ot_revision"} != set() or s.has(MARKER),
+        lambda s: bool(s.header.keys() & {"ot_branch", "ot_revision"}) or s.has(MARKER) or _is_for_onetrainer(s),
         _PACKED | {MARKER},
         _onetrainer,
     ),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import AdapterFileError
+from oft_diffusion.errors import AdapterFileError, ConfigError
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.folders import component_folders, joined
 from oft_diffusion.formats.origins import origin_of
 from oft_diffusion.formats.output_side import notes_of_training, read_output_side
-from oft_diffusion.formats.packed import read_packed
+from oft_diffusion.formats.packed import MARKER, read_packed
 from oft_diffusion.formats.source import Imported, Source, match_layers, read_source
 from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import KEY_SUFFIX
@@ -47,11 +47,19 @@ def read(
 
     Raises:
         AdapterFileError: the file is broken, is of a kind that has no exact counterpart here, or does not fit.
+        ConfigError: `legacy_scaled` for a file that is not of Scaled OFT.
     """
     path = Path(path)
     if inner := component_folders(path):
-        return joined(path, {part: read(file, parts, component=part, strict=strict) for part, file in inner.items()})
+        options: dict[str, bool] = {"strict": strict, "legacy_scaled": legacy_scaled}
+        return joined(path, {part: read(file, parts, component=part, **options) for part, file in inner.items()})
     source = read_source(path)
+    if legacy_scaled and not source.has(MARKER):
+        raise ConfigError(
+            f"legacy_scaled (--legacy-scaled) means nothing with {source.name}, which has no {MARKER}",
+            expected="it with a file of Scaled OFT, which has that marker for every layer",
+            fix="leave it out",
+        )
     matches, unmatched = match_layers(source, parts, component, strict=strict)
     outputs, inputs = source.has("oft_blocks", "oft_diag"), source.has("oft_R.weight", "oft_rotation.weight")
     if outputs == inputs:

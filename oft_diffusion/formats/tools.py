@@ -109,11 +109,11 @@ def is_loaded_by(tool: str, classes: Mapping[str, str]) -> bool:
     return known is not None and (len(denoisers) == len(classes) or known.encoders != ())
 
 
-def carrier_naming(pipeline: Components) -> str:
-    """The naming by which ComfyUI finds changed weights of a family.
+def carrier_naming(pipeline: Components, parts: Collection[str]) -> str:
+    """The naming by which ComfyUI finds changed weights of these components of a pipeline.
 
     Raises:
-        TargetError: it does not know the family, or by diffusers' names alone.
+        TargetError: it does not know the family, or by diffusers' names alone, or has no such names of a text encoder.
     """
     family = _family(pipeline)
     known = TOOLS["comfyui-oftv2"].get(family)
@@ -123,6 +123,13 @@ def carrier_naming(pipeline: Components) -> str:
             f"ComfyUI has no names for changed weights of a {family}",
             expected="a family whose native names it has, such as Stable Diffusion, Flux, Qwen-Image or Wan",
             fix='write a merged folder, or naming="flat" or "diffusers" for tools that have such names',
+        )
+    encoders = [part for part in parts if encoder_of(pipeline, part) is not None]
+    if encoders and known is not None and not known.encoders:
+        raise TargetError(
+            f"ComfyUI has no such names for changed weights of the {encoders[0]} of a {family}",
+            expected="the denoiser alone",
+            fix="leave that component out (convert: --only transformer), or write a merged folder",
         )
     return found[0]
 

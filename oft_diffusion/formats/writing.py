@@ -17,11 +17,11 @@ from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError, TargetError
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.components import Components, describe, stable_diffusion
+from oft_diffusion.formats.live import EXPORT_KEY
 from oft_diffusion.formats.names import APART, Meaning, split_names, write_names
 from oft_diffusion.formats.target import Owners, as_stored, new_folder, safetensors_path
 from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import KEY_SUFFIX
-from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.rotation import block_size_of, rotation_delta, unpack
 from oft_diffusion.targets import Target, canonical_name, find_layers, taps_of
 
@@ -60,6 +60,7 @@ def write_single_file(
     parts: Mapping[str, nn.Module],
     naming: str | Mapping[str, str] = "flat",
     *,
+    tool: str = "sd-scripts",
     dtype: torch.dtype = torch.float32,
 ) -> Written:
     """One file that OneTrainer, ComfyUI-OFTv2 and, on Stable Diffusion 1, 2 and XL, sd-scripts load.
@@ -71,6 +72,7 @@ def write_single_file(
         file: the adapter.
         parts: the modules of the pipeline that it is for, by name; "meta" tensors are enough.
         naming: of `SINGLE_FILE`, or one by component; `tools.names_of` tells which one a tool reads.
+        tool: whose file it is to be, of `tools.TOOLS`. Headers alone differ by it, which no tool reads settings from.
         dtype: of the numbers.
 
     Raises:
@@ -89,9 +91,11 @@ def write_single_file(
         )
     tensors: dict[str, Tensor] = {}
     held: dict[str, int] = {}  # layers per key
+    kernels = False
     notes, owners = [], Owners()
     for part, state in file.components.items():
         layers = {layer.name: layer for layer in _layers(file, part, parts)}
+        kernels = kernels or any(layer.taps > 1 for layer in layers.values())
         for key, meaning in _names(about, part, layers, namings[part]).items():
             owners.claim(key, part)
             layer = _one_of(file, key, meaning, layers)
@@ -99,7 +103,10 @@ def write_single_file(
             held[key] = len(meaning.leaves)
         notes += _difference(part, state, file.metadata.components[part], _FIVE_TERMS)
     assert sum(held.values()) == sum(map(len, file.components.values())), "layers were lost"
-    write_atomically(path, save(tensors, metadata=_kohya_header(file, about, namings)))
+    note = json.dumps({"tool": tool, "naming": namings, "sha256": file.metadata.sha256})
+    header = _modelspec(file, about) | {EXPORT_KEY: note}
+    header |= _sd_scripts_header(file, kernels) if tool != "onetrainer" else {}
+    write_atomically(path, save(tensors, metadata=header))
     return Written(path, tuple(notes))
 
 
@@ -326,19 +333,27 @@ def _adjusted(width: int, wanted: int) -> int:
     return width
 
 
-def _kohya_header(file: AdapterFile, about: Components, namings: Mapping[str, str]) -> dict[str, str]:
-    """What sd-scripts, OneTrainer and the tools that list adapters look at."""
-    sizes = {config.block_size for config in file.metadata.components.values()}
+def _modelspec(file: AdapterFile, about: Components) -> dict[str, str]:
+    """What tools that list adapters look at, and by what they know the base."""
     version = stable_diffusion(about)
     base = {"SD 1": "sd_v1", "SD 2": "sd_v2", "SDXL": "sdxl_base_v1-0"}.get(version or "")
     header = {
         "format": "pt",
-        "ss_network_module": "networks.oft_v2",
-        "ss_network_dim": str(max((s for s in sizes if isinstance(s, int)), default=0)),
-        "ss_network_args": json.dumps({"coft": "False"}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": file.metadata.trigger or file.path.stem,
         "modelspec.trigger_phrase": file.metadata.trigger or "",
-        f"{HEADER_KEY}_export": json.dumps({"naming": namings, "sha256": file.metadata.sha256}),
     }
     return header | ({"ss_base_model_version": base, "ss_v2": str(version == "SD 2")} if base else {})
+
+
+def _sd_scripts_header(file: AdapterFile, kernels: bool) -> dict[str, str]:
+    """The module and the arguments by which sd-scripts would train such an adapter."""
+    states = file.components.values()
+    sizes = {block_size_of(t.shape[1]) or 0 for state in states for key, t in state.items() if key.endswith(KEY_SUFFIX)}
+    arguments = {"block_size": str(max(sizes))} if len(sizes) == 1 else {}  # several have no argument
+    arguments |= {"coft": "False", **({"enable_conv": "True"} if kernels else {})}
+    return {
+        "ss_network_module": "networks.oft_v2",
+        "ss_network_dim": str(max(sizes)),
+        "ss_network_args": json.dumps(arguments),
+    }

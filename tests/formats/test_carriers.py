@@ -182,6 +182,27 @@ def test_fused_weights_change_in_the_rows_of_adapted_layers_only(tmp_path: Path)
     assert not qkv[32:].any()
 
 
+@pytest.mark.parametrize("reader", [comfy_weight, a1111_diff, a1111_lora])
+def test_another_base_gets_the_change_of_the_first(reader: Any, tmp_path: Path) -> None:
+    """A difference, unlike a rotation, is of one base: on another it is no rotation any more."""
+    pipe, twin = tiny_family(SD, tmp_path), tiny_family(SD, tmp_path)
+    adapt(pipe, attention)
+    adapt(twin, attention)
+    first, turned = weights_of(pipe), merged(twin)
+    export = export_lora if reader is a1111_lora else export_diff
+    tensors = load_file(export(pipe, tmp_path / "x.safetensors", dtype=torch.float32).path)
+    with torch.no_grad():
+        for name, layer in layers_of(pipe).items():
+            layer.weight.copy_(3.0 * first[name].flip(0))  # type: ignore[operator]
+    second = weights_of(pipe)
+    rotated = merged(pipe)
+    for key, meaning in keys_in(pipe, tensors).items():
+        before, wanted = native(meaning, second), native(meaning, rotated)
+        got = reader(before, of_layer(tensors, key))
+        assert_same(got, before + native(meaning, turned) - native(meaning, first))
+        assert float((got - wanted).norm()) > 0.1 * float((wanted - before).norm()), key
+
+
 # Several adapters, strengths, sides and places at once
 
 
@@ -327,6 +348,23 @@ def test_a_glora_rotates_any_base(name: str, share: bool, tmp_path: Path) -> Non
     turned = merged(pipe)
     assert all(not torch.equal(weight, turned[layer]) for layer, weight in base.items() if weight.dim() == 2)
     assert_read_as_merged(pipe, found.path, (comfy_weight,), base, turned)
+
+
+@pytest.mark.parametrize("mode", ["rotation", "linear"])
+@pytest.mark.parametrize(
+    "series", [{}, {"parametrisation": "cayley_series", "neumann_order": 2}, {"parametrisation": "cayley"}], ids=str
+)
+def test_a_glora_of_any_series_and_strength(series: dict[str, Any], mode: Any, tmp_path: Path) -> None:
+    pipe = tiny_family(SD, tmp_path)
+    adapt(pipe, no_kernels, **series)
+    whole = load_file(export_glora(pipe, tmp_path / "whole.safetensors", dtype=torch.float32).path)
+    for bank in banks(pipe):
+        bank.set_adapters(["default"], 0.4, mode)
+    found = export_glora(pipe, tmp_path / "x.safetensors", dtype=torch.float32)
+    assert any(not torch.allclose(tensor, whole[name], atol=1e-3) for name, tensor in load_file(found.path).items())
+    another_base(pipe, 1)
+    base = weights_of(pipe)
+    assert_read_as_merged(pipe, found.path, (comfy_weight,), base, merged(pipe))
 
 
 def test_glora_names_are_native_where_a_weight_has_one_rotation(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SD, XL, SD3, FLUX = (
 )  # fmt: skip
 PARTS = {SD: ("unet", "text_encoder"), XL: ("unet", "text_encoder", "text_encoder_2")}
 ROUNDING = 1e-5
+SERIES = {"parametrisation": "cayley_series", "neumann_order": 2}
 
 
 class Base:
@@ -68,10 +69,10 @@ def layers_of(pipe: Any, part: str) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in ComponentLayers.from_model(model).layers}
 
 
-def adapt(pipe: Any, parts: Any, kept: Callable[[str], bool] = lambda layer: True) -> None:
+def adapt(pipe: Any, parts: Any, kept: Callable[[str], bool] = lambda layer: True, **settings: Any) -> None:
     for seed, part in enumerate(parts):
         layers = [name for name in layers_of(pipe, part) if kept(name)]
-        bank = inject_oft(getattr(pipe, part), OFTConfig(block_size=4), layers=layers)
+        bank = inject_oft(getattr(pipe, part), OFTConfig(block_size=4, **settings), layers=layers)
         excite(bank, seed=seed, norm=0.3)
         bank.freeze("default")
 
@@ -107,12 +108,15 @@ def weight(layer: nn.Module) -> Tensor:
 # Single files
 
 
+@pytest.mark.parametrize("series", [{}, SERIES], ids=["", "another series"])
 @pytest.mark.parametrize("name", [SD, XL])
-def test_a_merged_file_draws_what_is_fused(name: str, base_of: Callable[[str], Base], tmp_path: Path) -> None:
+def test_a_merged_file_draws_what_is_fused(
+    name: str, series: dict[str, Any], base_of: Callable[[str], Base], tmp_path: Path
+) -> None:
     base = base_of(name)
     pipe = base.load()
     plain = draw(pipe, name)
-    adapt(pipe, PARTS[name])
+    adapt(pipe, PARTS[name], **series)
     for part in PARTS[name]:
         bank = bank_of(getattr(pipe, part))
         assert bank is not None
@@ -363,14 +367,16 @@ def test_a_file_that_breaks_off_leaves_nothing(
 # Folders
 
 
-@pytest.mark.parametrize("keep_base", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("keep_base", "series"), [("cpu", {}), ("disk", {}), ("cpu", SERIES)], ids=["cpu", "disk", "another series"]
+)
 @pytest.mark.parametrize("name", [SD, XL])
 def test_a_merged_folder_draws_what_is_fused(
-    name: str, keep_base: Any, base_of: Callable[[str], Base], tmp_path: Path
+    name: str, keep_base: Any, series: dict[str, Any], base_of: Callable[[str], Base], tmp_path: Path
 ) -> None:
     pipe = base_of(name).load()
     plain = draw(pipe, name)
-    adapt(pipe, PARTS[name])
+    adapt(pipe, PARTS[name], **series)
     live, before = draw(pipe, name), fingerprint(pipe)
     folder = export_folder(pipe, tmp_path / "new" / "merged", keep_base=keep_base)
     assert folder == tmp_path / "new" / "merged"

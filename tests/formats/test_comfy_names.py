@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from oft_diffusion.formats import read, write_single_file
 from oft_diffusion.formats.carriers import export_diff, export_lora
 from oft_diffusion.formats.components import describe, modules_of
 from oft_diffusion.formats.glora import export_glora
-from oft_diffusion.formats.names import APART
+from oft_diffusion.formats.names import APART, read_names, write_names
 from oft_diffusion.formats.tools import TOOLS, names_of
 from oft_diffusion.formats.writing import SINGLE_FILE, part_of
 from oft_diffusion.targets import canonical_name
@@ -32,22 +33,35 @@ SD, SD2, XL, SD3, FLUX, CHROMA = (
     "StableDiffusionPipeline", "StableDiffusionPipeline 2.x", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline",
     "FluxPipeline", "ChromaPipeline",
 )  # fmt: skip
+REFINER = "StableDiffusionXLImg2ImgPipeline refiner"
 CLIPS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 FIVE_TERMS: dict[str, Any] = {"parametrisation": "cayley_neumann", "neumann_order": 4}
 # Whether q, k and v must be rotated alike, and which components' layers ComfyUI knows beside the denoiser's.
 KNOWN: dict[str, tuple[bool, tuple[str, ...]]] = {
     SD: (False, CLIPS), SD2: (False, CLIPS), XL: (False, CLIPS), SD3: (False, CLIPS), FLUX: (False, CLIPS),
-    CHROMA: (False, CLIPS), "QwenImagePipeline": (False, ()), "Flux2Pipeline": (True, ()),
+    CHROMA: (False, CLIPS), REFINER: (False, CLIPS), "QwenImagePipeline": (False, ()), "Flux2Pipeline": (True, ()),
     "Lumina2Pipeline": (True, ()), "WanPipeline 2.1": (False, ()), "HiDreamImagePipeline": (False, ()),
     "PixArtSigmaPipeline": (False, ()), "ZImagePipeline": (False, ()),
 }  # fmt: skip
 
 
 def family(name: str, folder: Path) -> Any:
+    if name == REFINER:
+        return refiner(folder)
     pipe = tiny_family(name, folder)
     if name == SD2:
         pipe.text_encoder.config.hidden_act = "gelu"  # OpenCLIP's
     return pipe
+
+
+def refiner(folder: Path) -> Any:
+    """SDXL's second model: the second text encoder is its only one."""
+    base = tiny_family(XL, folder)
+    width = base.text_encoder_2.config.hidden_size
+    unet = type(base.unet).from_config({**base.unet.config, "cross_attention_dim": width})
+    parts = {**base.components, "unet": unet, "text_encoder": None, "tokenizer": None}
+    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
 
 
 def adapt(pipe: Any, parts: Sequence[str], targets: Any, **settings: Any) -> None:
@@ -91,12 +105,13 @@ def denoiser_of(pipe: Any) -> str:
 def cases() -> list[Any]:
     """Every family in the names that it usually gets, and in all others that the node reads."""
     found = [pytest.param(name, None, id=name) for name in KNOWN]
-    for name in (SD, XL, SD3, FLUX, CHROMA, "QwenImagePipeline", "WanPipeline 2.1", "ZImagePipeline"):
-        pipeline = {SD: "UNet2DConditionModel", XL: "UNet2DConditionModel", SD3: "SD3Transformer2DModel",
-                    FLUX: "FluxTransformer2DModel", CHROMA: "ChromaTransformer2DModel",
-                    "QwenImagePipeline": "QwenImageTransformer2DModel", "WanPipeline 2.1": "WanTransformer3DModel",
-                    "ZImagePipeline": "ZImageTransformer2DModel"}[name]  # fmt: skip
-        namings = TOOLS["comfyui-oftv2"][pipeline].denoiser
+    denoisers = {
+        **dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), SD3: "SD3Transformer2DModel",
+        FLUX: "FluxTransformer2DModel", CHROMA: "ChromaTransformer2DModel", "WanPipeline 2.1": "WanTransformer3DModel",
+        "QwenImagePipeline": "QwenImageTransformer2DModel", "ZImagePipeline": "ZImageTransformer2DModel",
+    }  # fmt: skip
+    for name, denoiser in denoisers.items():
+        namings = TOOLS["comfyui-oftv2"][denoiser].denoiser
         found += [pytest.param(name, n, id=f"{name}-{n}") for n in namings if n != APART]
     return found
 
@@ -121,6 +136,19 @@ def test_the_node_comes_to_our_weights(name: str, naming: str | None, tmp_path: 
     native, wanted = keys.native(before), keys.native(fused(pipe))
     got = keys.patched(native, load_file(written.path), merged_weight_comfy_node)
     assert_same(got, wanted, native)
+
+
+@pytest.mark.parametrize("naming", ["flat", "kohya", "comfy"])
+def test_the_refiner_s_encoder_is_called_as_an_only_one(naming: str, tmp_path: Path) -> None:
+    pipe = refiner(tmp_path)
+    about, keys = describe(modules_of(pipe)), KeyMap(pipe).keys
+    written = write_names(about, "text_encoder_2", about["text_encoder_2"].layers, naming)
+    assert any(key.endswith("text_projection") for key in written)
+    for key, meaning in written.items():
+        layer = about["text_encoder_2"].file_name(meaning.layers[0])
+        assert keys[key].weight == f"clip_g.transformer.{layer}", key
+        also = f"lora_te2_{layer.replace('.', '_')}"  # as in files of the base's
+        assert read_names(about, [key, also]) == {key: meaning, also: meaning}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +186,18 @@ def test_carriers_for_what_comfyui_has_no_names(name: str, tmp_path: Path) -> No
             export(pipe, tmp_path / "x.safetensors")
         assert_one_sentence(error, type(pipe.transformer).__name__)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["QwenImagePipeline", "Flux2Pipeline", "WanPipeline 2.1", "ZImagePipeline"])
+def test_carriers_for_text_encoders_that_comfyui_has_no_names_of(name: str, tmp_path: Path) -> None:
+    pipe = tiny_family(name, tmp_path)
+    adapt(pipe, ["transformer", "text_encoder"], "all-linear", share_qkv=True)
+    for export in (export_diff, export_lora, export_glora):
+        with pytest.raises(TargetError) as error:
+            export(pipe, tmp_path / "x.safetensors")
+        assert_one_sentence(error, "text_encoder", "--only transformer")
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert export_diff(pipe, tmp_path / "x.safetensors", components=["transformer"]).layers
 
 
 # -- other tools ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""The matrix in docs/formats.md: no cell without a test that there is, and none that says what its test does not."""
+"""The matrix in docs/formats.md: each cell's test is there, is run, and is about what its cell is about.
+
+That it asserts something, refuses exactly where the cell says so, and has its row's tool and its column's option in its
+text or its parameters: what it asserts of them is for readers.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,20 @@ def _cells() -> list[Cell]:
 
 
 CELLS = _cells()
+# What a test about a row has in its text or its parameters, by the beginning of the row's name; the first that fits.
+ROWS = {
+    "PEFT": "peft", "diffusers": "diffusers|save_lora", "OneTrainer": "onetrainer", "sd-scripts `oft_v2`": "sd_scripts",
+    "ComfyUI-OFTv2": "comfy_node|does_not_tell|nobody", "a musubi": "musubi", "a WAN": "wan", "sd-scripts": "kohya",
+    "SimpleTuner": "simpletuner", "LyCORIS": "lycoris", "biases": "peft|lycoris", "BOFT": "boft", "`oft`": "oft|ours",
+    "`peft`": "peft", "`onetrainer`": "onetrainer|sd-scripts|comfy_node|experts|write_single_file", "`diff`": "diff",
+    "`lora`": "lora", "`glora`": "glora", "`folder`": "folder", "`checkpoint`": "checkpoint|merged_file",
+}  # fmt: skip
+# The same by column, for those that have such words. `assert_weights` takes all strengths unless it is told one.
+COLUMNS = {
+    "strength": "strength|assert_weights|multiplier", "bounded": "coft|alpha|constraint|bound", "shared block": "share",
+    "scaled": "scale|marker", "other series": "exact|terms|series|variants", "another series": "series|neumann|live",
+    "strength baked in": "strength|live", "other bases": "base",
+}  # fmt: skip
 
 
 class _Collected:
@@ -113,3 +131,16 @@ def test_the_test_of_a_cell_is_there(key: str, collected: dict[str, list[pytest.
         assert refuses, f"{name} refuses nothing"
     elif "refused" in name or name.startswith("test_a_bound_that_nobody"):
         pytest.fail(f"{name} is a refusal, and the matrix says {said}")
+
+
+@pytest.mark.parametrize("key", TESTS)
+def test_the_test_of_a_cell_is_about_it(key: str, collected: dict[str, list[pytest.Function]]) -> None:
+    tests = collected["::".join(TESTS[key])]
+    source = inspect.getsource(tests[0].function)
+    assert re.search(r"\b(assert|compare_)|raises\(", source), f"{TESTS[key][1]} compares nothing"
+    text = " ".join([*(test.nodeid for test in tests), source]).lower()
+    for cell in CELLS:
+        if any(used == key for _, used in cell.links):
+            word = next(word for row, word in ROWS.items() if cell.row.startswith(row))
+            assert re.search(word, text), f"{TESTS[key][1]} is not about {cell.row}"
+            assert re.search(COLUMNS.get(cell.column, ""), text), f"{TESTS[key][1]} is not about {cell.column}"

@@ -121,6 +121,47 @@ def test_a_key_that_a_tool_writes_means_these_layers(
     assert (meaning.component, meaning.layers) == (component, layers)
 
 
+# Those of ComfyUI's text encoders that are called after their checkpoints: (pipeline, component, key, layer).
+ENCODERS = [
+    ("PixArtSigmaPipeline", "text_encoder", f"text_encoders.t5xxl.transformer.{_T5}", _T5),
+    ("QwenImagePipeline", "text_encoder", "text_encoders.qwen25_7b.transformer.model.layers.1.mlp.down_proj",
+     "model.language_model.layers.1.mlp.down_proj"),
+    ("QwenImagePipeline", "text_encoder", "text_encoders.qwen25_7b.transformer.visual.blocks.0.attn.qkv",
+     "model.visual.blocks.0.attn.qkv"),
+    ("HiDreamImagePipeline", "text_encoder", f"text_encoders.clip_l.transformer.text_model.{_TE}", f"text_model.{_TE}"),
+    ("HiDreamImagePipeline", "text_encoder_2", f"text_encoders.clip_g.transformer.text_model.{_TE}",
+     f"text_model.{_TE}"),
+    ("HiDreamImagePipeline", "text_encoder_3", f"text_encoders.t5xxl.transformer.{_T5}", _T5),
+    ("HiDreamImagePipeline", "text_encoder_4", "text_encoders.llama.transformer.model.layers.0.self_attn.q_proj",
+     "model.layers.0.self_attn.q_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "part", "key", "layer"), ENCODERS, ids=[row[2] for row in ENCODERS])
+def test_text_encoders_of_comfyui(name: str, part: str, key: str, layer: str, tmp_path: Path) -> None:
+    pipe = tiny_family(name, tmp_path)
+    about = describe({n: module for n, module in pipe.components.items() if isinstance(module, nn.Module)})
+    assert read_names(about, [key]) == {key: Meaning(part, (Leaf(layer),))}
+    assert write_names(about, part, [layer], "comfy") == {key: Meaning(part, (Leaf(layer),))}
+
+
+def test_a_combined_pipeline_knows_its_prior_by_both_names() -> None:
+    """Kandinsky's: what is trained on the pipeline of the prior alone has that one's names."""
+    prior = ComponentLayers("PriorTransformer", {}, {"transformer_blocks.0.attn1.to_q": 8})
+    encoder = ComponentLayers("CLIPTextModelWithProjection", {}, {_TE: 8})
+    decoder = ComponentLayers("UNet2DConditionModel", {}, {"down_blocks.0.attentions.0.to_q": 8})
+    about = {"unet": decoder, "prior_prior": prior, "prior_text_encoder": encoder}
+    [layer] = prior.layers
+    for name in ("prior", "prior_prior"):
+        for key in (f"{name}.{layer}", f"{name}.base_model.model.{layer}", f"lora_{name}_{layer.replace('.', '_')}"):
+            assert read_names(about, [key]) == {key: Meaning("prior_prior", (Leaf(layer),))}
+    for key in (f"text_encoder.{_TE}", f"prior_text_encoder.text_model.{_TE}"):
+        assert read_names(about, [key]) == {key: Meaning("prior_text_encoder", (Leaf(_TE),))}
+    # Where the pipeline has one of that name itself, that one is meant.
+    both = {**about, "text_encoder": ComponentLayers("MultilingualCLIP", {}, {_TE: 8})}
+    assert read_names(both, [f"text_encoder.{_TE}"])[f"text_encoder.{_TE}"].component == "text_encoder"
+
+
 # What each pipeline has no names for.
 _UNWRITTEN = {(name, part, "native") for name in BUILDERS for part in BUILDERS[name] if part.startswith("text_encoder")}
 
@@ -350,7 +391,7 @@ def test_a_flat_name_of_two_layers_is_refused() -> None:
 
 def test_an_encoder_of_an_unknown_family_has_no_names_in_comfy() -> None:
     about = {
-        "transformer": ComponentLayers("PixArtTransformer2DModel", {}, {}),
+        "transformer": ComponentLayers("SanaTransformer2DModel", {}, {}),
         "text_encoder": ComponentLayers("T5EncoderModel", {}, {_T5: 8}),
     }
     assert list(write_names(about, "text_encoder", [_T5], "flat")) == [f"lora_te_{_T5.replace('.', '_')}"]

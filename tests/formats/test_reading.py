@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oft_diffusion import fuse_oft, list_oft_adapters, load_oft_weights, set_oft_adapters, unfuse_oft
-from oft_diffusion.errors import AdapterFileError
+from oft_diffusion.errors import AdapterFileError, ConfigError
 from oft_diffusion.files import save_adapter_file
 from oft_diffusion.formats import read
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import assert_one_sentence, copy_pipe, distance, draw
 from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, peft_oft, sd_scripts, wild
+from tests.peers.a1111 import a1111_oft
 from tests.peers.comfy_node import VARIANTS, merged_weight_comfy_node, write_comfy_node_only
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -123,6 +124,10 @@ def blended(formula: Callable[..., Tensor], *told: Any) -> Callable[..., Tensor]
         {"coft": True, "eps": 0.2},
         {"coft": True, "eps": 0.2, "block_share": True},
         {"peft_version": "0.17.1"},
+        {"peft_version": "0.17.1", "terms": 7},
+        {"peft_version": "0.17.1", "exact": True},
+        {"peft_version": "0.17.1", "block_share": True},
+        {"peft_version": "0.17.1", "coft": True, "eps": 0.2},
         {"peft_version": None, "terms": 6},
         {"peft_version": "0.18.0.dev0@abcdef"},
         {"dtype": torch.bfloat16},
@@ -145,13 +150,14 @@ def test_peft(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     assert loaded.format == "PEFT"
 
 
-def test_a_folder_of_peft_for_a_text_encoder(base: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["0.21.2", "0.17.1"])
+def test_a_folder_of_peft_for_a_text_encoder(base: Any, tmp_path: Path, version: str) -> None:
     for prefix in ("", "text_model."):  # transformers 5, and before
         names = {prefix + name: ("text_encoder", name) for name in TEXT}
         layers = {peft_oft.PREFIX + name: meant for name, meant in names.items()}
-        folder = peft_oft.write_peft(tmp_path / f"peft{prefix}", shapes(base, names))
+        folder = peft_oft.write_peft(tmp_path / f"peft{prefix}", shapes(base, names), peft_version=version)
         tensors = peft_oft.peft_file(shapes(base, names)).tensors
-        config = peft_oft.peft_config(list(names))
+        config = peft_oft.peft_config(list(names), peft_version=version)
         loaded = assert_weights(base, folder, layers, blended(peft_oft.merged_weight_peft, config), tensors)
         assert loaded.components == ("text_encoder",)
 
@@ -174,10 +180,12 @@ def test_peft_before_oftv2_is_refused(base: Any, tmp_path: Path, version: Any, l
         load_oft_weights(copy_pipe(base), folder)
 
 
-def test_pefts_larger_kernels_are_refused(base: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["0.21.2", "0.17.1"])
+def test_pefts_larger_kernels_are_refused(base: Any, tmp_path: Path, version: str) -> None:
     names = {name: ("unet", name) for name in (*LINEAR, KERNEL[0])}
+    folder = peft_oft.write_peft(tmp_path / "peft", shapes(base, names), peft_version=version)
     with pytest.raises(AdapterFileError, match="convolution of 9 taps") as error:
-        load_oft_weights(copy_pipe(base), peft_oft.write_peft(tmp_path / "peft", shapes(base, names)))
+        load_oft_weights(copy_pipe(base), folder)
     assert_one_sentence(error, KERNEL[0])
 
 
@@ -225,6 +233,18 @@ def test_scaled_files_of_builds_before_the_merge(base: Any, tmp_path: Path) -> N
     ours = save_adapter_file(tmp_path / "ours", file.components, file.metadata)
     formula = linear_in(onetrainer.merged_weight_onetrainer, written.metadata, legacy_scale=True)
     assert_weights(base, ours, EVERYTHING, formula, written.tensors, strengths=(1.0, 0.0))
+
+
+def test_the_old_divisor_is_refused_where_nothing_is_scaled(base: Any, tmp_path: Path) -> None:
+    parts = {part: getattr(base, part) for part in ("unet", "text_encoder")}
+    peft = peft_oft.write_peft(tmp_path / "parts" / "unet", shapes(base, {n: ("unet", n) for n in LINEAR}))
+    plain = algebra.save(onetrainer.write_onetrainer(shapes(base, EVERYTHING)), tmp_path / "plain.safetensors")
+    outputs = algebra.save(lycoris_oft.write_lycoris(shapes(base, EVERYTHING)), tmp_path / "outputs.safetensors")
+    for path in (plain, outputs, peft.parent):
+        with pytest.raises(ConfigError) as error:
+            read(path, parts, legacy_scaled=True)
+        named = "adapter_model.safetensors" if path.is_dir() else path.name
+        assert_one_sentence(error, named, "--legacy-scaled", "oft_R.scaled_oft", "leave it out")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +348,7 @@ def test_kohyas_first_oft(base: Any, tmp_path: Path, options: dict[str, Any]) ->
         {"constraint": 5.0},
         {"wrapper": "plain"},
         {"wrapper": "simpletuner"},
+        {"wrapper": "simpletuner", "constraint": 1e-3},
         {"dtype": torch.float16},
     ],
     ids=str,
@@ -339,11 +360,23 @@ def test_lycoris(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     assert_weights(base, path, layers, linear_in(lycoris_oft.merged_weight_lycoris, written.metadata), written.tensors)
 
 
-def test_lycoris_with_scaled_outputs(base: Any, tmp_path: Path) -> None:
-    written = lycoris_oft.write_lycoris(shapes(base, EVERYTHING), rescaled=True)
+@pytest.mark.parametrize(
+    "options", [{}, {"constraint": 1e-3}, {"wrapper": "plain"}, {"wrapper": "simpletuner"}], ids=str
+)
+def test_lycoris_with_scaled_outputs(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    layers = flat(*LINEAR, *POINT, *KERNEL, prefix="lycoris_") if "wrapper" in options else EVERYTHING
+    written = lycoris_oft.write_lycoris(shapes(base, layers), rescaled=True, **options)
     path = algebra.save(written, tmp_path / "lycoris.safetensors")
-    # Blended whole, so that strength 0 is the base.
-    assert_weights(base, path, EVERYTHING, blended(lycoris_oft.merged_weight_lycoris), written.tensors)
+    # Blended whole, so that strength 0 is the base: LyCORIS's at strength 1, and A1111's at every one.
+    for formula in (blended(lycoris_oft.merged_weight_lycoris), a1111_oft):
+        assert_weights(base, path, layers, formula, written.tensors)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_old_lycoris_as_a1111_takes_it(base: Any, tmp_path: Path, rescaled: bool) -> None:
+    written = lycoris_oft.write_lycoris_oft_diag(shapes(base, EVERYTHING), rescaled=rescaled)
+    path = algebra.save(written, tmp_path / "old.safetensors")
+    assert_weights(base, path, EVERYTHING, a1111_oft, written.tensors)
 
 
 def test_old_lycoris(base: Any, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Names of every kind, and weights that q, k and v share, in files of other tools: weights equal the tools' formulas.
 
-Keys are spelled out, not made by this package; a native weight is put together of its layers' rows, which are in the
-order that the native models have.
+A native weight is put together of its layers' rows, which are in the order that the native models have.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,111 +18,16 @@ from oft_diffusion import fuse_oft, load_oft_weights
 from oft_diffusion.errors import AdapterFileError
 from tests.helpers.tiny_families import tiny_family
 from tests.library.support import assert_one_sentence
-from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, sd_scripts
+from tests.peers import algebra, kohya_oft, lycoris_oft, onetrainer, sd_scripts, wild
 from tests.peers.comfy_node import merged_weight_comfy_node
+from tests.peers.trainer_keys import FLUX, FLUX_WEIGHTS, KINDS, LATE, NAMINGS, SD, SD3, SD3_WEIGHTS, XL, Layers, flat
 
-SD, XL, SD3, FLUX = (f"{name}Pipeline" for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"))
-Layers = Mapping[str, tuple[str, tuple[str, ...]]]  # by key: the component, and the layers whose rows its weight has
-
-_CLIP, _T5 = "encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"
-_ATTENTION = "attentions.0.transformer_blocks.0.attn1.to_q"
-_IN = {SD: f"down_blocks.0.{_ATTENTION}", XL: f"down_blocks.1.{_ATTENTION}"}
-_NATIVE_IN = {
-    SD: "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
-    XL: "input_blocks.3.1.transformer_blocks.0.attn1.to_q",
-}
-_DOWN, _NATIVE_DOWN = "down_blocks.0.downsamplers.0.conv", "input_blocks.2.0.op"  # 3x3
-_POINT = {SD: "down_blocks.0.attentions.0.proj_in", XL: "down_blocks.1.resnets.0.conv_shortcut"}  # 1x1
-_NATIVE_POINT = {SD: "input_blocks.1.1.proj_in", XL: "input_blocks.3.0.skip_connection"}
-
-
-def flat(name: str) -> str:
-    return name.replace(".", "_")
-
-
-def qkv(attention: str, ends: tuple[str, ...] = ("to_q", "to_k", "to_v")) -> tuple[str, ...]:
-    return tuple(f"{attention}.{end}" for end in ends)
-
-
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-_DOUBLE, _SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0"
-# Native name: the layers whose rows it has.
-_FLUX = {
-    "double_blocks.0.img_attn.qkv": qkv(_DOUBLE),
-    "double_blocks.0.txt_attn.qkv": qkv(_DOUBLE, _ADDED),
-    "double_blocks.0.img_mlp.2": ("transformer_blocks.0.ff.net.2",),
-    "single_blocks.0.linear1": (*qkv(f"{_SINGLE}.attn"), f"{_SINGLE}.proj_mlp"),
-    "single_blocks.0.linear2": (f"{_SINGLE}.proj_out",),
-}
-_SD3 = {
-    "joint_blocks.0.x_block.attn.qkv": qkv(_DOUBLE),
-    "joint_blocks.1.context_block.attn.qkv": qkv("transformer_blocks.1.attn", _ADDED),
-    "joint_blocks.0.x_block.attn2.qkv": qkv("transformer_blocks.0.attn2"),
-    "joint_blocks.0.x_block.mlp.fc2": ("transformer_blocks.0.ff.net.2",),
-}
-
-
-def _unets(name: str) -> dict[str, Layers]:
-    """The namings of Stable Diffusion's UNets."""
-    own = {_IN[name]: _IN[name], _DOWN: _DOWN, _POINT[name]: _POINT[name]}
-    native = {_NATIVE_IN[name]: _IN[name], _NATIVE_DOWN: _DOWN, _NATIVE_POINT[name]: _POINT[name]}
-
-    def unet(prefix: str, names: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[str, Any]:
-        return {prefix + spell(key): ("unet", (layer,)) for key, layer in names.items()}
-
-    def text(*keys: str) -> dict[str, Any]:
-        parts = (("text_encoder", _CLIP), ("text_encoder_2", f"text_model.{_CLIP}"))
-        return {key: (part, (layer,)) for key, (part, layer) in zip(keys, parts, strict=False)}
-
-    te, parts = (["te"], ["text_encoder"]) if name == SD else (["te1", "te2"], ["text_encoder", "text_encoder_2"])
-    clips = ["clip_l", "clip_g"][: len(te)]
-    in_te = text(*(f"lora_{t}_text_model_{flat(_CLIP)}" for t in te))
-    return {
-        "LEGACY": unet("lora_unet_", own, flat) | in_te,
-        "KOHYA": unet("lora_unet_", native if name == XL else own, flat) | in_te,
-        "DIFFUSERS": unet("unet.", own) | text(*(f"{part}.text_model.{_CLIP}" for part in parts)),
-        "COMFY": unet("diffusion_model.", native)
-        | text(*(f"text_encoders.{clip}.transformer.text_model.{_CLIP}" for clip in clips)),
-        "ORIGINAL": unet("", native),
-    }
-
-
-def _transformers(name: str) -> dict[str, Layers]:
-    """The namings of SD 3 and Flux: q, k and v on their own in the first and third, else fused."""
-    native = _FLUX if name == FLUX else _SD3
-    own = [layer for layers in native.values() for layer in layers]
-    # Two CLIPs with a projection, and T5; Flux has one without, and T5.
-    clips = [_CLIP] if name == FLUX else [f"text_model.{_CLIP}"] * 2
-    encoders = {f"text_encoder{'' if i == 0 else f'_{i + 1}'}": layer for i, layer in enumerate([*clips, _T5])}
-
-    def text(spell: Callable[[int, str], str]) -> dict[str, Any]:
-        spelled = [f"text_model.{_CLIP}"] * len(clips) + [_T5]
-        return {
-            spell(number, layer): (part, (encoders[part],))
-            for number, (part, layer) in enumerate(zip(encoders, spelled, strict=True))
-        }
-
-    comfy = ["clip_l", "t5xxl"] if name == FLUX else ["clip_l", "clip_g", "t5xxl"]
-    in_te = text(lambda number, layer: f"lora_te{number + 1}_{flat(layer)}")
-    fused = {key: ("transformer", layers) for key, layers in native.items()}
-    return {
-        "LEGACY": {f"lora_transformer_{flat(layer)}": ("transformer", (layer,)) for layer in own} | in_te,
-        "KOHYA": {f"lora_unet_{flat(key)}": meant for key, meant in fused.items()} | in_te,
-        "DIFFUSERS": {f"transformer.{layer}": ("transformer", (layer,)) for layer in own}
-        | text(lambda number, layer: f"{list(encoders)[number]}.{layer}"),
-        "COMFY": {f"diffusion_model.{key}": meant for key, meant in fused.items()}
-        | text(lambda number, layer: f"text_encoders.{comfy[number]}.transformer.{layer}"),
-        "ORIGINAL": fused,
-    }
-
-
-KINDS = {name: _unets(name) for name in (SD, XL)} | {name: _transformers(name) for name in (SD3, FLUX)}
-NAMINGS = ("LEGACY", "KOHYA", "DIFFUSERS", "COMFY", "ORIGINAL")
+ALL = KINDS | LATE
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {name: tiny_family(name, tmp_path_factory.mktemp("tiny")) for name in KINDS}
+    return {name: tiny_family(name, tmp_path_factory.mktemp("tiny")) for name in ALL}
 
 
 def weight_of(pipe: Any, part: str, layers: tuple[str, ...]) -> Tensor:
@@ -164,12 +68,25 @@ def assert_weights(
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_naming_of_onetrainer(bases: Any, tmp_path: Path, name: str, naming: str) -> None:
-    layers = KINDS[name][naming]
+    layers = ALL[name][naming]
     written = onetrainer.write_onetrainer(shapes(bases[name], layers), block_size=8, scaled=True)
     found = assert_weights(bases[name], tmp_path, layers, written, onetrainer.merged_weight_onetrainer)
     assert found == "OneTrainer"
+
+
+@pytest.mark.parametrize("options", [{"coft_eps": 0.2}, {"block_share": True}], ids=str)
+@pytest.mark.parametrize("strength", [1.0, -0.7])
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("name", [XL, FLUX])
+def test_settings_of_onetrainer_in_every_naming(
+    bases: Any, tmp_path: Path, name: str, naming: str, strength: float, options: dict[str, Any]
+) -> None:
+    layers = KINDS[name][naming]
+    written = onetrainer.write_onetrainer(shapes(bases[name], layers), block_size=8, **options)
+    formula = onetrainer.merged_weight_onetrainer
+    assert assert_weights(bases[name], tmp_path, layers, written, formula, strength=strength) == "OneTrainer"
 
 
 @pytest.mark.parametrize("name", [SD, XL])
@@ -187,7 +104,7 @@ def test_names_of_sd_scripts(bases: Any, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"])
 @pytest.mark.parametrize("name", [SD3, FLUX])
 def test_a_rotation_of_fused_inputs(bases: Any, tmp_path: Path, name: str, prefix: str, strength: float) -> None:
-    native = _FLUX if name == FLUX else _SD3
+    native = FLUX_WEIGHTS if name == FLUX else SD3_WEIGHTS
     spell = flat if prefix.endswith("_") else str
     layers = {prefix + spell(key): ("transformer", names) for key, names in native.items()}
     written = onetrainer.write_onetrainer(shapes(bases[name], layers), block_size=16)
@@ -205,10 +122,17 @@ def test_a_rotation_of_fused_inputs_of_nobody(bases: Any, tmp_path: Path, name: 
     assert found == "an unknown tool"
 
 
+def test_a_rotation_of_fused_inputs_of_a_fork(bases: Any, tmp_path: Path) -> None:
+    layers = KINDS[FLUX]["KOHYA"]
+    written = wild.write_musubi(shapes(bases[FLUX], layers), block_size=8)
+    found = assert_weights(bases[FLUX], tmp_path, layers, written, wild.merged_weight_musubi)
+    assert found == "a musubi-tuner fork"
+
+
 @pytest.mark.parametrize("alpha", [1e-3, 10.0])
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_kohyas_first_oft_of_flux(bases: Any, tmp_path: Path, alpha: float, strength: float) -> None:
-    layers = {f"oft_unet_{flat(key)}": ("transformer", names) for key, names in _FLUX.items()}
+    layers = {f"oft_unet_{flat(key)}": ("transformer", names) for key, names in FLUX_WEIGHTS.items()}
     written = kohya_oft.write_kohya_oft_flux(shapes(bases[FLUX], layers), alpha=alpha, num_blocks=2)
     formula = kohya_oft.merged_weight_kohya_oft_flux
     found = assert_weights(bases[FLUX], tmp_path, layers, written, formula, strength=strength)
@@ -227,7 +151,7 @@ def test_kohyas_splits_that_a_layer_does_not_have(bases: Any, tmp_path: Path) ->
 @pytest.mark.parametrize("options", [{}, {"constraint": 5.0}, {"rescaled": True}], ids=str)
 @pytest.mark.parametrize("name", [SD3, FLUX])
 def test_a_rotation_of_fused_outputs(bases: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    native = _FLUX if name == FLUX else _SD3
+    native = FLUX_WEIGHTS if name == FLUX else SD3_WEIGHTS
     layers = {f"lora_unet_{flat(key)}": ("transformer", names) for key, names in native.items()}
     written = lycoris_oft.write_lycoris(shapes(bases[name], layers), lora_dim=4, **options)
     assert_weights(bases[name], tmp_path, layers, written, lycoris_oft.merged_weight_lycoris)

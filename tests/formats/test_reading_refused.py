@@ -355,6 +355,16 @@ def test_a_file_of_ours_without_its_metadata_is_not_read_as_another_tools(pipe: 
     assert_loading_refused(pipe, bare, "mug.safetensors", "names of a file of oft-diffusion")
 
 
+@pytest.mark.parametrize("part", ["unet", "transformer_2", "prior", "prior_prior", "text_encoder"])
+def test_any_component_of_ours_without_its_metadata(tmp_path: Path, part: str) -> None:
+    packed = {f"{part}.to_q.oft_R.weight": torch.zeros(2, 28)}
+    path = algebra.save(algebra.Written(packed, {"format": "pt"}), tmp_path / "mug.safetensors")
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 16)})
+    with pytest.raises(AdapterFileError) as error:
+        read(path, {part: model})
+    assert_one_sentence(error, "mug.safetensors", "names of a file of oft-diffusion")
+
+
 def load(data: bytes) -> dict[str, Tensor]:
     from safetensors.torch import load as load_bytes
 

@@ -134,6 +134,37 @@ def test_the_header_says_which_base(family: str, version: dict[str, str], tmp_pa
     assert header["ss_network_module"] == "networks.oft_v2"
 
 
+@pytest.mark.parametrize("to", ["oft", "peft", "onetrainer", "sd-scripts", "comfyui-oftv2"])
+def test_another_base_is_turned_as_well(base: Any, tmp_path: Path, to: str) -> None:
+    """Files of rotations fit any base: its own weights are turned, `W R^T`."""
+    file, another = adapter(base, tmp_path, **FIVE_TERMS), copy_pipe(base)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for part in file.components:
+            for parameter in getattr(another, part).parameters():
+                parameter.normal_(std=0.2)
+    before = copy_pipe(another)
+    if to == "peft":
+        path = write_peft(tmp_path / "theirs", file, parts_of(base)).path
+        for part in file.components:
+            model = peft.PeftModel.from_pretrained(getattr(another, part), path / part)
+            setattr(another, part, model.merge_and_unload())
+    else:
+        theirs = tmp_path / "theirs.safetensors"
+        path = file.path if to == "oft" else write_single_file(theirs, file, parts_of(base), tool=to).path
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which says that it is another base
+            load_oft_weights(another, path)
+        fuse_oft(another)
+    for part, state in file.components.items():
+        for key, packed in state.items():
+            layer = key.removesuffix(".oft_R.weight")
+            weight, got = (getattr(p, part).get_submodule(layer).weight.detach() for p in (before, another))
+            wanted = algebra.times(weight, algebra.neumann(algebra.skew(packed)).mT)
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5, msg=key)
+            assert float((wanted - weight).abs().max()) > 1e-3
+
+
 def test_another_series_is_told_by_how_much_it_differs(base: Any, tmp_path: Path) -> None:
     file = adapter(base, tmp_path)
     written = write_single_file(tmp_path / "theirs.safetensors", file, parts_of(base))

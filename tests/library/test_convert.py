@@ -47,7 +47,7 @@ def test_there_and_back(
     assert torch.equal(drawn(copy_pipe(base_pipe), theirs), wanted)
     status, text = run(capsys, "convert", theirs, ours, "--to", "oft", "--model", model_folder)
     assert status == 0
-    assert "sd-scripts" in text
+    assert ("OneTrainer" if name == "onetrainer" else "sd-scripts") in text
     assert torch.equal(drawn(copy_pipe(base_pipe), ours), wanted)
 
 
@@ -221,5 +221,5 @@ def test_info_tells_whose_a_file_is(series: Path, model_folder: Path, tmp_path: 
     run(capsys, "convert", series, theirs, "--to", "onetrainer", "--model", model_folder)
     status, text = run(capsys, "info", theirs)
     assert status == 0
-    for word in ("written by sd-scripts", "rotates inputs", "named as lora_", "of size 8", "neumann_order 4"):
+    for word in ("written by OneTrainer", "rotates inputs", "named as lora_", "of size 8", "neumann_order 4"):
         assert word in text

@@ -8,17 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.peers.algebra import Tensors, cayley, transposed_times
+from tests.peers.algebra import Tensors
 
 
 def comfy_weight(weight: Tensor, tensors: Tensors, strength: float = 1.0) -> Tensor:
-    """Of everything under one key the last in this order counts: LoRA, GLoRA, OFT, `diff`, `set_weight`."""
+    """Of everything under one key the last in this order counts: LoRA, GLoRA, `diff`, `set_weight`."""
     if "set_weight" in tensors:
         return comfy_set_weight(weight, tensors, strength)
     if "diff" in tensors:
         return comfy_diff(weight, tensors, strength)
-    if "oft_blocks" in tensors:
-        return comfy_oft(weight, tensors, strength)
     if "a1.weight" in tensors:
         return comfy_glora(weight, tensors, strength)
     if "lora_up.weight" in tensors or "lora_B.weight" in tensors:
@@ -31,11 +29,6 @@ def comfy_diff(weight: Tensor, tensors: Tensors, strength: float = 1.0) -> Tenso
     if tensors["diff"].shape != weight.shape:
         return weight.double()
     return weight.double() + strength * tensors["diff"].double()
-
-
-def comfy_diff_bias(bias: Tensor, tensors: Tensors, strength: float = 1.0) -> Tensor:
-    """`bias + s diff_b`."""
-    return comfy_diff(bias, {"diff": tensors["diff_b"]}, strength)
 
 
 def comfy_set_weight(weight: Tensor, tensors: Tensors, strength: float = 1.0) -> Tensor:
@@ -87,23 +80,3 @@ def comfy_glora(weight: Tensor, tensors: Tensors, strength: float = 1.0) -> Tens
         channels = weight.double() if weight.dim() > 2 else flat
         delta = torch.einsum("oi...,ij,jk->ok...", channels, a1, a2) + (b1 @ b2).reshape(weight.shape)
     return weight.double() + strength * scale * delta.reshape(weight.shape)
-
-
-def comfy_oft(weight: Tensor, tensors: Tensors, strength: float = 1.0) -> Tensor:
-    """`W + s^2 (R^T W - W)`: the strength is applied twice. `R = C(B - B^T)`, `rescale` is not used.
-
-    `alpha > 0` clamps the joint `|Q|_F` at alpha, not at `alpha * out`. Blocks of four dimensions (BOFT) without an
-    `alpha` end in an error that is only logged: the weight stays.
-    """
-    blocks = tensors["oft_blocks"].double()
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-    if blocks.dim() == 4:
-        if "alpha" not in tensors:
-            return weight.double()
-        raise NotImplementedError("no reference for BOFT")
-    q = blocks - blocks.mT
-    norm = float(q.norm()) + 1e-8
-    if 0 < alpha < norm:
-        q = q * alpha / norm
-    rotated = transposed_times(cayley(q), weight)
-    return weight.double() + strength**2 * (rotated - weight.double())

@@ -252,8 +252,9 @@ class KeyMap:
     def _add_clips(self, pipe: Any, family: str) -> None:
         clips = _CLIPS.get(family, {})
         if family == "UNet2DConditionModel":
-            first = "clip_h" if pipe.text_encoder.config.hidden_act == "gelu" else "clip_l"
-            clips = {"text_encoder": first, "text_encoder_2": "clip_g"}
+            alone = pipe.text_encoder is None  # the refiner of SDXL
+            first = "clip_h" if not alone and pipe.text_encoder.config.hidden_act == "gelu" else "clip_l"
+            clips = {**({} if alone else {"text_encoder": first}), "text_encoder_2": "clip_g"}
         names = list(clips.values())
         for part, clip in clips.items():
             for component, layer in self._layers:
@@ -274,8 +275,9 @@ class KeyMap:
         elif bare == "text_projection":
             self.keys[f"lora_te{2 if clip == 'clip_g' else 1}_text_projection"] = place
         elif bare.endswith(_CLIP_LAYERS):
-            te = ("te2",) if clip == "clip_g" else ("te", "te1")
-            dotted = "text_encoder_2" if clip == "clip_g" else "text_encoder"
+            alone = clip == "clip_g" and "clip_l" not in names
+            te = ("te",) if alone else ("te2",) if clip == "clip_g" else ("te", "te1")
+            dotted = "text_encoder_2" if clip == "clip_g" and not alone else "text_encoder"
             self.keys |= {f"lora_{prefix}_{flat}": place for prefix in te} | {f"{dotted}.{inside}": place}
 
 

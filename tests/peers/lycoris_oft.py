@@ -103,10 +103,17 @@ def lycoris_blocks(blocks: Tensor, limit: float) -> Tensor:
 
 
 def write_lycoris_oft_diag(
-    layers: Shapes, *, lora_dim: int = 8, offset: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+    layers: Shapes,
+    *,
+    lora_dim: int = 8,
+    offset: bool = False,
+    rescaled: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Written:
     """LyCORIS 2.0.0 (2023-11..): `<layer>.oft_diag (num, size, size)` is the rotation `R` itself.
 
+    `rescaled`: with `.rescale` beside it, as A1111 takes it.
     `offset`: the first builds (2.0.0.dev2, 2023-10) stored `R - I` under that name, and not of a rotation.
     """
     draw = generator(seed)
@@ -116,6 +123,9 @@ def write_lycoris_oft_diag(
         blocks = draw_square(draw, num, size)
         stored = 0.1 * blocks if offset else cayley(blocks - blocks.mT)
         tensors[f"{layer}.oft_diag"] = stored.to(dtype)
+        if rescaled:
+            factors_of_rows = 1 + 0.1 * torch.randn(shape[0], *(1 for _ in shape[1:]), generator=draw)
+            tensors[f"{layer}.rescale"] = factors_of_rows.to(dtype)
     return Written(tensors, kohya_metadata(tensors, "lycoris.kohya", lora_dim, 1.0, {"algo": "diag-oft"}, "sd_v1"))
 
 

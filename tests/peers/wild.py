@@ -12,7 +12,6 @@ from tests.peers.algebra import (
     Shapes,
     Tensors,
     Written,
-    blend,
     block_size_of,
     cayley,
     draw_packed,
@@ -130,21 +129,14 @@ def merged_weight_wan(
 ) -> Tensor:
     """What was trained: `W R^T` in linear layers, `W R` in convolutions; its forward takes no notice of a strength.
 
-    `R = N_n(Q)` as in PEFT, or exactly `C(-Q)`; COFT first; all told by the buffers.
+    `R = N_n(Q)` as in PEFT, or exactly `C(-Q)`; COFT first; all told by the buffers. Its own merge
+    makes `W R` of linear layers, too, the wrong way round.
     """
     del metadata
     if strength != 1.0:
         raise ValueError("its forward has no strength")
     rotation = _wan_rotation(tensors)
     return times(weight, rotation.mT if weight.dim() == 2 else rotation)
-
-
-def merged_weight_wan_by_its_merge(
-    weight: Tensor, tensors: Tensors, metadata: Metadata | None = None, strength: float = 1.0
-) -> Tensor:
-    """What its merge makes of the same file: `W R` everywhere, the wrong way round in linear layers; linear."""
-    del metadata
-    return blend(weight, times(weight, _wan_rotation(tensors)), strength)
 
 
 def _wan_rotation(tensors: Tensors) -> Tensor:
