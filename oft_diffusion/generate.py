@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image
 from PIL import Image
 
 from oft_diffusion.errors import ConfigError, OFTError, first_line
@@ -24,6 +25,25 @@ class Picture:
     settings: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A denoising step that is done.
+
+    Attributes:
+        step: which, from 1.
+        steps: of how many, of this batch.
+        first: number of pictures that were drawn before this batch.
+        pictures: of how many.
+        latents: as they are now, in the pipeline's own layout; None where it does not tell.
+    """
+
+    step: int
+    steps: int
+    first: int
+    pictures: int
+    latents: torch.Tensor | None
+
+
 def generate(
     pipe: Any,
     prompt: str | Sequence[str],
@@ -35,8 +55,11 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     clip_skip: int | None = None,
+    image: Image.Image | None = None,
+    change: float = 0.6,
     batch_size: int = 4,
     on_picture: Callable[[Picture, int], object] | None = None,
+    on_step: Callable[[Step], object] | None = None,
 ) -> list[Picture]:
     """One picture per seed. A seed gives the same noise whatever the batch or device (it is drawn on the CPU).
 
@@ -50,14 +73,19 @@ def generate(
         width: in pixels, together with height; the pipeline's own size if both are None.
         height: likewise.
         clip_skip: layers at the end of CLIP that are left out, as diffusers counts (1 is others' clip skip 2).
+        image: a picture to begin with, where the pipeline has an image-to-image twin; resized to width and height.
+        change: of that picture, how much: 0 keeps it, 1 is as without it; of `steps` that share is done.
         batch_size: pictures per call of the pipeline.
         on_picture: called with (picture, of how many) as soon as its batch is drawn.
+        on_step: called after each denoising step, where the pipeline tells of them; what it raises ends the call, and
+            leaves the pipeline usable.
 
     Returns:
         Pictures in the order of seeds.
 
     Raises:
-        ConfigError: the pipeline refuses a setting (a size that its VAE cannot divide, too many steps, ...).
+        ConfigError: the pipeline refuses a setting (a size that its VAE cannot divide, too many steps, ...), or it
+            cannot begin with a picture.
     """
     if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
         # diffusers takes its own size for both where one is missing or 0, without a word
@@ -66,13 +94,18 @@ def generate(
             expected="both, in pixels, or neither",
             fix="give both",
         )
-    extra = _extra(pipe, width, height, clip_skip)
+    drawn_from: dict[str, Any] = {}
+    if image is not None:
+        pipe, drawn_from = _from_image(pipe, image, change, width, height)
+        width = height = None
+    extra = _extra(pipe, width, height, clip_skip) | drawn_from
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
     shared = {
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance": guidance,
         **({} if clip_skip is None else {"clip_skip": clip_skip}),
+        **({} if image is None else {"change": change}),
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(getattr(pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
         "adapters": [_described(a) for a in list_oft_adapters(pipe) if a.strength],
@@ -87,6 +120,7 @@ def generate(
                     num_inference_steps=steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in batch],
                     **_guided(pipe, guidance, negative_prompt, len(batch)),
+                    **_told(pipe, on_step, start, len(seeds)),
                     **extra,
                 )
         except OFTError:
@@ -103,6 +137,41 @@ def generate(
             if on_picture is not None:
                 on_picture(pictures[-1], len(seeds))
     return pictures
+
+
+def _from_image(
+    pipe: Any, image: Image.Image, change: float, width: int | None, height: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's twin that begins with a picture, with the same components, and what only it is told."""
+    if not 0.0 < change <= 1.0:
+        raise ConfigError(f"change={change} is no share", expected="more than 0, at most 1", fix="correct it")
+    try:
+        twin = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ConfigError(
+            f"a {type(pipe).__name__} cannot begin with a picture",
+            expected="a pipeline with an image-to-image twin in diffusers",
+            fix="leave the picture out",
+        ) from error
+    twin.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    size = (width, height) if width and height else image.size
+    return twin, {"image": image.convert("RGB").resize(size, Image.Resampling.LANCZOS), "strength": change}
+
+
+def _told(pipe: Any, on_step: Callable[[Step], object] | None, first: int, count: int) -> dict[str, Any]:
+    """What has the pipeline call back, where it can."""
+    if on_step is None or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        return {}
+
+    def after(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        try:
+            on_step(Step(index + 1, pipe.num_timesteps, first, count, tensors.get("latents")))
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # as it would have done at its end
+            raise
+        return {}
+
+    return {"callback_on_step_end": after}
 
 
 def _extra(pipe: Any, width: int | None, height: int | None, clip_skip: int | None) -> dict[str, Any]:

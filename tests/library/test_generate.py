@@ -151,3 +151,61 @@ def test_comparing_strengths(pipe, mug, make):
     with pytest.raises(AdapterError) as error:
         compare(pipe, "cup", [PROMPT], [1])
     assert_one_sentence(error, "'cup'")
+
+
+# steps and pictures to begin with
+
+
+def test_steps_are_told_with_their_latents(pipe):
+    told: list[Any] = []
+    plain = pixels(generate(pipe, PROMPT, [1, 2, 3], steps=3, batch_size=2))
+    watched = pixels(generate(pipe, PROMPT, [1, 2, 3], steps=3, batch_size=2, on_step=told.append))
+    assert np.array_equal(watched, plain)
+    assert [(s.step, s.steps, s.first, s.pictures) for s in told] == [
+        (step, 3, first, 3) for first in (0, 2) for step in (1, 2, 3)
+    ]
+    assert [len(s.latents) for s in told] == [2] * 3 + [1] * 3
+    assert not torch.equal(told[0].latents, told[1].latents)
+
+
+def test_what_a_step_raises_ends_the_call_and_no_more(pipe, mug):
+    load_oft_weights(pipe, mug)
+    wanted = pixels(generate(pipe, PROMPT, [1], steps=3))
+    steps = []
+
+    def stop(step):
+        steps.append(step.step)
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        generate(pipe, PROMPT, [1], steps=3, on_step=stop)
+    assert steps == [1]
+    assert np.array_equal(pixels(generate(pipe, PROMPT, [1], steps=3)), wanted)
+
+
+def test_a_picture_to_begin_with_is_kept_the_more_the_less_changes(pipe, mug):
+    load_oft_weights(pipe, mug)
+    [start] = generate(pipe, PROMPT, [1], steps=4)
+
+    def drawn(**options):
+        [picture] = generate(pipe, "a red dog", [2], steps=10, image=start.image, **options)
+        return picture
+
+    off = [float(abs(pixels([drawn(change=share)]) - pixels([start])).mean()) for share in (0.1, 0.9)]
+    assert off[0] < off[1]
+    assert drawn(change=0.5).settings["change"] == 0.5
+    assert drawn(change=0.5, width=32, height=16).image.size == (32, 16)
+    assert drawn().settings["adapters"][0]["strength"] == 1.0
+    assert "change" not in start.settings
+
+
+def test_pictures_to_begin_with_that_are_refused(pipe):
+    [start] = generate(pipe, PROMPT, [1], steps=1)
+    for change in (0.0, 1.5):
+        with pytest.raises(ConfigError) as error:
+            generate(pipe, PROMPT, [1], steps=2, image=start.image, change=change)
+        assert_one_sentence(error, f"change={change}")
+    pipe.__class__ = type("NewPipeline", (type(pipe),), {})  # of which diffusers knows no twin
+    with pytest.raises(ConfigError) as error:
+        generate(pipe, PROMPT, [1], steps=2, image=start.image)
+    assert_one_sentence(error, "NewPipeline", "cannot begin with a picture")
