@@ -79,6 +79,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "without twins": {"prior_twins": 0},
     "4 twins": {"prior_twins": 4},
     "6 twins": {"prior_twins": 6},
+    "6 twins, twice the steps": {"prior_twins": 6, "steps": 900, "decay_steps": 360},
     "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
     "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
     "timesteps below 850": {"max_timestep": 850},
@@ -159,7 +160,8 @@ def table() -> str:
     the runs that both have, subject by subject and seed by seed.
     """
     rows, ranked = load(FILE), []
-    rows = [row for row in rows if row["base"] == rows[-1]["base"]]
+    # A run that was measured again, for a column that was added, counts once.
+    rows = list({(r["setup"], r["subject"], r["seed"]): r for r in rows if r["base"] == rows[-1]["base"]}.values())
     counts = {int(row["pictures"]) for row in rows}
     today = {setup_digest(settings, count): name for name, settings in CANDIDATES.items() for count in counts}
     chosen = [row for row in rows if today.get(row["setup"]) == "the chosen one"]
@@ -196,10 +198,10 @@ def table() -> str:
 
 
 def _mean(rows: Sequence[Mapping[str, str]], key: str) -> float:
-    """Over subjects, each of which counts once however many seeds it has; not a number where a row lacks it."""
+    """Over subjects, each of which counts once however many seeds it has; not a number where a subject lacks it."""
     subjects = dict.fromkeys(row["subject"] for row in rows)
-    values = ([float(row[key] or "nan") for row in rows if row["subject"] == subject] for subject in subjects)
-    return fmean(fmean(own) for own in values)
+    values = ([float(row[key]) for row in rows if row["subject"] == subject and row[key]] for subject in subjects)
+    return fmean(fmean(own) if own else math.nan for own in values)
 
 
 def _paired(own: Sequence[Mapping[str, str]], chosen: Sequence[Mapping[str, str]]) -> str:
