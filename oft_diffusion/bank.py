@@ -15,7 +15,7 @@ from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.choice import AdapterChoice
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, reset_compiler
+from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, reset_compiler
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
 
@@ -72,6 +72,8 @@ class OFTBank(AdapterChoice):
     def mix(self, mixture: Mixture | None) -> None:
         """Give each image of a batch its own adapter, instead of those that are active; None ends that.
 
+        The component needs `hooks.attach_mixing` for it, and each pipeline call `announce`.
+
         Raises:
             AdapterError: an adapter is unknown, merged, or trainable, or a strength is not possible for it.
         """
@@ -90,7 +92,12 @@ class OFTBank(AdapterChoice):
             mixed = MixedDeltas(mixture, self._builder, self.adapters)
             mixed.check(self._placement)
             self._mixed = mixed
-        self._start_over()
+        self._empty()  # graphs guard what is in the slots, so those of before serve again afterwards
+
+    def announce(self, prompts: int | None) -> None:
+        """Tell a mixed batch how many prompts the pipeline call has that begins; None when it ends."""
+        if self._mixed is not None:
+            self._mixed.prompts = prompts
 
     @property
     def images(self) -> int:
@@ -119,24 +126,35 @@ class OFTBank(AdapterChoice):
 
     # -- what the hooks call ----------------------------------------------------------------------------------------
 
-    def begin_forward(
-        self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None, batch: int
-    ) -> None:
+    def fill_rows(self, device: torch.device | None, dtype: torch.dtype | None, batch: int) -> None:
+        """Put each row's deltas into every hook's slot, where a batch is mixed.
+
+        Args:
+            device: as `begin_forward` takes it.
+            dtype: likewise.
+            batch: how many rows the component's input has.
+
+        Raises:
+            AdapterError: nothing tells whose a row is (`Mixture.rows`).
+        """
+        if self._mixed is not None:
+            placement = (device or self._placement[0], dtype or self._placement[1])
+            self._fill(self._mixed.at(batch, placement, self.component), placement)
+
+    def begin_forward(self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Put every layer's deltas into its hook's slot.
 
         Args:
             module: the component.
             device: of the component's first tensor input: with offloading the component itself may be elsewhere.
             dtype: of that input, None where it is not floating (token ids).
-            batch: how many rows that input has.
         """
-        if self._acting and not torch.compiler.is_compiling():
+        if self._acting and not in_compiled_call():
             refuse_fused_lora(module)
             self._audit.begin(self.hooks.values())
-        placement = (device or self._placement[0], dtype or self._placement[1])
         if self._mixed is not None:
-            self._fill(self._mixed.at(batch, placement, self.component), placement)
-            return
+            return  # `fill_rows` has filled the slots
+        placement = (device or self._placement[0], dtype or self._placement[1])
         if not self._trainable():
             if not self._ready or placement != self._placement:
                 self._place(placement)
@@ -168,7 +186,10 @@ class OFTBank(AdapterChoice):
                     hook.grad_deltas = for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
-        if self._acting and not failed and not torch.compiler.is_compiling():
+        elif self._mixed is not None:
+            for hook in self.hooks.values():
+                hook.grad_deltas = hook.eval_deltas = None  # the next rows may be others'
+        if self._acting and not failed and not in_compiled_call():
             self._audit.end(module, self.hooks, self._acting)
 
     def fresh_deltas(self, name: str) -> Deltas:
@@ -176,8 +197,15 @@ class OFTBank(AdapterChoice):
 
         Raises:
             AdapterError: gradients are wanted outside the component's forward, or the layer runs inside reentrant
-                gradient checkpointing.
+                gradient checkpointing; or the batch is mixed, and only that forward tells whose its rows are.
         """
+        if self._mixed is not None:
+            raise AdapterError(
+                f"layer {name} of {self.component} runs outside its component's forward while each image has an "
+                "adapter of its own, so that nothing tells which rows are which images",
+                expected="calls of the whole component",
+                fix="draw with one adapter at a time",
+            )
         if not self._trainable():
             self._place(self._placement)
             return self.hooks[name].eval_deltas or ()
@@ -244,9 +272,10 @@ class OFTBank(AdapterChoice):
                 self._place(self._placement)
             return
         self._constants.clear()
-        self._start_over()
+        self._empty()
+        reset_compiler()
 
-    def _start_over(self) -> None:
+    def _empty(self) -> None:
         """Empty the slots, since sites or shapes of deltas have changed, and fill them where that can be done now."""
         self._audit.restart()
         self._ready = self.between_forwards = False
@@ -254,7 +283,6 @@ class OFTBank(AdapterChoice):
             hook.grad_deltas = hook.eval_deltas = None
         if self._mixed is None and not self._trainable():
             self._place(self._placement)
-        reset_compiler()
 
     def _place(self, placement: Placement) -> None:
         if placement != self._placement:

@@ -74,7 +74,8 @@ class AdapterChoice(AdapterStore):
         except AdapterError:
             self._use(before)
             raise
-        self.disabled = dict(disabled or {})
+        merged = {name: a for name, a in self.disabled.items() if name in self.merged}  # to come back as they were
+        self.disabled = merged | dict(disabled or {})
 
     def activate(self, name: str, strength: float = 1.0, mode: StrengthMode = "rotation") -> None:
         """Put an adapter after those that are active."""

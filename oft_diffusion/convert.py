@@ -56,6 +56,17 @@ def convert_main(arguments: Sequence[str]) -> int:
     """`oft-diffusion convert`.
 
     Raises:
+        OFTError: see `convert`.
+    """
+    for line in convert(arguments):
+        print(line)
+    return 0
+
+
+def convert(arguments: Sequence[str]) -> list[str]:
+    """What the command does, and the lines that it prints.
+
+    Raises:
         OFTError: an option, the adapter or the model is unusable, or the target cannot hold the adapter.
     """
     parser = argparse.ArgumentParser(
@@ -66,6 +77,9 @@ def convert_main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("source", help="adapter: a file, a folder or a hub id")
     parser.add_argument("target", type=Path, help="the new file, or folder")
+    parser.add_argument("--weight-name", metavar="FILE", help="which one of the folder or repository")
+    parser.add_argument("--revision", help="of a hub repository")
+    parser.add_argument("--subfolder", help="of a folder or hub repository")
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--model", help="the base: a pipeline folder or hub id; for some formats its configs do")
     parser.add_argument("--config-dir", metavar="FOLDER", help="for a --model that is one file, as for generate")
@@ -91,10 +105,7 @@ def convert_main(arguments: Sequence[str]) -> int:
     if options.to in _FOLDERS:
         check_new(options.target)
     told = _export(options) if options.to in _WEIGHTS else _rename(options)
-    for line in told:
-        print(line)
-    print(f"wrote {options.target}")
-    return 0
+    return [*told, f"wrote {options.target}"]
 
 
 def merge_main(arguments: Sequence[str]) -> int:
@@ -203,12 +214,17 @@ def _file_in(target: Path) -> Path:
 
 def _read_from(options: argparse.Namespace) -> dict[str, Path]:
     """What is read, as far as it is local, and what to call it."""
-    found = {"adapter": locate(options.source, None, {})[0]}
+    found = {"adapter": _adapter(options)}
     if options.model is not None:
         found["model"] = Path(_model(options))
     if options.checkpoint is not None:
         found["checkpoint"] = options.checkpoint
     return found
+
+
+def _adapter(options: argparse.Namespace) -> Path:
+    where = {key: value for key in ("revision", "subfolder") if (value := getattr(options, key)) is not None}
+    return locate(options.source, options.weight_name, where)[0]
 
 
 def _is_file(model: str | None) -> bool:
@@ -239,13 +255,13 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
         options: the command's.
         parts: the model's components, if a model is named.
     """
-    path, _ = locate(options.source, None, {})
+    path = _adapter(options)
     is_ours = not path.is_dir() and has_metadata(path, HEADER_KEY)
     for option, value in (("--component", options.component), ("--legacy-scaled", options.legacy_scaled)):
         if value and (is_ours or path.is_dir()):
             raise _useless(option, path.name, "it with files of other tools that do not tell")
     if is_ours:
-        imported = Imported(load_adapter_file(path), "oft-diffusion", "rotation")
+        imported = Imported(load_adapter_file(path), "oft-diffusion")
         if parts is not None:
             check_fit(imported.file, parts)
     elif parts is None:
@@ -258,7 +274,8 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
         imported = read(path, parts, component=options.component, legacy_scaled=options.legacy_scaled)
         states = imported.file.components.values()
         count = sum(key.endswith(KEY_SUFFIX) for state in states for key in state)
-        print(f"read {path.name}: {imported.format}, {count} layers")
+        said = f"read {path.name}: {imported.format}, {count} layers"
+        imported = replace(imported, notes=(said, *imported.notes))
     return imported if options.only is None else replace(imported, file=part_of(imported.file, options.only))
 
 

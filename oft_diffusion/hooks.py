@@ -182,10 +182,21 @@ class ComponentHook:
         self.bank = bank
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _first_tensor(args, kwargs)
-        device = x.device if x is not None else None
-        dtype = x.dtype if x is not None and x.is_floating_point() else None
-        self.bank.begin_forward(module, device, dtype, _batch_of(args, kwargs))
+        self.bank.begin_forward(module, *_placed(args, kwargs))
+
+
+class MixingHook:
+    """Before the forward of a mixed batch: has the bank gather each row's deltas.
+
+    Apart from `ComponentHook`, and never compiled: a graph for every choice of names would soon reach the compiler's
+    limit, while the model's own graphs know shapes only.
+    """
+
+    def __init__(self, bank: OFTBank) -> None:
+        self.bank = bank
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.bank.fill_rows(*_placed(args, kwargs), _batch_of(args, kwargs))
 
 
 class ComponentEndHook:
@@ -212,14 +223,31 @@ def attach(model: nn.Module, bank: OFTBank) -> None:
     model.register_forward_hook(ComponentEndHook(bank), always_call=True)
 
 
+def attach_mixing(model: nn.Module, bank: OFTBank) -> None:
+    """Register what a mixed batch needs beside the component's own hooks."""
+    call = MixingHook.__call__
+    if "torch._dynamo" in sys.modules and not hasattr(call, "_torchdynamo_disable"):
+        MixingHook.__call__ = torch.compiler.disable(call)  # type: ignore[method-assign]
+    model.register_forward_pre_hook(MixingHook(bank), with_kwargs=True)
+
+
+def detach_mixing(model: nn.Module) -> None:
+    """Remove what `attach_mixing` registered."""
+    _remove(model, (MixingHook,))
+
+
 def detach(model: nn.Module) -> None:
     """Remove every hook of ours from `model` and all its submodules."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(h, (LayerHook, ComponentHook, ComponentEndHook))]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+        _remove(module, (LayerHook, ComponentHook, ComponentEndHook, MixingHook))
+
+
+def _remove(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, h in hooks.items() if isinstance(h, kinds)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def hooked_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -253,6 +281,13 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
+def in_compiled_call() -> bool:
+    """Whether compiled code is traced or running, in frames too that the compiler leaves as they are."""
+    if torch.compiler.is_compiling():
+        return True
+    return "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
 def reset_compiler() -> None:
     """Have compiled models trace again: dynamo does not look at hooks, so it would go on without ours."""
     if "torch._dynamo" in sys.modules:
@@ -267,6 +302,12 @@ def for_recomputation(deltas: Deltas | None) -> Deltas | None:
     if deltas is None or torch.compiler.is_compiling():
         return None
     return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
+
+
+def _placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device of a component's first tensor input, and dtype where it is floating."""
+    x = _first_tensor(args, kwargs)
+    return (None, None) if x is None else (x.device, x.dtype if x.is_floating_point() else None)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

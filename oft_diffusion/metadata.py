@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.disk import parse_json
@@ -40,6 +40,8 @@ class AdapterMetadata:
         class_word: the subject's class, for example "mug".
         training: the training settings, plain JSON types.
         strength: what its author recommends.
+        mode: how strengths are taken unless something else is asked for: "rotation", or "linear", as the tool takes
+            them whose file it was.
         software: versions of what wrote the file; filled in on saving.
         created: ISO 8601 date and time, UTC; filled in on saving.
         sha256: of the tensors (`tensor_digest`); filled in on saving.
@@ -54,6 +56,7 @@ class AdapterMetadata:
     class_word: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+    mode: Literal["rotation", "linear"] = "rotation"
     software: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     sha256: str = ""
@@ -87,6 +90,8 @@ class AdapterMetadata:
             wrong.append("probes")
         if not _is_number(metadata.strength):
             wrong.append("strength")
+        if metadata.mode not in ("rotation", "linear"):
+            wrong.append("mode")
         if not all(config.coft_eps is None or _is_number(config.coft_eps) for config in metadata.components.values()):
             wrong.append("coft_eps")
         if wrong:

@@ -30,34 +30,67 @@ class Mixture:
         """Each adapter, or adapter at a strength, once."""
         return tuple(dict.fromkeys(item for item in self.images if item is not None))
 
-    def rows(self, batch: int, component: str) -> list[Active | None]:
+    def rows(self, batch: int, component: str, prompts: int | None) -> list[Active | None]:
         """The adapter of each row of a component's batch.
 
         A denoiser's batch is the images, once or, for guidance, several times over. A text encoder's is the prompts,
-        of which each may have several images.
+        each of which may have several images, once or, with negative ones in the same call, several times over.
+
+        Args:
+            batch: how many rows it has.
+            component: for messages.
+            prompts: of the pipeline call that is running; None outside one.
 
         Raises:
-            AdapterError: the batch is neither, or images of one prompt want its text in several ways.
+            AdapterError: the batch is neither, or could be several things, or images of one prompt want its text in
+                several ways.
         """
         images = len(self.images)
-        if batch % images == 0:
-            return list(self.images) * (batch // images)
-        if self.per_prompt and images % batch == 0:
-            each = images // batch
-            prompts = [self.images[i : i + each] for i in range(0, images, each)]
-            if all(len(set(prompt)) == 1 for prompt in prompts):
-                return [prompt[0] for prompt in prompts]
+        if self.per_prompt and len(set(self.images)) == 1:
+            return [self.images[0]] * batch  # whatever is read
+        if prompts is None:
+            raise AdapterError(
+                f"{component} is called while {images} images have adapters of their own, but not by the pipeline of "
+                "this block, so that nothing tells which rows are which images",
+                expected="calls of the pipeline that was given to oft_adapters_per_image, with prompts and all",
+                fix="give it the pipeline that draws, not another one with the same components, and call that",
+            )
+        if self.per_prompt:
+            return self._texts(batch, component, prompts)
+        if batch % images:
+            raise AdapterError(
+                f"{component} is called with {batch} rows while {images} images have adapters of their own",
+                expected=f"a multiple of {images} rows: one name per image, prompts x images per prompt",
+                fix="give as many adapter names as the pipeline call makes images",
+            )
+        return list(self.images) * (batch // images)
+
+    def _texts(self, batch: int, component: str, prompts: int) -> list[Active | None]:
+        each = len(self.images) // prompts
+        apart = [self.images[i : i + each] for i in range(0, len(self.images), each)]
+        if any(len(set(prompt)) > 1 for prompt in apart):
             raise AdapterError(
                 f"{each} images with different adapters, of which some adapt {component}, have one text that it reads "
                 "once",
                 expected="one adapter for all images of a prompt, where it adapts a text encoder",
                 fix="give prompts, and negative prompts, once per image, with num_images_per_prompt=1",
             )
-        raise AdapterError(
-            f"{component} is called with {batch} rows while {images} images have adapters of their own",
-            expected=f"a multiple of {images} rows: one name per image, prompts x images per prompt",
-            fix="give as many adapter names as the pipeline call makes images",
-        )
+        if batch % prompts:
+            raise AdapterError(
+                f"{component} reads {batch} texts at once while the call has {prompts} prompts, and nothing tells "
+                "whose they are",
+                expected=f"a multiple of {prompts} texts, where different adapters adapt a text encoder",
+                fix="draw prompt by prompt, or with adapters that leave text encoders alone",
+            )
+        rows = [prompt[0] for prompt in apart] * (batch // prompts)
+        if batch % len(self.images) == 0 and rows != list(self.images) * (batch // len(self.images)):
+            raise AdapterError(
+                f"{component} reads {batch} texts at once for {prompts} prompts with {each} images each, and nothing "
+                "tells whether these are prompts and negative prompts, or one text per image",
+                expected="as many texts as prompts, or one image per prompt",
+                fix="give prompts, and negative prompts, once per image, with num_images_per_prompt=1",
+            )
+        return rows
 
 
 class MixedDeltas:
@@ -67,6 +100,7 @@ class MixedDeltas:
         self._mixture = mixture
         self._builder = builder
         self.images = len(mixture.images)
+        self.prompts: int | None = None  # of the pipeline call that is running
         self.stages = _stages(mixture.adapters, adapters)
         self._apart: dict[Placement, list[Tensor]] = {}
         self._last: tuple[object, dict[str, tuple[Tensor, ...]]] = ((), {})
@@ -85,11 +119,12 @@ class MixedDeltas:
         Raises:
             AdapterError: see `Mixture.rows`.
         """
-        if self._last[0] != (batch, placement):
-            rows = self._mixture.rows(batch, component)
+        key = (batch, placement, self.prompts)
+        if self._last[0] != key:
+            rows = self._mixture.rows(batch, component, self.prompts)
             apart = zip(self.stages, self._build(placement), strict=True)
             flats = [flat.index_select(0, _places(stage, rows).to(placement[0])) for stage, flat in apart]
-            self._last = (batch, placement), split_by_site(self.stages, flats)
+            self._last = key, split_by_site(self.stages, flats)
         return self._last[1]
 
     def _build(self, placement: Placement) -> list[Tensor]:

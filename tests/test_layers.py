@@ -85,7 +85,10 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/__main__.py": Layer("cli", ""),
     # Outside the package: anything public, and no import leads back.
     "train_scripts/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} skimage matplotlib"),
-    "app/session.py": Layer(f"{_EVERYTHING} __init__", _CORE),
+    **{  # what works without a browser
+        f"app/{name}.py": Layer(f"{_EVERYTHING} __init__", _CORE)
+        for name in ("session", "machine", "workspace", "shelf", "drawing")
+    },
     "app/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} gradio"),
 }
 

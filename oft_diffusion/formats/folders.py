@@ -38,6 +38,7 @@ def joined(folder: Path, imported: Mapping[str, Imported]) -> Imported:
         components={part: config for file in files for part, config in file.metadata.components.items()},
         base={"components": {part: c for file in files for part, c in file.metadata.base["components"].items()}},
         training=first.file.metadata.training,
+        mode=first.mode,
     )
     components = {part: state for file in files for part, state in file.components.items()}
     notes = tuple(note for one in imported.values() for note in one.notes)

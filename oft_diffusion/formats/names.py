@@ -10,7 +10,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from oft_diffusion.errors import AdapterFileError, TargetError
-from oft_diffusion.formats.components import OMI, UNET, ComponentLayers, Components, describe, described, encoder_of
+from oft_diffusion.formats.components import (
+    OMI,
+    UNET,
+    ComponentLayers,
+    Components,
+    describe,
+    described,
+    encoder_of,
+    stable_diffusion,
+)
 from oft_diffusion.formats.native_dit import OPEN_CLIP, SPLIT_ADAPTERS, Leaf, Native, expand, native_names
 from oft_diffusion.formats.native_unet import unet_names
 from oft_diffusion.targets import canonical_name
@@ -100,6 +109,7 @@ def read_names(
     component: str | None = None,
     *,
     source: str = "the file",
+    trained_on: str = "another model",
     strict: bool = True,
 ) -> dict[str, Meaning]:
     """What each foreign key means.
@@ -110,6 +120,7 @@ def read_names(
         component: the one meant by keys that name none, as PEFT's and LyCORIS's; needed only where several have such
             a layer.
         source: what errors call the file.
+        trained_on: what errors say that it was trained on.
         strict: whether every key must be a layer's. If not, those of no layer are left out, unless all are.
 
     Raises:
@@ -126,14 +137,22 @@ def read_names(
         )
     unknown = [key for key in keys if key not in names]
     if unknown and (strict or len(unknown) == len(keys)):
+        kind = f" {known}" if (known := stable_diffusion(pipeline)) else ""
         raise AdapterFileError(
-            f"{source} has {len(unknown)} of {len(keys)} layers that this pipeline does not have: {_shown(unknown)}",
-            expected=f"layers of {', '.join(f'{part} ({about.class_name})' for part, about in pipeline.items())}",
-            fix="load the pipeline that the file was trained on"
-            + (", or say which component it is for (component=...)" if component is None else "")
+            f"{source} was trained on {trained_on} and does not fit this{kind} pipeline of "
+            f"{', '.join(f'{part} ({about.class_name})' for part, about in pipeline.items())}: "
+            f"{len(unknown)} of its {len(keys)} layers are not in it, {_shown(unknown)}",
+            expected="a file for this architecture",
+            fix="load the kind of pipeline that the file was trained on"
+            + (", or say which component it is for (component=...)" if _would_help(pipeline, keys, component) else "")
             + (", or load what fits with strict=False" if len(unknown) < len(keys) else ""),
         )
     return {key: names[key] for key in keys if key in names}
+
+
+def _would_help(pipeline: Components, keys: Iterable[str], component: str | None) -> bool:
+    """Whether all keys are layers' names of some component, if it is the one meant."""
+    return component is None and any(set(keys) <= _index(pipeline, part)[0].keys() for part in pipeline)
 
 
 def write_names(pipeline: Components, component: str, layers: Iterable[str], naming: str) -> dict[str, Meaning]:

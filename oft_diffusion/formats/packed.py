@@ -107,7 +107,11 @@ def _read_layer(source: Source, match: Match, module: nn.Module, reading: Readin
         )
     features = (module.in_channels if isinstance(module, nn.Conv2d) else int(module.in_features)) * taps  # type: ignore[arg-type]
     if len(stored) * size != features and not (len(stored) == 1 and features % size == 0):
-        raise _misshapen(source, match.key, f"{len(stored)} blocks of size {size} for {features} input features")
+        raise _misshapen(
+            source, match.key,
+            f"{len(stored)} blocks of size {size}: it was trained on {source.trained_on}, and in this pipeline's "
+            f"{match.meaning.component} ({match.owner}) that layer has {features} input features",
+        )  # fmt: skip
     _check_told(source, match, stored, size, features, reading)
     packed = stored.double()
     eps = reading.conv_eps if is_conv else reading.eps

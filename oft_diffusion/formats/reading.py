@@ -91,9 +91,10 @@ def read(
         components={part: config for part, (config, _) in components.items()},
         base={"components": {part: type(unwrap(parts[part])).__name__ for part in components}},
         training={"imported_from": name},
+        mode=mode,
     )
     file = AdapterFile(source.path, {part: state for part, (_, state) in components.items()}, metadata)
-    return Imported(file, name, mode, notes, unmatched)
+    return Imported(file, name, notes, unmatched)
 
 
 def _check_rotations(source: Source, components: Mapping[str, tuple[OFTConfig, Mapping[str, Tensor]]]) -> None:

@@ -14,7 +14,9 @@ from oft_diffusion.disk import SEAL_KEY, parse_json, read_safetensors
 from oft_diffusion.errors import AdapterFileError, first_line
 from oft_diffusion.files import AdapterFile
 from oft_diffusion.formats.components import describe
+from oft_diffusion.formats.guess import guessed_base
 from oft_diffusion.formats.names import Meaning, read_names
+from oft_diffusion.hooks import unwrap
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.plan import StrengthMode
 from oft_diffusion.targets import canonical_name, find_layers
@@ -89,6 +91,11 @@ class Source:
         own = {e.removeprefix(f"{component}."): v for e, v in self.config.items() if e.startswith(f"{component}.")}
         return replace(self, config=own)
 
+    @property
+    def trained_on(self) -> str:
+        """What it was trained on, as far as it tells."""
+        return guessed_base(self.header, self.config, self.groups)
+
     def arguments(self, entry: str) -> dict[str, Any]:
         """A JSON object in the header; empty where there is none.
 
@@ -115,24 +122,28 @@ class Imported:
     Attributes:
         file: as `load_adapter_file` returns it.
         format: whose it is.
-        mode: how that tool takes strengths.
         notes: what a user should know, in sentences.
         unmatched: layers of the file that the pipeline does not have (`strict=False`).
     """
 
     file: AdapterFile
     format: str
-    mode: StrengthMode
     notes: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> StrengthMode:
+        """How that tool takes strengths."""
+        return self.file.metadata.mode
 
 
 @dataclass(frozen=True)
 class Match:
-    """A foreign layer key, what it means, and the modules that it means."""
+    """A foreign layer key, what it means, the modules that it means, and the class of the component they are in."""
 
     key: str
     meaning: Meaning
+    owner: str
     modules: tuple[nn.Module, ...]
     tensors: Mapping[str, Tensor]
 
@@ -180,7 +191,9 @@ def match_layers(
     Raises:
         AdapterFileError: some key is no layer's and `strict`, all are, or it may be that of several components.
     """
-    known = read_names(describe(parts), source.groups, component, source=source.name, strict=strict)
+    known = read_names(
+        describe(parts), source.groups, component, source=source.name, trained_on=source.trained_on, strict=strict
+    )
     wanted: dict[str, list[str]] = {}
     for meaning in known.values():
         wanted.setdefault(meaning.component, []).extend(meaning.layers)
@@ -188,12 +201,11 @@ def match_layers(
         part: {canonical_name(t.name): t.module for t in find_layers(parts[part], layers)}
         for part, layers in wanted.items()
     }
-    matches = [
-        Match(
-            key, meaning, tuple(found[meaning.component][canonical_name(n)] for n in meaning.layers), source.groups[key]
-        )
-        for key, meaning in known.items()
-    ]
+    owners = {part: type(unwrap(parts[part])).__name__ for part in wanted}
+    matches = []
+    for key, meaning in known.items():
+        modules = tuple(found[meaning.component][canonical_name(name)] for name in meaning.layers)
+        matches.append(Match(key, meaning, owners[meaning.component], modules, source.groups[key]))
     return matches, tuple(key for key in source.groups if key not in known)
 
 

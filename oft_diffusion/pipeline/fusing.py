@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 
+from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, put_back, read_base, unmerge_oft
 from oft_diffusion.pipeline.state import list_oft_adapters, require_banks
@@ -69,6 +71,15 @@ def unfuse_oft(pipe: DiffusionPipeline) -> None:
     if not fused:
         raise AdapterError("nothing is fused in this pipeline", expected="a fused adapter", fix="call fuse_oft first")
     kept = {part: read_base(getattr(pipe, part)) for part in fused}
+    try:
+        _put_back(pipe, kept)
+    except KeyboardInterrupt:  # amid the work, where nothing else can fail: it is finished first
+        _put_back(pipe, kept)
+        raise
+
+
+def _put_back(pipe: DiffusionPipeline, kept: Mapping[str, tuple[OFTBank, Mapping[str, Tensor]]]) -> None:
     for part, (bank, weights) in kept.items():
-        put_back(getattr(pipe, part), weights)
-        bank.clear_merged()
+        if bank.merged:
+            put_back(getattr(pipe, part), weights)
+            bank.clear_merged()

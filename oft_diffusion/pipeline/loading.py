@@ -39,8 +39,17 @@ from oft_diffusion.pipeline.fitting import (
     warn_of_bases,
 )
 from oft_diffusion.pipeline.locating import locate
-from oft_diffusion.pipeline.state import LoadedAdapter, Note, list_oft_adapters, refuse_mixed, require_banks
-from oft_diffusion.plan import Active, StrengthMode, check_adapter_name
+from oft_diffusion.pipeline.state import (
+    LoadedAdapter,
+    Note,
+    Strength,
+    list_oft_adapters,
+    refuse_mixed,
+    refuse_strengths_of_others,
+    require_banks,
+    strength_of,
+)
+from oft_diffusion.plan import Active, StrengthMode, check_adapter_name, layer_of
 from oft_diffusion.targets import canonical_name, layer_names
 
 
@@ -50,7 +59,7 @@ def load_oft_weights(
     *,
     weight_name: str | None = None,
     adapter_name: str | None = None,
-    strength: float | None = None,
+    strength: Strength | None = None,
     strict: bool = True,
     hotswap: bool = False,
     component: str | None = None,
@@ -66,17 +75,18 @@ def load_oft_weights(
             a hub repository id.
         weight_name: the file's name in the folder or repository; `oft_adapter.safetensors`, or PEFT's names, if None.
         adapter_name: its name in this pipeline; made from the trigger token or the file's name if None.
-        strength: 0 is the base, 1 as trained, see `set_oft_adapters`; what its author recommends if None, which is 1
-            unless the file says otherwise.
+        strength: 0 is the base, 1 as trained, also by component, see `set_oft_adapters`; what its author recommends if
+            None, which is 1 unless the file says otherwise.
         strict: refuse a file of which some layers are not in this pipeline; else they are left out, and
             `LoadedAdapter.unmatched` names them.
         hotswap: put the file in the place of the adapter `adapter_name`, whose order and strength it takes over. No
             layout changes, so that compiled models and captured graphs go on with the new adapter. Layers that it
-            lacks become the identity; it may not have others. A strength is not changed, so `strength` must be None.
+            lacks become the identity; it may not have others, nor differ where that adapter's `share_qkv` ties layers.
+            A strength is not changed, so `strength` must be None.
         component: of a file that does not tell which component it is for, as PEFT's and LyCORIS's do not, where
             several have such layers; None for all others.
         **hub_options: for `huggingface_hub.hf_hub_download`: revision, subfolder, token, cache_dir,
-            local_files_only, ...
+            local_files_only, ... Of these a local folder has a use for subfolder alone.
 
     Returns:
         What was loaded.
@@ -101,7 +111,7 @@ def load_oft_weights(
     parts = {part: component_for(pipe, file, part) for part in file.components}
     check_prediction(pipe, file)
     bases = compare_bases({part: m for part, m in parts.items() if not is_on_disk(unwrap(m))}, file)
-    note = Note(file.metadata, imported.format, imported.mode, imported.unmatched)
+    note = Note(file.metadata, imported.format, imported.unmatched)
     proven = [part for part, same in bases.items() if same == "equal"]
     if hotswap:
         name = adapter_name or ""
@@ -138,10 +148,10 @@ def _read(pipe: DiffusionPipeline, path: Path, component: str | None, *, strict:
         )
     file = load_adapter_file(path)
     if strict:
-        return Imported(file, "oft-diffusion", "rotation")
+        return Imported(file, "oft-diffusion")
     kept, left_out = _fitting(file, parts)
     note = (f"{path.name}: {len(left_out)} layers that this pipeline does not have were left out",) if left_out else ()
-    return Imported(replace(file, components=kept), "oft-diffusion", "rotation", note, left_out)
+    return Imported(replace(file, components=kept), "oft-diffusion", note, left_out)
 
 
 def _fitting(file: AdapterFile, parts: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
@@ -170,7 +180,7 @@ def _add(
     parts: Mapping[str, nn.Module],
     file: AdapterFile,
     note: Note,
-    strength: float,
+    strength: Strength,
     proven: Sequence[str],
 ) -> None:
     """Put an adapter into all components or none; those called `proven` are the very base that it was trained on."""
@@ -181,6 +191,7 @@ def _add(
             expected="a new name",
             fix="pass another adapter_name, unload that one first, or replace it with hotswap=True",
         )
+    refuse_strengths_of_others(strength, [name], list(parts))
     loaded: list[nn.Module] = []
     try:
         for part, module in parts.items():
@@ -193,7 +204,7 @@ def _add(
             loaded.append(module)
             bank.metadata[name] = note
             bank.freeze(name)
-            bank.activate(name, strength, note.mode)
+            bank.activate(name, strength_of(strength, part), note.mode)
             if part in proven:
                 prove_layers(part, module, name, file)
     except BaseException:  # Ctrl-C, too
@@ -259,13 +270,18 @@ def _state_for(part: str, bank: OFTBank, name: str, file: AdapterFile) -> dict[s
         if key.endswith(KEY_SUFFIX) and (layer not in wanted or wanted[layer].shape != tensor.shape):
             has = f"has shape {tuple(wanted[layer].shape)} there" if layer in wanted else "is not in it"
             raise _no_place(file, name, f"{part}.{layer} of shape {tuple(tensor.shape)} {has}")
-    return {k + KEY_SUFFIX: torch.zeros_like(t) for k, t in wanted.items()} | state
+    whole = {k + KEY_SUFFIX: torch.zeros_like(t) for k, t in wanted.items()} | state
+    for site, keeper in bank.adapters[name].tied.items():
+        first, second = layer_of(site), layer_of(keeper)
+        if not torch.equal(whole[canonical_name(first) + KEY_SUFFIX], whole[canonical_name(second) + KEY_SUFFIX]):
+            raise _no_place(file, name, f"{part}.{first} and {second} share one rotation there, but not here")
+    return whole
 
 
 def _no_place(file: AdapterFile, name: str, problem: str) -> AdapterFileError:
     return AdapterFileError(
         f"{file.path.name} cannot take the place of {name!r}: {problem}",
-        expected="the same layers and block sizes, or fewer layers",
+        expected="the same layers and block sizes, or fewer layers, and the same share_qkv",
         fix="load first the adapter with the most layers, or load this one without hotswap",
     )
 

@@ -61,8 +61,8 @@ def save_oft_weights(
         path: a `.safetensors` file, or a folder, in which it is called `oft_adapter.safetensors`. For the hub, a
             folder: what is uploaded stays in it.
         adapter_name: which.
-        metadata: replaces what the adapter was loaded with (trigger, training settings, ...). Settings of components
-            and the base are filled in here. Of absolute paths in it, the last part is kept.
+        metadata: replaces what the adapter was loaded with (trigger, training settings, ...). Settings of components,
+            the base and the mode of strengths are filled in here. Of absolute paths in it, the last part is kept.
         recommended_strength: noted in the file; what the metadata says if None, which is 1 where it says nothing.
         push_to_hub: the repository, "user/name"; made if there is none. See `push_oft_weights`.
         private: whether a new repository is.
@@ -82,7 +82,8 @@ def save_oft_weights(
     """
     banks = {p: b for p, b in require_banks(pipe, (adapter_name,)).items() if adapter_name in b.adapters}
     notes = (bank.metadata[adapter_name].metadata for bank in banks.values() if adapter_name in bank.metadata)
-    known = metadata or next(notes, None) or AdapterMetadata(components={})
+    loaded = next(notes, None) or AdapterMetadata(components={})
+    known = metadata or loaded
     told = known.strength if recommended_strength is None else recommended_strength
     [active] = make_active([adapter_name], [told], "rotation")
     samples = read_samples(sample_images)
@@ -101,6 +102,7 @@ def save_oft_weights(
         base=without_local_paths(known.base),
         training=without_local_paths(known.training),
         strength=active.strength,
+        mode=loaded.mode,
     )
     if not known.base:
         name = getattr(pipe.config, "_name_or_path", "")

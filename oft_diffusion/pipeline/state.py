@@ -12,7 +12,9 @@ from oft_diffusion.errors import AdapterError
 from oft_diffusion.formats.components import modules_of
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.metadata import AdapterMetadata
-from oft_diffusion.plan import StrengthMode
+from oft_diffusion.plan import StrengthMode, layer_of
+
+Strength = float | Mapping[str, float]  # or by component
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,17 @@ class Note:
     Attributes:
         metadata: its file's.
         format: "oft-diffusion", or whose file it was.
-        mode: how its strength is taken unless something else is asked for: as the tool that it comes from takes it.
         unmatched: of all components, the file's layers that this pipeline does not have (`strict=False`).
     """
 
     metadata: AdapterMetadata
     format: str = "oft-diffusion"
-    mode: StrengthMode = "rotation"
     unmatched: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> StrengthMode:
+        """How its strength is taken unless something else is asked for: as the tool that it comes from takes it."""
+        return self.metadata.mode
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class LoadedAdapter:
         fused: whether it is merged into the weights.
         metadata: its file's metadata; None where it was made here.
         format: of its file.
-        matched: how many layers it adapts.
+        layers: what it adapts, as "component.layer".
         unmatched: the file's layers that this pipeline does not have.
     """
 
@@ -57,14 +62,38 @@ class LoadedAdapter:
     fused: bool
     metadata: AdapterMetadata | None
     format: str
-    matched: int
+    layers: tuple[str, ...]
     unmatched: tuple[str, ...]
+
+    @property
+    def matched(self) -> int:
+        """How many layers it adapts."""
+        return len(self.layers)
 
     @property
     def strength(self) -> float | None:
         """The strength in all its components; None where it is inactive, or where they have different ones."""
         values = set(self.strengths.values())
         return values.pop() if len(values) == 1 else None
+
+
+def strength_of(strength: Strength, part: str) -> float:
+    """A component's; 1 where only others have one."""
+    return strength.get(part, 1.0) if isinstance(strength, Mapping) else strength
+
+
+def refuse_strengths_of_others(strength: Strength, names: Sequence[str], parts: Sequence[str]) -> None:
+    """Refuse strengths for components that adapters do not adapt: they would do nothing.
+
+    Raises:
+        AdapterError: there is one.
+    """
+    if isinstance(strength, Mapping) and (unknown := [part for part in strength if part not in parts]):
+        raise AdapterError(
+            f"there is a strength for {unknown[0]!r}, which {', '.join(map(repr, names))} does not adapt",
+            expected=f"strengths for {', '.join(parts)}",
+            fix="leave that component out",
+        )
 
 
 def list_oft_adapters(pipe: DiffusionPipeline) -> list[LoadedAdapter]:
@@ -94,7 +123,7 @@ def _listed(name: str, here: Mapping[str, OFTBank]) -> LoadedAdapter:
         any(name in bank.merged for bank in here.values()),
         note.metadata if note else None,
         note.format if note else "oft-diffusion",
-        sum(len(bank.adapters[name].blocks) for bank in here.values()),
+        tuple(f"{part}.{layer_of(site)}" for part, bank in here.items() for site in bank.adapters[name].blocks),
         note.unmatched if note else (),
     )
 

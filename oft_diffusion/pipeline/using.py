@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedModel
@@ -13,13 +11,13 @@ from transformers import PreTrainedModel
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.formats.components import modules_of
-from oft_diffusion.hooks import unwrap
+from oft_diffusion.hooks import attach_mixing, detach_mixing, unwrap
 from oft_diffusion.inject import remove_oft
 from oft_diffusion.mixing import Mixture
-from oft_diffusion.pipeline.state import refuse_mixed, require_banks
+from oft_diffusion.pipeline.counting import announcing_calls
+from oft_diffusion.pipeline.state import Strength, refuse_mixed, refuse_strengths_of_others, require_banks, strength_of
 from oft_diffusion.plan import Active, StrengthMode, as_names, make_active
 
-Strength = float | Mapping[str, float]  # or by component
 Change = Callable[[str, OFTBank], None]
 
 
@@ -85,6 +83,7 @@ def oft_adapters_per_image(
 
     A row of the denoiser's batch has the adapter of its image, however many times guidance repeats the images. A text
     encoder reads each prompt once; so where an adapter changes it, all images of a prompt must have that adapter.
+    Only calls of this pipeline are drawn, not of others with its components, since its arguments tell the images.
 
     Args:
         pipe: a pipeline with adapters, none of them fused.
@@ -93,8 +92,8 @@ def oft_adapters_per_image(
         mode: as there.
 
     Raises:
-        AdapterError: a name is unknown, counts differ, an adapter is trainable or fused; and in the pipeline's call,
-            if the batch does not fit the names.
+        AdapterError: a name is unknown, counts differ, an adapter is trainable or fused; and in the pipeline's call, if
+            it makes another number of images, or nothing tells whose a row is.
     """
     images = list(adapter_names)
     if isinstance(adapter_names, str) or not images:
@@ -105,6 +104,7 @@ def oft_adapters_per_image(
         )
     refuse_mixed(pipe, "a second block of adapters per image cannot begin")
     found = require_banks(pipe, [name for name in images if name is not None])
+    modules = {part: unwrap(module) for part, module in modules_of(pipe).items() if part in found}
     values = make_active([f"image {i}" for i in range(len(images))], strengths, "rotation")  # for their checks
     try:
         for part, bank in found.items():
@@ -114,39 +114,14 @@ def oft_adapters_per_image(
                 else None
                 for name, value in zip(images, values, strict=True)
             )
-            bank.mix(Mixture(items, per_prompt=isinstance(unwrap(modules_of(pipe)[part]), PreTrainedModel)))
-        with _counting_images(pipe, len(images)):
+            bank.mix(Mixture(items, per_prompt=isinstance(modules[part], PreTrainedModel)))
+            attach_mixing(modules[part], bank)
+        with announcing_calls(pipe, len(images), found.values()):
             yield
     finally:
-        for bank in found.values():
+        for part, bank in found.items():
+            detach_mixing(modules[part])
             bank.mix(None)
-
-
-@contextmanager
-def _counting_images(pipe: DiffusionPipeline, count: int) -> Iterator[None]:
-    """Have the pipeline refuse calls that make another number of images: rows alone cannot tell copies from images."""
-    prepare = getattr(pipe, "prepare_latents", None)
-    if prepare is None:
-        yield
-        return
-
-    @wraps(prepare)
-    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(*args, **kwargs)
-        latents = prepared[0] if isinstance(prepared, (tuple, list)) else prepared
-        if len(latents) != count:
-            raise AdapterError(
-                f"this call makes {len(latents)} images while {count} have adapters of their own",
-                expected="one name per image, prompts x images per prompt",
-                fix="give as many adapter names as the pipeline call makes images",
-            )
-        return prepared
-
-    pipe.prepare_latents = prepare_latents
-    try:
-        yield
-    finally:
-        del pipe.prepare_latents
 
 
 def unload_oft_weights(pipe: DiffusionPipeline, adapter_name: str | None = None) -> None:
@@ -198,13 +173,9 @@ def _active(
 ) -> tuple[Active, ...]:
     """The adapters of one component, with its strengths."""
     listed = isinstance(strengths, Sequence) and not isinstance(strengths, str)
-    here = [_of(s, part) for s in strengths] if listed else _of(strengths, part)  # type: ignore[union-attr, arg-type]
+    here = [strength_of(s, part) for s in strengths] if listed else strength_of(strengths, part)  # type: ignore[union-attr, arg-type]
     active = make_active(names, here, mode or "rotation")
     return tuple(Active(a.name, a.strength, mode or _mode(bank, a.name)) for a in active if a.name in bank.adapters)
-
-
-def _of(strength: Strength, part: str) -> float:
-    return strength.get(part, 1.0) if isinstance(strength, Mapping) else strength
 
 
 def _check_components(
@@ -215,12 +186,7 @@ def _check_components(
     for name, strength in zip(names, each, strict=True):
         meant = names if isinstance(strengths, Mapping) else [name]  # one for all: some must adapt it
         here = [part for part, bank in found.items() if any(n in bank.adapters for n in meant)]
-        if isinstance(strength, Mapping) and (unknown := [part for part in strength if part not in here]):
-            raise AdapterError(
-                f"there is a strength for {unknown[0]!r}, which {', '.join(map(repr, meant))} does not adapt",
-                expected=f"strengths for {', '.join(here)}",
-                fix="leave that component out",
-            )
+        refuse_strengths_of_others(strength, meant, here)
 
 
 def _mode(bank: OFTBank, name: str) -> StrengthMode:

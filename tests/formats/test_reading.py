@@ -407,7 +407,7 @@ def test_layers_that_the_pipeline_lacks(base: Any, tmp_path: Path) -> None:
     pipe = copy_pipe(base)
     with pytest.raises(AdapterFileError) as error:
         load_oft_weights(pipe, path)
-    assert_one_sentence(error, "lora_unet_down_blocks_9_attn_to_q", f"1 of {len(layers)} layers", "strict=False")
+    assert_one_sentence(error, "lora_unet_down_blocks_9_attn_to_q", f"1 of its {len(layers)} layers", "strict=False")
     with pytest.warns(UserWarning, match="1 layers that this pipeline does not have"):
         loaded = load_oft_weights(pipe, path, strict=False)
     assert loaded.unmatched == ("lora_unet_down_blocks_9_attn_to_q",)

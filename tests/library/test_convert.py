@@ -84,6 +84,16 @@ def test_peft_folders_that_do_not_fit(pipe: Any, series: Path, model_folder: Pat
     assert_loading_refused(pipe, folder, "adapter_model.safetensors")
 
 
+def test_one_file_of_several_in_a_folder(mug: Path, plain: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, path in (("first", mug), ("second", plain)):
+        (tmp_path / "there" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / "deep" / f"{name}.safetensors").write_bytes(path.read_bytes())
+    told = ("convert", tmp_path / "there", tmp_path / "out", "--to", "oft", "--subfolder", "deep")
+    assert run(capsys, *told)[0] == 1
+    assert run(capsys, *told, "--weight-name", "second.safetensors")[0] == 0
+    assert load_adapter_file(tmp_path / "out").metadata.sha256 == load_adapter_file(plain).metadata.sha256
+
+
 def test_a_strength_baked_in(pipe: Any, base_pipe: Any, mug: Path, tmp_path: Path, capsys: Any) -> None:
     wanted = drawn(pipe, mug, strength=0.4)
     assert run(capsys, "convert", mug, tmp_path / "weak", "--to", "oft", "--strength", 0.4)[0] == 0

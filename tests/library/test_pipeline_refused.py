@@ -1,5 +1,6 @@
 """What `load_oft_weights` refuses, in one sentence each, and that the pipeline is then as it was."""
 
+import json
 import shutil
 
 import pytest
@@ -31,6 +32,7 @@ from tests.library.support import (
     tiny_unet,
     with_metadata,
 )
+from tests.peers import algebra, onetrainer, peft_oft
 
 # Files that do not fit
 
@@ -206,3 +208,44 @@ def test_a_component_is_no_pipeline(pipe, plain, tmp_path):
 @pytest.mark.parametrize("name", [5, ["mug"], ("a", "b")])
 def test_an_adapter_name_that_is_no_text(pipe, plain, name):
     assert_loading_refused(pipe, plain, "adapter name", repr(name), kind=AdapterError, adapter_name=name)
+
+
+# other tools' files for other architectures
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "model"),
+    [
+        ("lora_transformer_single_transformer_blocks_0_attn_to_q", 64, "Flux"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", 64, "Stable Diffusion 3"),
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_4_attn1_to_q", 64, "Stable Diffusion XL"),
+    ],
+)
+def test_a_file_of_another_tool_names_both_models(pipe, tmp_path, layer, width, model):
+    written = onetrainer.write_onetrainer({layer: (width, width)}, block_size=8)
+    silent = {entry: text for entry, text in written.metadata.items() if not entry.startswith("modelspec")}
+    path = algebra.save(written._replace(metadata=silent), tmp_path / "theirs.safetensors")
+    told = assert_loading_refused(pipe, path, "theirs.safetensors", model, "unet (UNet2DConditionModel)", layer)
+    assert "component=" not in told  # which would not help
+
+
+def test_what_a_header_says_of_its_model_is_told(pipe, tmp_path):
+    written = onetrainer.write_onetrainer({"lora_transformer_x": (64, 64)}, block_size=8)
+    told = written.metadata | {"modelspec.architecture": "Flux.1-dev/lora"}
+    path = algebra.save(written._replace(metadata=told), tmp_path / "theirs.safetensors")
+    assert_loading_refused(pipe, path, "Flux.1-dev/lora", "this SD 1 pipeline")
+
+
+def test_what_peft_says_of_its_model_is_told(pipe, tmp_path):
+    folder = peft_oft.write_peft(tmp_path / "peft", {"transformer_blocks.0.attn.to_q": (64, 64)}, block_size=8)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "FluxTransformer2DModel", "parent_library": "diffusers"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert_loading_refused(pipe, folder, "FluxTransformer2DModel", "UNet2DConditionModel", component="unet")
+
+
+def test_the_right_names_and_another_width_name_both_models(pipe, tmp_path):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    folder = peft_oft.write_peft(tmp_path / "peft", {layer: (128, 128)}, block_size=8)
+    words = ("a Stable Diffusion UNet", "unet (UNet2DConditionModel)", "32 input features", layer)
+    assert_loading_refused(pipe, folder, *words, component="unet")

@@ -37,6 +37,8 @@ def test_layers_that_the_pipeline_lacks_can_be_left_out(pipe: Any, style: Path, 
         loaded = load_oft_weights(pipe, odd, strict=False)
     assert loaded.unmatched == ("unet.down_blocks.9.attn.to_q",)
     assert loaded.matched == len(state) - 1
+    names = {f"unet.{key.removesuffix('.oft_R.weight')}" for key in state}
+    assert set(loaded.layers) == names - {"unet.down_blocks.9.attn.to_q"}
     pipe.unet = torch.nn.Linear(8, 8)
     with pytest.raises((AdapterFileError, AdapterError)):
         load_oft_weights(pipe, odd, strict=False, adapter_name="again")
