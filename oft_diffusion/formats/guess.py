@@ -16,6 +16,7 @@ _SIGNS = (
     (r"self_attn_[qkv]_proj|SelfAttention", "a text encoder"),
     (r"(^|_)(blocks|layers)_\d", "a transformer"),
 )
+_LONGEST = 200  # letters of a name that are looked at
 _HEADERS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 
 
@@ -26,5 +27,5 @@ def guessed_base(header: Mapping[str, str], config: Mapping[str, Any], keys: Ite
     told = told or next((header[entry] for entry in _HEADERS if header.get(entry)), None)
     if isinstance(told, str) and told:
         return told[:80]
-    names = [key.replace(".", "_") for key in keys]
+    names = [key[:_LONGEST].replace(".", "_") for key in keys]  # a hostile one of megabytes would take for ever
     return next((what for sign, what in _SIGNS if any(re.search(sign, name) for name in names)), "another model")

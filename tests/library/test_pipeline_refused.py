@@ -17,6 +17,7 @@ from oft_diffusion import (
 )
 from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError
 from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.formats.guess import guessed_base
 from oft_diffusion.metadata import AdapterMetadata
 from tests.helpers.tiny_families import tiny_family
 from tests.library.support import (
@@ -227,6 +228,10 @@ def test_a_file_of_another_tool_names_both_models(pipe, tmp_path, layer, width, 
     path = algebra.save(written._replace(metadata=silent), tmp_path / "theirs.safetensors")
     told = assert_loading_refused(pipe, path, "theirs.safetensors", model, "unet (UNet2DConditionModel)", layer)
     assert "component=" not in told  # which would not help
+
+
+def test_a_name_of_a_megabyte_is_looked_at_in_no_time():
+    assert guessed_base({}, {}, ["down_blocks_" * 100_000]) == "a Stable Diffusion UNet"
 
 
 def test_what_a_header_says_of_its_model_is_told(pipe, tmp_path):
