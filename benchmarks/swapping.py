@@ -38,12 +38,9 @@ from oft_diffusion.inject import load_oft_state_dict
 FILE = DATA / "swapping.csv"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK = 16
-_SWAP, _PEFT = "hot swap, in memory", "PEFT OFT: unmerge and merge"
-_NAMES = {
-    _SWAP: "a hot swap in memory",
-    "hot swap, from a file, checked": "one from a file",
-    "the same at strength 0.5": "that at strength 0.5",
-}
+_SWAP, _FROM_FILE, _AT_HALF = "hot swap, in memory", "hot swap, from a file, checked", "the same at strength 0.5"
+_PEFT = "PEFT OFT: unmerge and merge"
+_NAMES = {_SWAP: "a hot swap in memory", _FROM_FILE: "one from a file", _AT_HALF: "that at strength 0.5"}
 
 
 def unet() -> Any:
@@ -83,8 +80,8 @@ def ours(folder: Path) -> dict[str, Callable[[], object]]:
 
     return {
         _SWAP: _after(lambda: set_oft_adapters(pipe, "a"), lambda: load_oft_state_dict(model, states[turn()], "a")),
-        "hot swap, from a file, checked": swap_at(1.0),
-        "the same at strength 0.5": swap_at(0.5),
+        _FROM_FILE: swap_at(1.0),
+        _AT_HALF: swap_at(0.5),
         "strength, first time": _after(forget, lambda: set_oft_adapters(pipe, "a", 0.5)),
         "strength": lambda: set_oft_adapters(pipe, "a", (0.3, 0.7)[turn()]),
         "strength, linear": lambda: set_oft_adapters(pipe, "a", (0.3, 0.7)[turn()], mode="linear"),

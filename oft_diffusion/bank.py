@@ -138,7 +138,7 @@ class OFTBank(AdapterChoice):
             AdapterError: nothing tells whose a row is (`Mixture.rows`).
         """
         if self._mixed is not None:
-            placement = (device or self._placement[0], dtype or self._placement[1])
+            placement = self._placed(device, dtype)
             self._fill(self._mixed.at(batch, placement, self.component), placement)
 
     def begin_forward(self, module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -154,7 +154,7 @@ class OFTBank(AdapterChoice):
             self._audit.begin(self.hooks.values())
         if self._mixed is not None:
             return  # `fill_rows` has filled the slots
-        placement = (device or self._placement[0], dtype or self._placement[1])
+        placement = self._placed(device, dtype)
         if not self._trainable():
             if not self._ready or placement != self._placement:
                 self._place(placement)
@@ -187,8 +187,7 @@ class OFTBank(AdapterChoice):
             self._in_grad_forward = False
             self.between_forwards = True
         elif self._mixed is not None:
-            for hook in self.hooks.values():
-                hook.grad_deltas = hook.eval_deltas = None  # the next rows may be others'
+            self._clear_slots()  # the next rows may be others'
         if self._acting and not failed and not in_compiled_call():
             self._audit.end(module, self.hooks, self._acting)
 
@@ -279,10 +278,17 @@ class OFTBank(AdapterChoice):
         """Empty the slots, since sites or shapes of deltas have changed, and fill them where that can be done now."""
         self._audit.restart()
         self._ready = self.between_forwards = False
-        for hook in self.hooks.values():
-            hook.grad_deltas = hook.eval_deltas = None
+        self._clear_slots()
         if self._mixed is None and not self._trainable():
             self._place(self._placement)
+
+    def _clear_slots(self) -> None:
+        for hook in self.hooks.values():
+            hook.grad_deltas = hook.eval_deltas = None
+
+    def _placed(self, device: torch.device | None, dtype: torch.dtype | None) -> Placement:
+        """Where a forward is, by its input; where that does not tell, as the last one was."""
+        return device or self._placement[0], dtype or self._placement[1]
 
     def _place(self, placement: Placement) -> None:
         if placement != self._placement:

@@ -47,10 +47,16 @@ def read(
 
     Raises:
         AdapterFileError: the file is broken, is of a kind that has no exact counterpart here, or does not fit.
-        ConfigError: `legacy_scaled` for a file that is not of Scaled OFT.
+        ConfigError: `legacy_scaled` for a file that is not of Scaled OFT, or `component` for several folders.
     """
     path = Path(path)
     if inner := component_folders(path):
+        if component is not None:
+            raise ConfigError(
+                f"component={component!r} with {path.name}, whose folders are called after their components",
+                expected="component for files that do not tell",
+                fix="leave it out, or load one of its folders",
+            )
         options: dict[str, bool] = {"strict": strict, "legacy_scaled": legacy_scaled}
         return joined(path, {part: read(file, parts, component=part, **options) for part, file in inner.items()})
     source = read_source(path)

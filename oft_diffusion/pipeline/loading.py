@@ -19,7 +19,6 @@ from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError, Ta
 from oft_diffusion.files import AdapterFile, load_adapter_file
 from oft_diffusion.formats import Imported, read
 from oft_diffusion.formats.components import modules_of
-from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import (
     KEY_SUFFIX,
     SCALE_SUFFIX,
@@ -29,7 +28,6 @@ from oft_diffusion.inject import (
     remove_oft,
 )
 from oft_diffusion.metadata import HEADER_KEY
-from oft_diffusion.offload import is_on_disk
 from oft_diffusion.pipeline.fitting import (
     check_prediction,
     compare_bases,
@@ -110,7 +108,7 @@ def load_oft_weights(
     file = imported.file
     parts = {part: component_for(pipe, file, part) for part in file.components}
     check_prediction(pipe, file)
-    bases = compare_bases({part: m for part, m in parts.items() if not is_on_disk(unwrap(m))}, file)
+    bases = compare_bases(parts, file)
     note = Note(file.metadata, imported.format, imported.unmatched)
     proven = [part for part, same in bases.items() if same == "equal"]
     if hotswap:
@@ -127,12 +125,6 @@ def load_oft_weights(
 def _read(pipe: DiffusionPipeline, path: Path, component: str | None, *, strict: bool) -> Imported:
     """A file of ours or of another tool, without the layers that this pipeline lacks if they may be left out."""
     parts = modules_of(pipe)
-    if path.is_dir() and component is not None:
-        raise ConfigError(
-            f"component={component!r} with {path.name}, whose folders are called after their components",
-            expected="component for files that do not tell",
-            fix="leave it out, or load one of its folders",
-        )
     if path.is_dir() or not has_metadata(path, HEADER_KEY):
         try:
             return read(path, parts, component=component, strict=strict)

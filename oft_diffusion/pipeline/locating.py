@@ -119,7 +119,7 @@ def _cached_files(repository: str, hub_options: Mapping[str, Any]) -> list[str]:
 
     where = {key: hub_options[key] for key in ("revision", "repo_type", "cache_dir") if key in hub_options}
     folder = Path(snapshot_download(repository, local_files_only=True, **where)) / (hub_options.get("subfolder") or "")
-    return [str(path.relative_to(folder).as_posix()) for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
 
 
 def _only_adapter(repository: str, names: Sequence[str]) -> str:

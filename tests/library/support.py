@@ -206,3 +206,9 @@ def assert_loading_refused(
         assert_unchanged(pipe, before)
     assert list_oft_adapters(pipe) == listed
     return str(error.value)
+
+
+def memory(entry: str) -> float:
+    """Megabytes of this process, by an entry of /proc/self/status: "VmRSS" now, "VmHWM" at most."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{entry}:")]
+    return int(line.split()[1]) / 1e3

@@ -22,7 +22,7 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.inject import oft_state_dict
 from tests.helpers.mutations import CONFIG_KINDS, FILE_KINDS, SAME_MEANING, mutate
 from tests.library.mutant_subjects import Files, Layer, Subject, Wanted, subjects
-from tests.library.support import Maker, assert_one_sentence, copy_pipe, draw
+from tests.library.support import Maker, assert_one_sentence, copy_pipe, draw, memory
 from tests.peers import algebra
 
 MUTANTS, CONFIGS = 1000, 100  # all in all; of these, damaged configurations beside tensors
@@ -236,14 +236,8 @@ def _check(pipe: Any, base: Any, wanted: dict[Layer, Wanted]) -> None:
 
 def _reset_peak() -> float:
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return memory("VmRSS")
 
 
 def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(entry: str) -> float:
-    """Megabytes of this process."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{entry}:")]
-    return int(line.split()[1]) / 1e3
+    return memory("VmHWM")
