@@ -4,8 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Overridable: make install EXTRAS=dev,train,eval,app    make test JOBS=4
-EXTRAS ?= dev,train,eval
+# Overridable: make install EXTRAS=dev    make test JOBS=4
+EXTRAS ?= dev,train,eval,app
 JOBS ?= 2
 # Extra options for pip, for example the index or the folder where your platform's CPU build of torch lies.
 PIP_ARGS ?=
@@ -19,7 +19,7 @@ SOURCES := $(wildcard oft_diffusion train_scripts tests benchmarks app)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 FULL_LOG := docs/logs/test-full.log
 
-.PHONY: help install demo test test-full lint types format wheel constraints clean
+.PHONY: help install demo app test test-full lint types format wheel constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ $(STAMP): pyproject.toml constraints.txt | $(PYTHON)
 
 demo: install  ## DreamBooth on the pocket base: a before/after grid and a report
 	@$(PYTHON) train_scripts/demo.py
+
+app: install  ## the web app on the pocket base
+	@$(BIN)/oft-diffusion app --open
 
 test: install  ## the quick tests (minutes): seeded samples of the property tests
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow and not gpu"

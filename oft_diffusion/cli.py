@@ -1,4 +1,4 @@
-"""The console script `oft-diffusion`: train, generate, evaluate, convert, merge, info."""
+"""The console script `oft-diffusion`: train, generate, evaluate, convert, merge, info, app."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _convert(arguments[1:])
         if arguments[:1] == ["merge"]:
             return _merge(arguments[1:])
+        if arguments[:1] == ["app"]:
+            return _app(arguments[1:])
         options = _parser().parse_args(arguments)
         return {"generate": _generate, "info": _info}[options.verb](options)
     except OFTError as error:
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("convert", help="an adapter into another tool's format, or out of it (convert --help)")
     verbs.add_parser("merge", help="several adapters as one (merge --help)")
+    verbs.add_parser("app", help="draw, compare and train in the browser (app --help)")
 
     generate = verbs.add_parser("generate", help="pictures from a prompt, with adapters")
     generate.add_argument("prompt", help="what to draw")
@@ -130,6 +133,20 @@ def _merge(arguments: Sequence[str]) -> int:
     from oft_diffusion.convert import merge_main
 
     return merge_main(arguments)
+
+
+def _app(arguments: Sequence[str]) -> int:
+    """The web app, which lies in the package in a wheel, and beside it in a checkout."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ConfigError("gradio is not installed", expected="it, for the app", fix="pip install 'oft-diffusion[app]'")
+    inside = f"{__package__}.app"
+    if find_spec(inside) is None:
+        inside = "app"
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+    return int(import_module(f"{inside}.main").main(arguments))
 
 
 def _generate(options: argparse.Namespace) -> int:

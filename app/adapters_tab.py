@@ -1,0 +1,139 @@
+"""The tab for the adapters themselves: what each is, taking in and handing out files, names, and one made of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from oft_diffusion.errors import OFTError
+
+from .session import EXPORTS, Session
+from .words import card_page, cards_page, explained, told
+
+
+class AdaptersTab:
+    """Its components, and what they do.
+
+    Attributes:
+        menus: components whose choices are the adapters, here and in other tabs: `refresh` fills them.
+    """
+
+    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[], Any]]]) -> None:
+        self.session = session
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                self.all = gr.HTML(elem_id="cards")
+            with gr.Column(scale=4, min_width=320):
+                self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
+                self.about = gr.HTML(elem_id="about")
+                self.note = gr.HTML(told(""), elem_id="shelf-note")
+                with gr.Accordion("Take in a file, of any tool", open=False):
+                    self.file = gr.File(
+                        label="A .safetensors file", file_types=[".safetensors"], height=130, elem_id="take-in"
+                    )
+                    self.component = gr.Dropdown(
+                        [("as the file says", ""), *((part, part) for part in session.parts())], value="",
+                        label="For", elem_id="take-in-component",
+                    )  # fmt: skip
+                with gr.Accordion("Hand out", open=False):
+                    self.format = gr.Dropdown(
+                        [(text, key) for key, text in EXPORTS.items()], value="oft", label="As", elem_id="export-format"
+                    )
+                    self.export = gr.Button("Make the file", elem_id="export")
+                    self.made = gr.File(label="File", interactive=False, height=90, elem_id="exported")
+                with gr.Accordion("One adapter of two", open=False):
+                    self.second = gr.Dropdown([], label="And", elem_id="second")
+                    self.share = gr.Slider(
+                        0, 1, 0.5, step=0.05, label="How far towards the second", elem_id="share",
+                        info="along the way of the rotations; 0 is the first, 1 the second",
+                    )  # fmt: skip
+                    with gr.Row():
+                        self.interpolate = gr.Button("Between the two", elem_id="interpolate")
+                        self.compose = gr.Button("One after the other", elem_id="compose")
+                with gr.Accordion("Name, and delete", open=False):
+                    self.name = gr.Textbox(label="Name", max_lines=1, max_length=60, elem_id="name")
+                    self.rename = gr.Button("Rename", elem_id="rename")
+                    self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
+                    self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
+        self.menus = [(self.chosen, self.choices), (self.second, self.choices), *menus]
+        self._wire()
+
+    def _wire(self) -> None:
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
+        look = [self.about, self.name]
+        self.chosen.change(self.look, [self.chosen], look, queue=False, **private)
+        self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **private)
+        self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **private)
+        self.rename.click(self.call, [self.chosen, self.name], changed, **private).then(
+            self.look, [self.chosen], look, **private
+        )
+        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **private)
+        for button, how in ((self.interpolate, "interpolate"), (self.compose, "compose")):
+            button.click(
+                lambda first, second, share, how=how: self.combine(how, first, second, share),
+                [self.chosen, self.second, self.share], changed, **private,
+            )  # fmt: skip
+        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **private)
+        self.changed = changed
+
+    # -- actions -----------------------------------------------------------------------------------------------------
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Of this tab's menus."""
+        return [(card.name, card.id) for card in self.session.shelf.cards()]
+
+    def refresh(self, note: str = "") -> tuple[Any, ...]:
+        """The note, the cards, and every menu of adapters."""
+        cards = [(card, self.session.fits(card)) for card in self.session.shelf.cards()]
+        return told(note), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
+
+    def look(self, adapter: str | None) -> tuple[str, str]:
+        """What the chosen adapter is."""
+        try:
+            card = self.session.shelf.card(adapter or "")
+        except OFTError:
+            return "", ""
+        return card_page(card, self.session.fits(card)), card.name
+
+    def take_in(self, path: str | None, component: str) -> tuple[Any, ...]:
+        """A file of any tool, and what is to be known of it."""
+        if path is None:
+            return (gr.skip(), *self.refresh())
+        try:
+            _, notes = self.session.take_in(Path(path), component or None)
+            return (None, *self.refresh(" ".join(f"{note}." for note in notes)))
+        except OFTError as error:
+            return (None, *self.refresh(explained(error)))
+
+    def call(self, adapter: str, name: str) -> tuple[Any, ...]:
+        """Another name."""
+        return self._done(lambda: self.session.shelf.rename(adapter, name), "Renamed.")
+
+    def remove(self, adapter: str, sure: bool) -> tuple[Any, ...]:
+        """Delete, where that was confirmed."""
+        if not sure:
+            return (False, gr.skip(), *self.refresh())
+        return (False, None, *self._done(lambda: self.session.delete(adapter), "Deleted."))
+
+    def combine(self, how: str, first: str, second: str, share: float) -> tuple[Any, ...]:
+        """One adapter of two."""
+        return self._done(lambda: self.session.combine(how, first, second, float(share)), "Made a new adapter.")
+
+    def hand_out(self, adapter: str, to: str) -> tuple[Any, Any]:
+        """A file in another format."""
+        try:
+            path, notes = self.session.export(adapter, to)
+        except OFTError as error:
+            return told(explained(error)), None
+        return told(" ".join(["Here it is.", *(f"{note}." for note in notes)])), str(path)
+
+    def _done(self, act: Callable[[], object], note: str) -> tuple[Any, ...]:
+        try:
+            act()
+        except OFTError as error:
+            note = explained(error)
+        return self.refresh(note)

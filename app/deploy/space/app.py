@@ -1,0 +1,12 @@
+"""A Hugging Face Space: the app on the pocket base. Uploads and adapters are gone when the Space restarts."""
+
+import os
+import sys
+
+from oft_diffusion.cli import main
+
+# A Space listens to everyone. Set the secret OFT_AUTH to NAME:PASSWORD.
+if "OFT_AUTH" not in os.environ:
+    sys.exit("set the secret OFT_AUTH to NAME:PASSWORD")
+served = ["--host", "0.0.0.0", "--port", "7860", "--workspace", "oft-app"]
+sys.exit(main(["app", *served, "--auth", os.environ["OFT_AUTH"]]))

@@ -1,0 +1,206 @@
+"""The adapters of a workspace: what each one is, and how they come, change their names and go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from oft_diffusion.disk import has_metadata, write_atomically
+from oft_diffusion.errors import AdapterFileError, ConfigError, OFTError
+from oft_diffusion.files import FILE_NAME, AdapterFile, load_adapter_file, save_adapter_file
+from oft_diffusion.formats import read
+from oft_diffusion.inject import KEY_SUFFIX
+from oft_diffusion.metadata import HEADER_KEY
+from oft_diffusion.rotation import orthogonality_error, rotation_delta
+
+from .workspace import Workspace, new_id
+
+COVER = "cover.png"
+_LABEL = "label.json"
+_LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is shown of an adapter.
+
+    Attributes:
+        id: of its folder.
+        name: as its owner calls it.
+        trigger, class_word: what names the subject in a prompt; empty where the file does not tell.
+        base: what it was trained on.
+        classes: component to class name, of that base.
+        block_sizes: of its blocks, as text.
+        layers: how many are adapted.
+        bytes: of the file.
+        created: date and time, UTC.
+        strength: what its author recommends.
+        training: settings.
+        error: orthogonality error.
+        cover: a picture, if there is one.
+        file: the adapter's.
+    """
+
+    id: str
+    name: str
+    trigger: str
+    class_word: str
+    base: str
+    classes: Mapping[str, str]
+    block_sizes: str
+    layers: int
+    bytes: int
+    created: str
+    strength: float
+    training: Mapping[str, Any]
+    error: float
+    cover: Path | None
+    file: Path
+
+    @property
+    def phrase(self) -> str:
+        """What a prompt should hold: trigger and class word."""
+        return " ".join(filter(None, (self.trigger, self.class_word)))
+
+
+class Shelf:
+    """The adapters."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._known: dict[tuple[Path, int], Card] = {}  # by file and time of change
+
+    def cards(self) -> list[Card]:
+        """All that can be read, newest first."""
+        found = []
+        for folder in sorted(self.workspace.adapters.iterdir(), reverse=True):
+            try:
+                found.append(self.card(folder.name))
+            except OFTError:  # a broken file is no reason to show nothing
+                continue
+        return found
+
+    def card(self, adapter_id: str) -> Card:
+        """One adapter.
+
+        Raises:
+            OFTError: there is none of that id, or its file is broken.
+        """
+        folder = self.workspace.adapter(adapter_id)
+        file = folder / FILE_NAME
+        if not file.is_file():
+            raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
+        key = (file, file.stat().st_mtime_ns)
+        if key not in self._known:
+            self._known[key] = _read_card(adapter_id, load_adapter_file(file))
+        return _labelled(self._known[key], folder)
+
+    def add(self, file: Path, name: str, cover: Path | None = None) -> Card:
+        """Take a copy of a file of ours.
+
+        Raises:
+            OFTError: it is broken or another tool's.
+        """
+        loaded = load_adapter_file(file)
+        return self.put(loaded, name, cover)
+
+    def put(self, file: AdapterFile, name: str, cover: Path | None = None) -> Card:
+        """Write an adapter that is in memory."""
+        adapter_id = new_id()
+        folder = self.workspace.adapter(adapter_id)
+        save_adapter_file(folder / FILE_NAME, file.components, file.metadata)
+        if cover is not None:
+            shutil.copyfile(cover, folder / COVER)
+        self.rename(adapter_id, name)
+        return self.card(adapter_id)
+
+    def take_in(
+        self, file: Path, parts: Mapping[str, nn.Module], name: str, component: str | None = None
+    ) -> tuple[Card, list[str]]:
+        """Take in a file of any tool, and say what a user should know of it.
+
+        Raises:
+            OFTError: it is broken, cannot be represented, or is for another architecture.
+        """
+        if has_metadata(file, HEADER_KEY):
+            card = self.add(file, name)
+            return card, [f"{card.layers} layers, a file of oft-diffusion"]
+        imported = read(file, parts, component=component)
+        card = self.put(imported.file, name)
+        return card, [f"{card.layers} layers, a file of {imported.format}", *imported.notes]
+
+    def rename(self, adapter_id: str, name: str) -> None:
+        """Give another name.
+
+        Raises:
+            ConfigError: it is empty or too long.
+        """
+        name = " ".join(name.split())
+        if not 0 < len(name) <= _LONGEST_NAME:
+            raise ConfigError(
+                f"a name of {len(name)} letters", expected=f"1 to {_LONGEST_NAME}", fix="choose another name"
+            )
+        folder = self.workspace.adapter(adapter_id)
+        if not (folder / FILE_NAME).is_file():
+            raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
+        write_atomically(folder / _LABEL, json.dumps({"name": name}).encode())
+
+    def delete(self, adapter_id: str) -> None:
+        """Remove an adapter for good."""
+        self.card(adapter_id)
+        shutil.rmtree(self.workspace.adapter(adapter_id))
+
+    def fits(self, card: Card, parts: Mapping[str, nn.Module]) -> str:
+        """Why an adapter cannot be used on these components; empty where it can."""
+        for part, wanted in card.classes.items():
+            here = type(parts[part]).__name__ if part in parts else None
+            if here != wanted:
+                has = f"its {part} is a {here}" if here else f"it has no {part}"
+                return f"{card.name} was trained on a {wanted}; of this model {has}"
+        return ""
+
+
+def _read_card(adapter_id: str, file: AdapterFile) -> Card:
+    metadata = file.metadata
+    configs = metadata.components
+    packed = [
+        (configs[part], tensor)
+        for part, state in file.components.items()
+        for key, tensor in state.items()
+        if key.endswith(KEY_SUFFIX)
+    ]
+    sizes = dict.fromkeys(str(config.block_size) for config in configs.values())
+    errors = (float(orthogonality_error(rotation_delta(tensor.float(), config))) for config, tensor in packed)
+    return Card(
+        id=adapter_id,
+        name=metadata.trigger or "adapter",
+        trigger=metadata.trigger or "",
+        class_word=metadata.class_word or "",
+        base=str(metadata.base.get("name", "")),
+        classes=metadata.base.get("components", {}),
+        block_sizes=", ".join(sizes),
+        layers=len(packed),
+        bytes=file.path.stat().st_size,
+        created=metadata.created,
+        strength=metadata.strength,
+        training=metadata.training,
+        error=max(errors),
+        cover=None,
+        file=file.path,
+    )
+
+
+def _labelled(card: Card, folder: Path) -> Card:
+    """With the name and the cover, which may change."""
+    try:
+        name = str(json.loads((folder / _LABEL).read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = card.name
+    cover = folder / COVER
+    return Card(**{**card.__dict__, "name": name, "cover": cover if cover.is_file() else None})

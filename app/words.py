@@ -1,0 +1,99 @@
+"""What the app says about jobs and errors, as text and as HTML that a screen reader is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from oft_diffusion.errors import OFTError
+
+from .machine import Progress
+from .shelf import Card
+
+
+def explained(error: BaseException) -> str:
+    """An error in plain words."""
+    if isinstance(error, OFTError):
+        return f"{_sentence(error.problem)} Expected: {error.expected}. {_sentence(error.fix)}"
+    return _sentence(str(error) or "something in the form makes no sense")
+
+
+def duration(seconds: float) -> str:
+    """`75` as "1 min 15 s"."""
+    whole = max(0, round(seconds))
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def status_line(now: Progress | None, problem: str = "") -> str:
+    """One line and a bar."""
+    if problem:
+        return _line(problem, "problem", 0)
+    if now is None:
+        return _line("Ready.", "ready", 0)
+    if now.state == "waiting":
+        others = "one other job" if now.ahead == 1 else f"{now.ahead} other jobs"
+        return _line(f"Waiting for {others}." if now.ahead else "Starting.", "waiting", 0)
+    if now.state == "working":
+        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
+        return _line(f"{_sentence(now.text or 'working').rstrip('.')}{left}.", "working", now.done / max(1, now.total))
+    if now.state == "failed":
+        return _line(_sentence(now.error), "problem", 0)
+    if now.text.startswith(("the adapter", "paused")):
+        return _line(_sentence(now.text), now.state, 1)
+    made = len(now.found)
+    what = f"{made} picture{'' if made == 1 else 's'}"
+    return _line(f"Cancelled after {what}." if now.state == "cancelled" else f"Done: {what}.", now.state, 1)
+
+
+def _line(text: str, kind: str, share: float) -> str:
+    percent = round(100 * min(1.0, max(0.0, share)))
+    return (
+        f'<div class="status {kind}" role="{"alert" if kind == "problem" else "status"}">'
+        f'<span>{escape(text)}</span><div class="bar"><div style="width:{percent}%"></div></div></div>'
+    )
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def told(note: str) -> str:
+    """A note that a screen reader is told of."""
+    return f'<div class="note" role="status">{escape(note)}</div>' if note else '<div role="status"></div>'
+
+
+def cards_page(cards: Sequence[tuple[Card, str]]) -> str:
+    """All adapters, as cards; beside each why it cannot be used here, or nothing."""
+    if not cards:
+        return '<p class="empty">No adapters yet: train one, or take in a file.</p>'
+    return f'<div class="cards">{"".join(_card(card, problem) for card, problem in cards)}</div>'
+
+
+def card_page(card: Card, problem: str) -> str:
+    """Everything about one adapter."""
+    rows = {
+        "Trigger": card.phrase or "none",
+        "Trained on": card.base or "unknown",
+        "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
+        "Orthogonality error": f"{card.error:.0e}",
+        "Recommended strength": f"{card.strength:g}",
+        "File": f"{card.bytes / 1e6:.2f} MB, {card.created[:16].replace('T', ' ')}",
+        **{name.replace("_", " "): _shown(value) for name, value in card.training.items()},
+    }
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    warning = f'<p class="status problem">{escape(_sentence(problem))}</p>' if problem else ""
+    return f'{warning}<table class="about">{lines}</table>'
+
+
+def _card(card: Card, problem: str) -> str:
+    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<div></div>"
+    facts = f"{escape(card.phrase or 'no trigger')}<br>{card.bytes / 1e6:.2f} MB, {escape(card.created[:10])}"
+    misfit = f'<br><span class="misfit">{escape(problem)}</span>' if problem else ""
+    return f'<article class="card">{cover}<div><b>{escape(card.name)}</b><br>{facts}{misfit}</div></article>'
+
+
+def _shown(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

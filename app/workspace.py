@@ -1,0 +1,117 @@
+"""Where the app keeps things: one folder, in which everything goes by an id that the server made.
+
+`adapters/<id>/`, `runs/<id>/`, `people/<digest of a token>/pictures/<id>.png`, and `uploads/` beside. Ids and tokens
+are checked before they become part of a path; nothing else that a browser sends ever does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from oft_diffusion.disk import is_writable
+from oft_diffusion.errors import ConfigError, DataError
+
+_ID = re.compile(r"[0-9a-f]{16}")
+_TOKEN = re.compile(r"[0-9a-f]{32}")
+_KEEP_UPLOADS = 24 * 3600  # seconds
+
+
+def new_id() -> str:
+    """An id that sorts by its time of birth, to some ten thousandths of a second."""
+    return f"{time.time_ns() >> 16:012x}{secrets.token_hex(2)}"
+
+
+def new_token() -> str:
+    """What one browser is known by: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+def is_token(text: object) -> bool:
+    """Whether it is one of `new_token`'s form."""
+    return isinstance(text, str) and _TOKEN.fullmatch(text) is not None
+
+
+class Workspace:
+    """The folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        self.root = root.absolute()
+        if not is_writable(self.root):
+            raise ConfigError(
+                f"the workspace {root} cannot be written", expected="a folder of yours", fix="choose another one"
+            )
+        for folder in (self.adapters, self.runs, self.people, self.temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def adapters(self) -> Path:
+        return self.root / "adapters"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def people(self) -> Path:
+        return self.root / "people"
+
+    @property
+    def temporary(self) -> Path:
+        """For gradio's own copies."""
+        return self.root / "temporary"
+
+    def adapter(self, adapter_id: str) -> Path:
+        """The folder of an adapter."""
+        return self.adapters / _checked(adapter_id)
+
+    def run(self, run_id: str) -> Path:
+        """The folder of a training run."""
+        return self.runs / _checked(run_id)
+
+    def pictures(self, token: str) -> Path:
+        """One person's pictures."""
+        return self._of(token, "pictures")
+
+    def uploads(self, token: str) -> Path:
+        """What one person has uploaded."""
+        return self._of(token, "uploads")
+
+    def clean(self) -> None:
+        """Remove uploads that are a day old, and gradio's copies."""
+        limit = time.time() - _KEEP_UPLOADS
+        for folder in self.people.glob("*/uploads/*"):
+            if folder.stat().st_mtime < limit:
+                _remove(folder)
+        for left in self.temporary.iterdir():
+            _remove(left)
+
+    def _of(self, token: str, kind: str) -> Path:
+        if not is_token(token):
+            raise DataError("this browser has no token", expected="one that the page made", fix="reload the page")
+        # Not the token itself: links to pictures are seen by more eyes than a browser's storage.
+        folder = self.people / hashlib.sha256(token.encode()).hexdigest()[:32] / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str) or _ID.fullmatch(text) is None:
+        raise DataError("there is no such thing", expected="an id that this server made", fix="reload the page")
+    return text
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

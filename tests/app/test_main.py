@@ -1,0 +1,40 @@
+"""The command: who may be served, and what is told when something is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.main import main
+from oft_diffusion import cli
+from oft_diffusion.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "would let everyone in the network"),
+        (["--host", "192.168.0.2"], "would let everyone in the network"),
+        (["--auth", "me"], "no pair"),
+        (["--auth", ":secret"], "no pair"),
+    ],
+)
+def test_nobody_is_let_in_by_mistake(arguments: list[str], words: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=words):
+        main([*arguments, "--workspace", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_verb_reaches_the_app(capsys: Any, tmp_path: Any) -> None:
+    assert cli.main(["app", "--host", "0.0.0.0", "--workspace", str(tmp_path / "work")]) == 1
+    assert "--auth" in capsys.readouterr().err
+
+
+def test_without_gradio_there_is_one_sentence(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "gradio" else found(name))
+    assert cli.main(["app"]) == 1
+    assert "pip install 'oft-diffusion[app]'" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""What the app does, without a browser: drawing with adapters from the shelf, comparing, history, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.drawing import Request
+from app.machine import Job
+from app.session import Session
+from app.shelf import Card
+from app.workspace import new_token
+from oft_diffusion import load_oft_weights
+from oft_diffusion.errors import ConfigError, DataError
+from oft_diffusion.generate import generate
+from oft_diffusion.load import load_pipeline
+from tests.library.support import PROMPT
+
+
+def ended(job: Job) -> Any:
+    *_, last = job.watch(timeout=60)
+    assert last.state == "done", last.error
+    return last
+
+
+def drawn(session: Session, person: str, request: Request) -> list[Path]:
+    return [path for path, _ in ended(session.draw(person, request)).found]
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), dtype=int)
+
+
+def asked(*adapters: tuple[Card, float], **changes: Any) -> Request:
+    return dataclasses.replace(Request(PROMPT, (3, 4), steps=2, adapters=adapters), **changes)
+
+
+def test_pictures_are_those_of_the_library(
+    session: Session, person: str, mug: Card, style: Card, model_folder: Path
+) -> None:
+    first, _ = drawn(session, person, asked((mug, 0.7), (style, 1.0)))
+    pipe = load_pipeline(model_folder)
+    load_oft_weights(pipe, mug.file, adapter_name="mug", strength=0.7)
+    load_oft_weights(pipe, style.file, adapter_name="style")
+    wanted = generate(pipe, PROMPT, [3, 4], steps=2)[0]
+    assert np.array_equal(pixels(first), np.asarray(wanted.image, dtype=int))
+
+
+def test_strength_0_is_the_base_and_order_matters(session: Session, person: str, mug: Card, style: Card) -> None:
+    base, nothing, one, two = (
+        pixels(drawn(session, person, request)[0])
+        for request in (
+            asked(), asked((mug, 0.0)), asked((mug, 1.0), (style, 1.0)), asked((style, 1.0), (mug, 1.0))
+        )
+    )  # fmt: skip
+    assert np.array_equal(base, nothing)
+    assert not np.array_equal(base, one)
+    assert not np.array_equal(one, two)
+
+
+def test_adapters_come_and_go_without_a_trace(session: Session, person: str, mug: Card, make: Any) -> None:
+    before = pixels(drawn(session, person, asked((mug, 1.0)))[0])
+    for seed in range(8):  # more than stay loaded
+        card = session.shelf.add(make(f"other{seed}", seed=seed + 3), f"other {seed}")
+        drawn(session, person, asked((card, 1.0)))
+    assert np.array_equal(pixels(drawn(session, person, asked((mug, 1.0)))[0]), before)
+
+
+def test_pictures_tell_their_settings_and_give_them_back(session: Session, person: str, mug: Card) -> None:
+    request = asked((mug, 0.5), negative="blurry", guidance=3.0, scheduler=session.abilities.schedulers[1])
+    path = drawn(session, person, request)[1]
+    settings = session.settings_in(path)
+    assert settings["adapters"][0]["name"] == "My mug"
+    found, notes = session.request_from(settings)
+    assert notes == []
+    assert found == dataclasses.replace(request, seeds=(4,), width=found.width, height=found.height)
+    assert np.array_equal(pixels(drawn(session, person, found)[0]), pixels(path))
+    session.shelf.delete(mug.id)
+    _, notes = session.request_from(settings)
+    assert notes == ["the adapter My mug is not on this shelf"]
+
+
+def test_everyone_has_a_history_of_their_own_that_outlives_the_server(
+    session: Session, person: str, model_folder: Path
+) -> None:
+    paths = drawn(session, person, asked())
+    again = Session(session.workspace.root, str(model_folder))
+    assert sorted(again.history(person)) == sorted(paths)
+    assert again.history(new_token()) == []
+    assert person not in str(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": ()}, "0 pictures"),
+        ({"seeds": tuple(range(17))}, "17 pictures"),
+        ({"steps": 151}, "151 steps"),
+        ({"prompt": "x" * 4001}, "4001 letters of the prompt"),
+        ({"width": 4096, "height": 8}, "4096 pixels of the width"),
+        ({"scheduler": "os.system"}, "'os.system' is no scheduler"),
+        ({"seeds": (-1,)}, "a seed out of range"),
+    ],
+)
+def test_what_is_too_much_is_refused_at_once(session: Session, person: str, change: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        session.draw(person, asked(**change))
+
+
+def test_cancelling_ends_within_a_step_and_the_next_drawing_is_sound(session: Session, person: str, mug: Card) -> None:
+    wanted = pixels(drawn(session, person, asked((mug, 1.0)))[0])
+    job = session.draw(person, asked((mug, 1.0), steps=150))
+    begun = next(now for now in job.watch(timeout=60) if now.text.startswith("step"))
+    assert session.machine.cancel(person, job.id)
+    assert not begun.ended
+    assert list(job.watch(timeout=60))[-1].ended
+    assert job.progress.state == "cancelled"
+    assert job.progress.done < 30
+    assert np.array_equal(pixels(drawn(session, person, asked((mug, 1.0)))[0]), wanted)
+
+
+def test_previews_come_and_go(session: Session, person: str) -> None:
+    seen = [now.preview for now in session.draw(person, asked(steps=8)).watch(timeout=60)]
+    assert any(preview is not None and preview.size == (session.abilities.size,) * 2 for preview in seen)
+    assert seen[-1] is None
+
+
+def test_before_and_after_are_of_the_same_seeds(session: Session, person: str, mug: Card) -> None:
+    found = ended(session.before_and_after(person, asked((mug, 1.0)))).found
+    assert len(found) == 2
+    for (before, after), seed in zip(found, (3, 4), strict=True):
+        assert before.settings["seed"] == after.settings["seed"] == seed
+        assert before.settings["adapters"] == []
+        assert after.settings["adapters"][0]["strength"] == 1.0
+    base = drawn(session, person, asked())
+    assert np.array_equal(np.asarray(found[0][0].image, dtype=int), pixels(base[0]))
+
+
+def test_sheets_of_strengths_and_of_adapters(session: Session, person: str, mug: Card, style: Card) -> None:
+    [sheet] = ended(session.sweep(person, asked((style, 1.0), (mug, 1.0)), (-1.0, 0.0, 1.0))).found
+    assert session.settings_in(sheet)["rows"] == ["My mug at -1", "My mug at 0", "My mug at 1"]
+    [sheet] = ended(session.side_by_side(person, asked(), [mug, style])).found
+    assert session.settings_in(sheet)["rows"] == ["My mug", "A style"]
+    with pytest.raises(DataError, match="a sheet of 96 pictures"):
+        session.sweep(person, asked((mug, 1.0), seeds=tuple(range(16))))
+
+
+def test_a_prompt_that_lacks_the_trigger_is_noticed(session: Session, mug: Card, style: Card) -> None:
+    assert session.missing_triggers("a mug", [mug, style]) == ["sks"]
+    assert session.missing_triggers("a photo, SKS, mug", [mug]) == []

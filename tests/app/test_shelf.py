@@ -1,0 +1,60 @@
+"""Adapters on the shelf: what is told of them, files of other tools, names, and what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.session import Session
+from app.shelf import Card
+from app.workspace import new_id
+from oft_diffusion.errors import OFTError
+from oft_diffusion.formats.components import modules_of
+from tests.peers import peft_oft
+
+
+def test_a_card_tells_what_the_file_says(mug: Card, style: Card, session: Session) -> None:
+    assert (mug.name, mug.trigger, mug.class_word, mug.phrase) == ("My mug", "sks", "mug", "sks mug")
+    assert mug.block_sizes == "8"
+    assert mug.bytes == mug.file.stat().st_size
+    assert 0 <= mug.error < 1e-5
+    assert {card.id for card in session.shelf.cards()} == {mug.id, style.id}
+
+
+def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) -> None:
+    session.shelf.rename(mug.id, "  <b>Tea</b>\n cup ")
+    assert session.shelf.card(mug.id).name == "<b>Tea</b> cup"
+    for name in ("", "   ", "x" * 61):
+        with pytest.raises(OFTError):
+            session.shelf.rename(mug.id, name)
+    session.delete(mug.id)
+    assert [card.id for card in session.shelf.cards()] == [style.id]
+    for gone in (mug.id, new_id(), "../x"):
+        for act in (session.shelf.card, session.shelf.delete, lambda i: session.shelf.rename(i, "x")):
+            with pytest.raises(OFTError):
+                act(gone)
+
+
+def test_files_of_other_tools_are_taken_in(session: Session, tmp_path: Path) -> None:
+    parts = modules_of(session.studio().pipe)
+    layers: Any = {
+        name: tuple(module.weight.shape) for name, module in parts["unet"].named_modules() if name.endswith("to_q")
+    }
+    folder = peft_oft.write_peft(tmp_path / "peft", layers, block_size=8, norm=0.3)
+    card, told = session.shelf.take_in(folder / "adapter_model.safetensors", parts, "from PEFT", "unet")
+    assert told[0] == f"{len(layers)} layers, a file of PEFT"
+    assert session.fits(card) == ""
+
+
+def test_broken_files_are_passed_over_and_refused(session: Session, mug: Card, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(mug.file.read_bytes()[:-1])
+    with pytest.raises(OFTError):
+        session.shelf.add(broken, "broken")
+    with pytest.raises(OFTError):
+        session.shelf.take_in(broken, {}, "broken")
+    assert [card.id for card in session.shelf.cards()] == [mug.id]
+    mug.file.write_bytes(broken.read_bytes())
+    assert session.shelf.cards() == []

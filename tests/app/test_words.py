@@ -1,0 +1,58 @@
+"""What the app says, and that nothing that a user typed becomes markup."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.generate_tab import insert_phrase
+from app.machine import Progress
+from app.words import duration, explained, status_line, told
+from oft_diffusion.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("now", "text"),
+    [
+        (None, "Ready."),
+        (Progress(), "Starting."),
+        (Progress(ahead=1), "Waiting for one other job."),
+        (Progress(ahead=3), "Waiting for 3 other jobs."),
+        (Progress("working", text="step 2 of 4", done=1, total=2, seconds_left=75.2), "Step 2 of 4, 1 min 15 s left."),
+        (Progress("done", found=(1,)), "Done: 1 picture."),
+        (Progress("cancelled", found=(1, 2)), "Cancelled after 2 pictures."),
+        (Progress("failed", error="no paint"), "No paint."),
+    ],
+)
+def test_every_state_is_one_sentence(now: Progress | None, text: str) -> None:
+    assert f"<span>{text}</span>" in status_line(now)
+
+
+def test_markup_is_shown_and_not_obeyed() -> None:
+    hostile = "<script>alert(1)</script>"
+    for shown in (status_line(Progress("failed", error=hostile)), told(hostile), status_line(None, hostile)):
+        assert "<script" not in shown
+        assert "&lt;script&gt;" in shown
+
+
+def test_errors_are_told_with_what_was_expected_and_the_fix() -> None:
+    error = ConfigError("steps = 0 is too small", expected="1 or more", fix="raise it")
+    assert explained(error) == "Steps = 0 is too small. Expected: 1 or more. Raise it."
+    assert explained(ValueError("choose one")) == "Choose one."
+
+
+def test_times_are_read_easily() -> None:
+    assert [duration(seconds) for seconds in (-1, 0.4, 59.6, 61)] == ["0 s", "0 s", "1 min 0 s", "1 min 1 s"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("", "a zwx mug"),
+        ("on the beach", "a zwx mug on the beach"),
+        ("a red mug, at night", "a red zwx mug, at night"),
+        ("a zwx mug", "a zwx mug"),
+        ("ZWX in snow", "ZWX in snow"),
+    ],
+)
+def test_a_trigger_goes_where_the_class_word_is(prompt: str, wanted: str) -> None:
+    assert insert_phrase(prompt, "zwx mug") == wanted
