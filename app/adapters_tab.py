@@ -13,6 +13,12 @@ from oft_diffusion.errors import OFTError
 from .session import EXPORTS, Session
 from .words import card_page, cards_page, explained, told
 
+# A card is a button; which one was clicked, its id tells.
+_CLICKED = """element.addEventListener('click', event => {
+  const card = event.target.closest('[data-id]')
+  if (card) trigger('click', {id: card.dataset.id})
+})"""
+
 
 class AdaptersTab:
     """Its components, and what they do.
@@ -25,7 +31,7 @@ class AdaptersTab:
         self.session = session
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                self.all = gr.HTML(elem_id="cards")
+                self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED)
             with gr.Column(scale=4, min_width=320):
                 self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
                 self.about = gr.HTML(elem_id="about")
@@ -35,7 +41,7 @@ class AdaptersTab:
                         label="A .safetensors file", file_types=[".safetensors"], height=130, elem_id="take-in"
                     )
                     self.component = gr.Dropdown(
-                        [("as the file says", ""), *((part, part) for part in session.parts())], value="",
+                        [("as the file says", ""), *((part, part) for part in session.model.parts())], value="",
                         label="For", elem_id="take-in-component",
                     )  # fmt: skip
                 with gr.Accordion("Hand out", open=False):
@@ -59,12 +65,13 @@ class AdaptersTab:
                     self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
                     self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
         self.menus = [(self.chosen, self.choices), (self.second, self.choices), *menus]
-        self._wire()
 
-    def _wire(self) -> None:
+    def wire(self) -> None:
+        """Connect everything, once all menus are known."""
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
         look = [self.about, self.name]
+        self.all.click(self.choose, None, [self.chosen], queue=False, **private)
         self.chosen.change(self.look, [self.chosen], look, queue=False, **private)
         self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **private)
         self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **private)
@@ -86,10 +93,15 @@ class AdaptersTab:
         """Of this tab's menus."""
         return [(card.name, card.id) for card in self.session.shelf.cards()]
 
-    def refresh(self, note: str = "") -> tuple[Any, ...]:
-        """The note, the cards, and every menu of adapters."""
+    def refresh(self, *notes: str) -> tuple[Any, ...]:
+        """Notes, the cards, and every menu of adapters."""
         cards = [(card, self.session.fits(card)) for card in self.session.shelf.cards()]
-        return told(note), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
+        return told(*notes), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
+
+    def choose(self, event: gr.EventData) -> Any:
+        """The adapter whose card was clicked."""
+        clicked = str(getattr(event, "id", ""))
+        return clicked if clicked in {card for _, card in self.choices()} else gr.skip()
 
     def look(self, adapter: str | None) -> tuple[str, str]:
         """What the chosen adapter is."""
@@ -105,7 +117,7 @@ class AdaptersTab:
             return (gr.skip(), *self.refresh())
         try:
             _, notes = self.session.take_in(Path(path), component or None)
-            return (None, *self.refresh(" ".join(f"{note}." for note in notes)))
+            return (None, *self.refresh(*notes))
         except OFTError as error:
             return (None, *self.refresh(explained(error)))
 
@@ -129,7 +141,7 @@ class AdaptersTab:
             path, notes = self.session.export(adapter, to)
         except OFTError as error:
             return told(explained(error)), None
-        return told(" ".join(["Here it is.", *(f"{note}." for note in notes)])), str(path)
+        return told("Here it is", *notes), str(path)
 
     def _done(self, act: Callable[[], object], note: str) -> tuple[Any, ...]:
         try:

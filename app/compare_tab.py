@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,9 @@ WAYS = {
     "with and without": "The base, and the base with the adapter, on the same seeds.",
     "strengths": "One row for each strength from -1 to 1.5.",
     "adapters": "One row for each adapter, at the strength that its author recommends.",
+    "a training run": "One row for each checkpoint of a run and each strength: which one is best?",
 }
+_STRENGTHS = [0.5, 0.75, 1.0, 1.25, 1.5]
 _MOST = 8  # pictures in a row
 
 
@@ -37,6 +40,10 @@ class CompareTab:
                 self.others = gr.Dropdown(
                     [], multiselect=True, label="Adapters", visible=False, elem_id="compare-adapters"
                 )
+                self.run = gr.Dropdown([], label="Run", visible=False, elem_id="compare-run")
+                self.strengths = gr.CheckboxGroup(
+                    _STRENGTHS, value=[0.75, 1.0], label="Strengths", visible=False, elem_id="compare-strengths"
+                )
                 with gr.Row():
                     self.seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="compare-seed")
                     self.count = gr.Slider(1, _MOST, 3, step=1, label="Seeds", elem_id="compare-count")
@@ -54,7 +61,7 @@ class CompareTab:
                 )  # fmt: skip
                 self.which = gr.Slider(1, 2, 1, step=1, label="Which seed", visible=False, elem_id="which")
                 self.sheet = gr.Image(
-                    label="Sheet", type="filepath", interactive=False, visible=False, elem_id="sheet",
+                    type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
                     alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
                 )  # fmt: skip
         self._wire()
@@ -62,46 +69,54 @@ class CompareTab:
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asked = [
-            self.person, self.way, self.prompt, self.adapter, self.others, self.seed, self.count, self.steps,
-            self.guidance,
+            self.person, self.way, self.prompt, self.adapter, self.others, self.run, self.strengths, self.seed,
+            self.count, self.steps, self.guidance,
         ]  # fmt: skip
         self.shown = [self.status, self.slider, self.which, self.sheet, self.go, self.cancel]
         self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **private)
         self.cancel.click(self.stop, [self.person], None, queue=False, **private)
-        self.way.change(self.choose, [self.way], [self.about, self.adapter, self.others], queue=False, **private)
+        asking = [self.about, self.adapter, self.others, self.run, self.strengths]
+        self.way.change(self.choose, [self.way], asking, queue=False, **private)
         self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **private)
 
-    def choose(self, way: str) -> tuple[Any, Any, Any]:
+    def choose(self, way: str) -> tuple[Any, ...]:
         """Show what this way asks for."""
-        several = way == "adapters"
-        return WAYS[way], gr.update(visible=not several), gr.update(visible=several)
+        one, several, run = way in ("with and without", "strengths"), way == "adapters", way == "a training run"
+        return WAYS.get(way, ""), *(gr.update(visible=shown) for shown in (one, several, run, run))
 
-    def compare(
-        self, person: str, way: str, prompt: str, adapter: str | None, others: list[str] | None, *numbers: Any
-    ) -> Iterator[tuple[Any, ...]]:
+    def runs(self) -> list[tuple[str, str]]:
+        """Those that have checkpoints, for the menu."""
+        earlier = self.session.training.runs.earlier()
+        return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in earlier]
+
+    def compare(self, person: str, way: str, prompt: str, *asked: Any) -> Iterator[tuple[Any, ...]]:
         """Draw what is to be compared, and show how it goes."""
-        seed, count, steps, guidance = numbers
         try:
-            chosen = [card for card in [adapter, *(others or [])] if card]
-            if way == "adapters":
-                chosen = list(others or [])
-            if not chosen:
-                raise ValueError("Choose an adapter to compare.")
-            cards = [self.session.shelf.card(card) for card in chosen]
-            request = Request(
-                prompt=prompt or "", seeds=seeds_from(int(seed or 0), int(count)), steps=int(steps),
-                guidance=float(guidance), adapters=((cards[0], cards[0].strength),),
-            )  # fmt: skip
-            if way == "with and without":
-                job = self.session.before_and_after(person, request)
-            elif way == "strengths":
-                job = self.session.sweep(person, request)
-            else:
-                job = self.session.side_by_side(person, request, cards)
+            job = self._start(person, way, prompt or "", *asked)
         except (OFTError, Busy, TypeError, ValueError, KeyError) as error:
             yield (status_line(None, explained(error)), *[gr.skip()] * 5)
             return
         yield from self._follow(job)
+
+    def _start(
+        self, person: str, way: str, prompt: str, adapter: str | None, others: list[str] | None, run: str | None,
+        strengths: list[float] | None, *numbers: float,
+    ) -> Job:  # fmt: skip
+        seed, count, steps, guidance = numbers
+        request = Request(
+            prompt, seeds_from(int(seed or 0), int(count)), steps=int(steps), guidance=float(guidance)
+        )  # fmt: skip
+        if way == "a training run":
+            if not run or not strengths:
+                raise ValueError("Choose a run and at least one strength.")
+            return self.session.run_grid(person, request, run, sorted(map(float, strengths)))
+        cards = [self.session.shelf.card(card) for card in (others or [] if way == "adapters" else [adapter]) if card]
+        if not cards:
+            raise ValueError("Choose an adapter to compare.")
+        request = replace(request, adapters=((cards[0], cards[0].strength),))
+        if way == "adapters":
+            return self.session.side_by_side(person, request, cards)
+        return (self.session.before_and_after if way == "with and without" else self.session.sweep)(person, request)
 
     def _follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
         for now in job.watch(timeout=15):

@@ -69,7 +69,7 @@ class GenerateTab:
                     elem_id="pictures", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.recall = gr.File(
-                    label="Drop a picture of this app here to take over its settings", file_types=[".png"], height=130,
+                    label="Settings from a picture", file_types=[".png"], height=130,
                     elem_id="recall",
                 )  # fmt: skip
                 with gr.Accordion("Earlier pictures", open=False):

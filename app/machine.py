@@ -128,6 +128,7 @@ class Machine:
         self._working: Job | None = None
         self._served: dict[str, float] = {}  # owner to when
         self._jobs: dict[str, Job] = {}
+        self._threads: list[threading.Thread] = []
 
     def start(self, owner: str, kind: str, work: Callable[[Job], object]) -> Job:
         """Queue work.
@@ -153,7 +154,9 @@ class Machine:
             self._jobs[job.id] = job
             self._waiting.append(job)
             self._tell_places()
-        threading.Thread(target=self._run, args=(job, work), name=f"{kind}-{job.id}", daemon=True).start()
+            thread = threading.Thread(target=self._run, args=(job, work), name=f"{kind}-{job.id}", daemon=True)
+            self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+            thread.start()
         return job
 
     def find(self, owner: str, job_id: str) -> Job | None:
@@ -176,12 +179,19 @@ class Machine:
             self._lock.notify_all()
         return True
 
-    def stop(self) -> None:
-        """Cancel everything, as the server ends."""
+    def stop(self, patience: float = 60.0) -> None:
+        """Cancel everything, as the server ends, and wait for work to end at its next check.
+
+        Args:
+            patience: seconds. A process that ends in the middle of torch's work crashes.
+        """
         for job in list(self._jobs.values()):
             job.cancel()
         with self._lock:
             self._lock.notify_all()
+        until = time.monotonic() + patience
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, job: Job, work: Callable[[Job], object]) -> None:
         try:

@@ -6,13 +6,16 @@ import json
 import shlex
 import threading
 import time
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, train
+from oft_diffusion.training.checkpoint import list_checkpoints
 
 from .machine import Job
 from .photos import Photos
@@ -23,6 +26,8 @@ CONFIG, STATE = "config.toml", "state.json"
 _HERE = Path(__file__).parent
 PRESETS = next(p for p in (_HERE / "presets", _HERE.parent / "train_scripts" / "configs") if p.is_dir())  # of a wheel
 _TELL_EVERY = 0.3  # seconds between steps that are told one by one
+_CHECKPOINTS = 5  # of a run, evenly: to go on from, and to compare
+_UNPACK = "# In the folder that this was unpacked to:  oft-diffusion train --config config.toml"
 
 
 @dataclass(frozen=True)
@@ -33,36 +38,54 @@ class Wish:
         name: of the adapter to be.
         trigger, class_word: what names the subject.
         settings: knobs of `TrainConfig` that differ from the preset's.
+        preset: one of `Runs.presets`; the first of them where it is empty.
     """
 
     name: str
     trigger: str
     class_word: str
     settings: dict[str, Any]
+    preset: str = ""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A run that can be gone on with.
+    """A run that has left checkpoints.
 
     Attributes:
         id: of its folder.
         name: of the adapter to be.
         step, steps: done, and of how many.
+        done: whether its adapter is on the shelf; if not, it can be gone on with.
+        checkpoints: step to folder, in order.
     """
 
     id: str
     name: str
     step: int
     steps: int
+    done: bool
+    checkpoints: Mapping[int, Path]
 
 
 class Runs:
-    """Training in a workspace, on a model."""
+    """Training in a workspace, on a model.
 
-    def __init__(self, workspace: Workspace, shelf: Shelf, model: str, preset: str) -> None:
-        self.workspace, self.shelf, self.model = workspace, shelf, model
-        self.preset = PRESETS / f"{preset}.toml"
+    Args:
+        workspace, shelf: where runs and their adapters are kept.
+        model: what is trained on.
+        moved_model: its name on another machine.
+        presets: names of configurations that fit it, the best first.
+        knobs: what all of them are changed in.
+        cover: gives a new adapter its cover.
+    """
+
+    def __init__(
+        self, workspace: Workspace, shelf: Shelf, model: str, moved_model: str, presets: Sequence[str],
+        knobs: Mapping[str, Any], cover: Callable[[Card], Card],
+    ) -> None:  # fmt: skip
+        self.workspace, self.shelf, self.model, self.moved_model = workspace, shelf, model, moved_model
+        self.presets, self.knobs, self.cover = presets, knobs, cover
         self._control: dict[str, Control] = {}
 
     def config(self, wish: Wish, folder: Path) -> TrainConfig:
@@ -76,12 +99,22 @@ class Runs:
             "model": self.model,
             "instance_dir": str(folder / "photos"),
             "output_dir": str(folder / "run"),
-            "trigger": wish.trigger.strip(),
-            "class_word": wish.class_word.strip(),
             "evaluation_count": 0,
-            "checkpoint_every": 100,
         }
-        return TrainConfig.from_toml(self.preset, own | wish.settings)
+        words = {"trigger": wish.trigger.strip(), "class_word": wish.class_word.strip()}
+        own |= {knob: word for knob, word in words.items() if word}  # else the preset's
+        preset = wish.preset or self.presets[0]
+        if preset not in self.presets:
+            raise ConfigError("there is no such preset", expected=", ".join(self.presets), fix="choose one of these")
+        config = TrainConfig.from_toml(PRESETS / f"{preset}.toml", {**own, **self.knobs, **wish.settings})
+        longer = config.steps / TrainConfig.from_toml(PRESETS / f"{preset}.toml", own).steps
+        return replace(
+            config,
+            warmup_steps=round(config.warmup_steps * longer),  # the preset's, as a share of the run
+            decay_steps=round(config.decay_steps * longer),
+            checkpoint_every=max(1, config.steps // _CHECKPOINTS),
+            keep_checkpoints=_CHECKPOINTS + 1,
+        )
 
     def prepare(self, wish: Wish, photos: Photos) -> str:
         """Make a run's folder, with copies of the pictures; its id.
@@ -138,20 +171,37 @@ class Runs:
             {"save": control.save, "sample": control.sample}[what].set()
 
     def earlier(self) -> list[Earlier]:
-        """Runs that were paused, or cut off with the server, newest first."""
+        """Runs that have left checkpoints, newest first."""
         found = []
         for folder in sorted(self.workspace.runs.iterdir(), reverse=True):
             try:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                if not state["done"] and any((folder / "run").glob("checkpoint-*/state.json")):
-                    found.append(Earlier(folder.name, state["name"], int(state["step"]), int(state["steps"])))
+                told = (str(state["name"]), int(state["step"]), int(state["steps"]), bool(state["done"]))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
+            if checkpoints := {int(p.name.rpartition("-")[2]): p for p in list_checkpoints(folder / "run")}:
+                found.append(Earlier(folder.name, *told, checkpoints))
         return found
 
+    def unfinished(self) -> list[Earlier]:
+        """Runs that were paused, or cut off with the server, newest first."""
+        return [run for run in self.earlier() if not run.done]
+
     def command(self, run_id: str) -> str:
-        """The command line that trains the same elsewhere."""
+        """The command line that trains the same on this machine."""
         return f"oft-diffusion train --config {shlex.quote(str(self.workspace.run(run_id) / CONFIG))}"
+
+    def packed(self, run_id: str) -> Path:
+        """A ZIP in the temporary folder that trains the same on another machine: configuration, pictures, captions."""
+        source, folder = self.workspace.run(run_id), self.workspace.temporary / new_id()
+        folder.mkdir()
+        config = TrainConfig.from_toml(source / CONFIG)
+        moved = replace(config, instance_dir="photos", output_dir="run", model=self.moved_model)
+        with zipfile.ZipFile(folder / "training.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(CONFIG, f"{_UNPACK}\n{moved.to_toml()}")
+            for path in sorted((source / "photos").iterdir()):
+                archive.write(path, f"photos/{path.name}")
+        return folder / "training.zip"
 
     def _finish(self, run_id: str, job: Job, result: TrainResult, control: Control) -> None:
         self._note(run_id, {"step": result.steps})
@@ -159,8 +209,8 @@ class Runs:
             job.tell(text=f"paused at step {result.steps}")
             return
         state = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))
-        cover = result.pictures[-1] if result.pictures else None
-        card = self.shelf.add(result.adapter, state["name"], cover)
+        job.tell(text="drawing a cover")
+        card = self.cover(self.shelf.add(result.adapter, state["name"]))
         self._note(run_id, {"done": True})
         job.tell(card, text=f"the adapter {card.name} is on the shelf")
 

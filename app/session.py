@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import threading
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from oft_diffusion.arithmetic import compose, interpolate
 from oft_diffusion.convert import convert
 from oft_diffusion.errors import ConfigError, DataError, OFTError
-from oft_diffusion.files import load_adapter_file, save_adapter_file
-from oft_diffusion.formats.components import modules_of
+from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.generate import Picture
 from oft_diffusion.images import labelled_grid, read_settings, save_png
-from oft_diffusion.load import load_pipeline
-from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path
 
-from .drawing import Abilities, Request, Studio, check, newest_first, seeds_from
+from .drawing import Abilities, Request, check, newest_first, seeds_from
 from .machine import Job, Machine
-from .photos import Photos
-from .runs import Runs, Wish
-from .shelf import Card, Shelf
+from .model import Model
+from .shelf import Card, Shelf, read_card
+from .training import Training
 from .workspace import Workspace, new_id
 
 MOST_CELLS = 64  # of a grid
@@ -48,6 +44,8 @@ class Session:
         workspace: where everything is kept.
         machine: who waits, who works.
         shelf: the adapters.
+        model: what draws.
+        training: what becomes of pictures.
     """
 
     def __init__(
@@ -58,36 +56,13 @@ class Session:
         self.workspace.clean()
         self.machine = Machine()
         self.shelf = Shelf(self.workspace)
-        shipped = model == "pocket"
-        self.runs = Runs(
-            self.workspace, self.shelf, str(pocket_path()) if shipped else model, "pocket" if shipped else "sd15"
-        )
-        self.model, self.config_dir, self.device, self.dtype = model, config_dir, device, dtype
-        self._studio: Studio | None = None
-        self._loading = threading.Lock()
-        self._run_of: dict[str, str] = {}  # job to run
-
-    # -- the model ---------------------------------------------------------------------------------------------------
-
-    def studio(self) -> Studio:
-        """The pipeline, loaded at the first call.
-
-        Raises:
-            ConfigError: it cannot be loaded.
-        """
-        with self._loading:  # libraries patch torch while they load: never in two threads
-            if self._studio is None:
-                shipped = self.model == "pocket"
-                source = pocket_path() if shipped else self.model
-                pipe = load_pipeline(source, self.dtype, self.device, config_dir=self.config_dir)
-                steps, guidance = (STEPS, GUIDANCE) if shipped else (25, 7.5)
-                self._studio = Studio(pipe, Path(self.model).name, steps, guidance)
-            return self._studio
+        self.model = Model(model, config_dir, device, dtype)
+        self.training = Training(self.workspace, self.shelf, self.machine, self.model)
 
     @property
     def abilities(self) -> Abilities:
         """What the model can be asked."""
-        return self.studio().abilities
+        return self.model.abilities
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
@@ -99,17 +74,22 @@ class Session:
         """
         check(request, self.abilities)
         folder = self.workspace.pictures(person)
-        return self.machine.start(person, "draw", lambda job: self.studio().draw(request, job, _keeper(folder)))
+        return self.machine.start(person, "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder)))
+
+    def draw_for_program(self, caller: str, request: Request) -> Job:
+        """As `draw`, for a caller of the API: the PNG is kept as long as uploads are."""
+        check(request, self.abilities)
+        folder = self.workspace.temporary / new_id()
+        folder.mkdir()
+        return self.machine.start(
+            f"api {caller}", "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder))
+        )
 
     def before_and_after(self, person: str, request: Request) -> Job:
-        """Each seed without and with the adapters: the job finds pairs of pictures, then both are in the history."""
-        check(request, self.abilities)
-
-        def work(job: Job) -> None:
-            kept = self._rows(job, [dataclasses.replace(request, adapters=()), request], ["the base", "with adapters"])
-            job.tell(*zip(*kept, strict=True))
-
-        return self.machine.start(person, "compare", work)
+        """Each seed without and with the adapters: the job finds pairs of pictures, then a labelled sheet of them."""
+        names = " and ".join(f"{card.name} at {strength:g}" for card, strength in request.adapters)
+        rows = [dataclasses.replace(request, adapters=()), request]
+        return self._sheet(person, rows, ["the base", names], pairs=True)
 
     def sweep(self, person: str, request: Request, strengths: Sequence[float] = _SWEEP) -> Job:
         """The same seeds at several strengths of the last adapter: the job finds one labelled sheet."""
@@ -122,7 +102,26 @@ class Session:
         rows = [dataclasses.replace(request, adapters=((card, card.strength),)) for card in cards]
         return self._sheet(person, rows, [card.name for card in cards])
 
-    def _sheet(self, person: str, rows: Sequence[Request], labels: Sequence[str]) -> Job:
+    def run_grid(self, person: str, request: Request, run_id: str, strengths: Sequence[float] = (0.75, 1.0)) -> Job:
+        """The same seeds with each checkpoint of a run at several strengths: the job finds one labelled sheet.
+
+        Raises:
+            OFTError, Busy: there is no such run, or it makes too many pictures.
+        """
+        run = next((run for run in self.training.runs.earlier() if run.id == run_id), None)
+        if run is None:
+            raise ConfigError("there is no such run", expected="one with checkpoints", fix="choose one")
+        rows, labels = [], []
+        for (step, folder), strength in product(run.checkpoints.items(), strengths):
+            file = load_adapter_file(folder / FILE_NAME)
+            card = dataclasses.replace(read_card(f"{run.id}-{step}", file), name=f"{run.name}, step {step}")
+            rows.append(dataclasses.replace(request, adapters=((card, strength),)))
+            labels.append(f"{card.name}, at {strength:g}")
+        return self._sheet(person, rows, labels)
+
+    def _sheet(
+        self, person: str, rows: Sequence[Request], labels: Sequence[str], *, pairs: bool = False
+    ) -> Job:  # fmt: skip
         cells = sum(len(row.seeds) for row in rows)
         if cells > MOST_CELLS:
             raise DataError(f"a sheet of {cells} pictures", expected=f"at most {MOST_CELLS}", fix="ask for fewer")
@@ -132,8 +131,11 @@ class Session:
 
         def work(job: Job) -> None:
             drawn = self._rows(job, rows, labels)
-            grid = labelled_grid([[p.image for p in row] for row in drawn], row_labels=list(labels))
+            seeds = [f"seed {seed}" for seed in rows[0].seeds]
+            images = [[p.image for p in row] for row in drawn]
+            grid = labelled_grid(images, row_labels=list(labels), column_labels=seeds)
             told = {"prompt": rows[0].prompt, "rows": list(labels), "seeds": list(rows[0].seeds)}
+            job.tell(*(zip(*drawn, strict=True) if pairs else ()))
             job.tell(save_png(grid, folder / f"{new_id()}.png", told))
 
         return self.machine.start(person, "compare", work)
@@ -142,7 +144,7 @@ class Session:
         drawn: list[list[Picture]] = []
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
             part = _Part(job, index, len(rows), label)
-            self.studio().draw(row, part, part.pictures.append)
+            self.model.studio().draw(row, part, part.pictures.append)
             drawn.append(part.pictures)
         return drawn
 
@@ -169,7 +171,7 @@ class Session:
                 notes.append(f"the adapter {told.get('name')} is not on this shelf")
             else:
                 adapters.append((card, float(told["strength"])))
-        if (model := settings.get("model")) not in (None, self.model, _model_name(self.studio())):
+        if (model := settings.get("model")) is not None and not self.model.is_called(str(model)):
             notes.append(f"the picture was drawn by {model}, and this is {self.abilities.model}")
         own = self.abilities
         scheduler = settings.get("scheduler", "")
@@ -185,61 +187,6 @@ class Session:
             adapters=tuple(adapters),
         ), notes
 
-    # -- training ----------------------------------------------------------------------------------------------------
-
-    def photos(self, person: str) -> Photos:
-        """This person's pictures for the next training."""
-        return Photos(self.workspace, person)
-
-    def defaults(self) -> dict[str, Any]:
-        """The knobs of the preset that fits this model."""
-        return dataclasses.asdict(self.runs.config(Wish("", "zwx", "thing", {}), self.workspace.temporary))
-
-    @property
-    def resolution(self) -> int:
-        """At which the preset trains, in pixels."""
-        return int(self.defaults()["resolution"])
-
-    def train(self, person: str, wish: Wish) -> Job:
-        """Train on this person's pictures; the job finds the steps that were told, and at last the adapter's card.
-
-        Raises:
-            OFTError, Busy: before anyone waits, where something is missing or wrong.
-        """
-        run_id = self.runs.prepare(wish, self.photos(person))
-        return self._training(person, run_id)
-
-    def resume_training(self, person: str, run_id: str) -> Job:
-        """Go on with a run that was paused or cut off.
-
-        Raises:
-            OFTError, Busy: there is no such run.
-        """
-        if run_id not in {run.id for run in self.runs.earlier()}:
-            raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
-        return self._training(person, run_id)
-
-    def stop_training(self, person: str, *, pause: bool) -> None:
-        """End this person's run after its step; paused, it can be gone on with."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            if job.progress.state == "waiting":
-                self.machine.cancel(person, job.id)
-            self.runs.stop(job, pause=pause)
-
-    def ask_training(self, person: str, what: str) -> None:
-        """Have this person's run "save" or "sample" after its step."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            self.runs.ask(job, what)
-
-    def training_command(self, job: Job) -> str:
-        """The command line that trains the same elsewhere."""
-        return self.runs.command(self._run_of[job.id])
-
-    def _training(self, person: str, run_id: str) -> Job:
-        job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))
-        self._run_of[job.id] = run_id
-        return job
-
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def missing_triggers(self, prompt: str, cards: Sequence[Card]) -> list[str]:
@@ -249,11 +196,7 @@ class Session:
 
     def fits(self, card: Card) -> str:
         """Why an adapter cannot be used here; empty where it can."""
-        return self.shelf.fits(card, self.parts())
-
-    def parts(self) -> dict[str, nn.Module]:
-        """The model's components that adapters are for."""
-        return dict(modules_of(self.studio().pipe))
+        return self.shelf.fits(card, self.model.parts())
 
     def take_in(self, path: Path, component: str | None = None) -> tuple[Card, list[str]]:
         """A file of any tool onto the shelf; the card, and what a user should know.
@@ -261,7 +204,7 @@ class Session:
         Raises:
             OFTError: it is broken, or cannot be used with this model.
         """
-        return self.shelf.take_in(path, self.parts(), path.stem[:60] or "adapter", component)
+        return self.shelf.take_in(path, self.model.parts(), path.stem[:60] or "adapter", component)
 
     def combine(self, how: str, first: str, second: str, share: float) -> Card:
         """A new adapter of two: "interpolate" between them, or "compose" one after the other.
@@ -289,10 +232,9 @@ class Session:
         card, folder = self.shelf.card(adapter_id), self.workspace.temporary / new_id()
         folder.mkdir()
         target = folder / f"{_file_name(card.name)}-{to}.safetensors"
-        model = pocket_path() if self.model == "pocket" else self.model
         options = [str(card.file), str(target), "--to", to]
         if to != "oft":
-            options += ["--model", str(model)]
+            options += ["--model", self.model.source]
         if to == "lora":
             options += ["--naming", "diffusers"]
         return target, convert(options)[:-1]
@@ -304,8 +246,7 @@ class Session:
             OFTError: there is none.
         """
         self.shelf.delete(adapter_id)
-        if (studio := self._studio) is not None:
-            self.machine.start("the server", "forget", lambda _: studio.forget(adapter_id))
+        self.machine.start("the server", "forget", lambda _: self.model.studio().forget(adapter_id))
 
 
 class _Part(Job):
@@ -345,10 +286,6 @@ def _digest(card: Card) -> str | None:
         return load_adapter_file(card.file).metadata.sha256
     except OFTError:
         return None
-
-
-def _model_name(studio: Studio) -> str:
-    return str(getattr(studio.pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
 
 
 def opened(path: Path) -> Image.Image:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from oft_diffusion.disk import has_metadata, write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError, OFTError
 from oft_diffusion.files import FILE_NAME, AdapterFile, load_adapter_file, save_adapter_file
 from oft_diffusion.formats import read
+from oft_diffusion.images import save_png
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import HEADER_KEY
 from oft_diffusion.rotation import orthogonality_error, rotation_delta
@@ -98,27 +100,30 @@ class Shelf:
             raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
         key = (file, file.stat().st_mtime_ns)
         if key not in self._known:
-            self._known[key] = _read_card(adapter_id, load_adapter_file(file))
+            self._known[key] = read_card(adapter_id, load_adapter_file(file))
         return _labelled(self._known[key], folder)
 
-    def add(self, file: Path, name: str, cover: Path | None = None) -> Card:
+    def add(self, file: Path, name: str) -> Card:
         """Take a copy of a file of ours.
 
         Raises:
             OFTError: it is broken or another tool's.
         """
         loaded = load_adapter_file(file)
-        return self.put(loaded, name, cover)
+        return self.put(loaded, name)
 
-    def put(self, file: AdapterFile, name: str, cover: Path | None = None) -> Card:
+    def put(self, file: AdapterFile, name: str) -> Card:
         """Write an adapter that is in memory."""
         adapter_id = new_id()
         folder = self.workspace.adapter(adapter_id)
         save_adapter_file(folder / FILE_NAME, file.components, file.metadata)
-        if cover is not None:
-            shutil.copyfile(cover, folder / COVER)
         self.rename(adapter_id, name)
         return self.card(adapter_id)
+
+    def give_cover(self, card: Card, picture: Image.Image) -> Card:
+        """A picture for the card."""
+        save_png(picture, self.workspace.adapter(card.id) / COVER)
+        return self.card(card.id)
 
     def take_in(
         self, file: Path, parts: Mapping[str, nn.Module], name: str, component: str | None = None
@@ -166,7 +171,8 @@ class Shelf:
         return ""
 
 
-def _read_card(adapter_id: str, file: AdapterFile) -> Card:
+def read_card(adapter_id: str, file: AdapterFile) -> Card:
+    """What a file says of itself."""
     metadata = file.metadata
     configs = metadata.components
     packed = [

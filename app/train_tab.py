@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,11 +11,21 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
-from .machine import Busy, Job
-from .photos import MOST
+from .machine import Busy, Job, Progress
+from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
+from .shelf import Card
 from .words import explained, status_line, told
+
+# How long, as a share of the preset's steps.
+LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
+_PRESETS = {
+    "pocket": "the pocket base",
+    "sd15": "Stable Diffusion, for 14 GB of memory or more",
+    "sd15_text_encoder": "the same, with the text encoder",
+    "sd15_low_memory": "Stable Diffusion, where memory is short",
+}
 
 
 class TrainTab:
@@ -27,162 +36,148 @@ class TrainTab:
         person: whose browser this is.
         refresh: gives what `changed` shows, once there is a new adapter.
         changed: components that list the adapters.
+        chosen: of these, the menu in which a new adapter is chosen at once.
     """
 
     def __init__(
-        self, session: Session, person: gr.BrowserState, refresh: Callable[[], tuple[Any, ...]], changed: list[Any]
-    ) -> None:
-        self.session, self.person, self.refresh, self.changed = session, person, refresh, changed
-        defaults = session.defaults()
+        self, session: Session, person: gr.BrowserState, refresh: Callable[[], tuple[Any, ...]], changed: list[Any],
+        chosen: gr.Dropdown,
+    ) -> None:  # fmt: skip
+        self.training, self.machine, self.person = session.training, session.machine, person
+        self.refresh, self.changed, self.chosen = refresh, changed, changed.index(chosen)
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
-                self.drop = gr.File(
-                    label="3 to 8 pictures of the subject, with captions (.txt) if you have them",
-                    file_count="multiple", file_types=["image", ".txt"], height=130, elem_id="photos-drop",
-                )  # fmt: skip
-                self.photos = gr.Gallery(
-                    label="Pictures: choose one to caption it", columns=4, height=260, object_fit="cover",
-                    elem_id="photos", interactive=False, allow_preview=False, buttons=[],
-                )  # fmt: skip
-                self.note = gr.HTML(told(""), elem_id="photos-note")
-                with gr.Row(equal_height=True):
-                    self.caption = gr.Textbox(
-                        label="Caption of the chosen picture", max_lines=2, scale=4, elem_id="caption",
-                        placeholder="what it shows besides the subject: a red car in a room",
-                    )  # fmt: skip
-                    self.remove = gr.Button("Remove it", size="sm", scale=1, min_width=90, elem_id="remove-photo")
-                self.name = gr.Textbox(label="Name of the adapter", max_lines=1, elem_id="run-name")
-                with gr.Row():
-                    self.trigger = gr.Textbox(
-                        value=str(defaults["trigger"]), label="Trigger: a word that means nothing yet", max_lines=1,
-                        elem_id="run-trigger",
-                    )  # fmt: skip
-                    self.class_word = gr.Textbox(label="Class word: what it is", max_lines=1, elem_id="run-class")
+                self.photos = PhotosBox(session.training, person)
+                self._words()
                 with gr.Accordion("Settings", open=False):
-                    with gr.Row():
-                        self.steps = gr.Number(
-                            value=int(defaults["steps"]), precision=0, minimum=1, label="Steps", elem_id="run-steps"
-                        )
-                        self.rate = gr.Number(
-                            value=float(defaults["learning_rate"]),
-                            label="Learning rate",
-                            step=0.0001,
-                            elem_id="run-rate",
-                        )
-                    with gr.Row():
-                        self.block = gr.Dropdown(
-                            [8, 16, 32, 64], value=int(defaults["block_size"]), label="Block size", elem_id="run-block"
-                        )
-                        self.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="run-seed")
-                    self.prompts = gr.Textbox(
-                        value="\n".join(defaults["validation_prompts"]), lines=3, elem_id="run-prompts",
-                        label="Prompts to look at while it trains, one per line",
-                    )  # fmt: skip
+                    self._settings()
             with gr.Column(scale=5, min_width=320):
-                with gr.Row():
-                    self.go = gr.Button("Train", variant="primary", elem_id="train")
-                    self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop")
-                    self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause")
-                with gr.Row():
-                    self.sample = gr.Button("Draw now", size="sm", interactive=False, elem_id="train-sample")
-                    self.save = gr.Button("Save now", size="sm", interactive=False, elem_id="train-save")
-                self.status = gr.HTML(status_line(None), elem_id="train-status")
-                self.curve = gr.HTML(elem_id="curve")
-                self.grid = gr.Image(
-                    label="As it draws now", type="filepath", interactive=False, visible=False, elem_id="train-grid",
-                    alt_text="Rows of prompts, drawn by the model as far as it is trained",
-                    buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                self.command = gr.Code(label="The same on another machine", language="shell", visible=False, lines=2)
-                with gr.Accordion("Go on with a run that was paused or cut off", open=False):
-                    self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
-                    self.resume = gr.Button("Go on", elem_id="train-resume")
-        self.chosen = gr.State("")
+                self._progress()
         self._wire()
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _words(self) -> None:
+        trigger = str(self.training.defaults()["trigger"])
+        self.name = gr.Textbox(label="Name of the adapter", max_lines=1, elem_id="run-name", placeholder="my mug")
+        with gr.Row():
+            self.trigger = gr.Textbox(
+                value=trigger, label="Trigger", info="a word that means nothing yet: it will name the subject",
+                max_lines=1, elem_id="run-trigger", min_width=150,
+            )  # fmt: skip
+            self.class_word = gr.Textbox(
+                label="Class word", info="what the subject is, for example mug", max_lines=1, elem_id="run-class",
+                min_width=150,
+            )  # fmt: skip
+        self.words_note = gr.HTML(told(""), elem_id="words-note")
+
+    def _settings(self) -> None:
+        defaults, presets = self.training.defaults(), self.training.runs.presets
+        with gr.Row():
+            self.preset = gr.Dropdown(
+                [(_PRESETS.get(name, name), name) for name in presets], value=presets[0], label="For",
+                elem_id="run-preset", visible=len(presets) > 1,
+            )  # fmt: skip
+            self.length = gr.Radio(list(LENGTHS), value="as recommended", label="How long", elem_id="run-length")
+        with gr.Row():
+            self.steps = gr.Number(
+                value=int(defaults["steps"]), precision=0, minimum=1, label="Steps", elem_id="run-steps", min_width=120
+            )
+            self.rate = gr.Number(
+                value=float(defaults["learning_rate"]), label="Learning rate", step=0.0001, elem_id="run-rate",
+                min_width=120,
+            )  # fmt: skip
+        with gr.Row():
+            self.block = gr.Dropdown(
+                [8, 16, 32, 64], value=int(defaults["block_size"]), label="Block size", elem_id="run-block",
+                min_width=120,
+            )  # fmt: skip
+            self.seed = gr.Number(
+                value=0, precision=0, minimum=0, label="Seed", elem_id="run-seed", min_width=120
+            )  # fmt: skip
+        self.prompts = gr.Textbox(
+            value="\n".join(defaults["validation_prompts"]), lines=3, elem_id="run-prompts",
+            label="Prompts to look at while it trains, one per line",
+        )  # fmt: skip
+
+    def _progress(self) -> None:
+        with gr.Row():
+            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=120)
+            self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=120)
+            self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=120)
+        with gr.Row():
+            small: dict[str, Any] = {"size": "sm", "min_width": 90}
+            self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
+            self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
+        self.status = gr.HTML(status_line(None), elem_id="train-status")
+        self.curve = gr.HTML(elem_id="curve")
+        self.grids = gr.Gallery(
+            show_label=False, columns=3, height=420, object_fit="contain", interactive=False,
+            visible=False, elem_id="train-grids", buttons=["download", "fullscreen"],
+        )  # fmt: skip
+        with gr.Accordion("Take this run to another machine", open=False, visible=False) as self.elsewhere:
+            self.command = gr.Code(label="The command line", language="shell", lines=2, elem_id="run-command")
+            self.pack = gr.Button("Pack settings and pictures", size="sm", elem_id="run-pack")
+            self.packed = gr.File(
+                label="Unpack it there", interactive=False, height=90, visible=False, elem_id="packed"
+            )
+        with gr.Accordion("Go on with a run that was paused or cut off", open=False):
+            self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
+            self.resume = gr.Button("Go on", elem_id="train-resume")
 
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        shown_photos = [self.photos, self.note]
-        self.drop.upload(self.add, [self.person, self.drop], [self.drop, *shown_photos], **private)
-        self.photos.select(self.choose, [self.person], [self.chosen, self.caption], **private)
-        self.caption.blur(self.describe, [self.person, self.chosen, self.caption], shown_photos, **private)
-        self.caption.submit(self.describe, [self.person, self.chosen, self.caption], shown_photos, **private)
-        self.remove.click(
-            self.take_out, [self.person, self.chosen], [self.chosen, self.caption, *shown_photos], **private
-        )
+        words = [self.trigger, self.class_word]
+        for box in words:
+            box.change(self.check_words, words, [self.words_note], queue=False, **private)
+        self.photos.on_example(self.name, self.class_word)
+        for control in (self.preset, self.length):
+            control.input(
+                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **private
+            )
         asked = [
-            self.person, self.name, self.trigger, self.class_word, self.steps, self.rate, self.block, self.seed,
-            self.prompts,
+            self.person, self.name, self.trigger, self.class_word, self.preset, self.steps, self.rate, self.block,
+            self.seed, self.prompts,
         ]  # fmt: skip
+        self.looked = self.photos.looked
+        self.look = self.photos.look
         self.shown = [
-            self.status, self.curve, self.grid, self.command, self.go, self.stop, self.pause, self.sample, self.save,
-            self.earlier, *self.changed,
+            self.status, self.curve, self.grids, self.elsewhere, self.command, self.go, self.stop, self.pause,
+            self.sample, self.save, self.earlier, *self.changed,
         ]  # fmt: skip
         going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **private}
         self.go.click(self.train, asked, self.shown, **going)
         self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
-            (self.stop, lambda person: self.session.stop_training(person, pause=False)),
-            (self.pause, lambda person: self.session.stop_training(person, pause=True)),
-            (self.sample, lambda person: self.session.ask_training(person, "sample")),
-            (self.save, lambda person: self.session.ask_training(person, "save")),
+            (self.stop, lambda person: self.training.stop(person, pause=False)),
+            (self.pause, lambda person: self.training.stop(person, pause=True)),
+            (self.sample, lambda person: self.training.ask(person, "sample")),
+            (self.save, lambda person: self.training.ask(person, "save")),
         ):
             button.click(act, [self.person], None, queue=False, **private)
+        self.pack.click(self.take_along, [self.person], [self.packed], **private)
 
-    # -- pictures ----------------------------------------------------------------------------------------------------
+    # -- before ------------------------------------------------------------------------------------------------------
 
-    def add(self, person: str, files: list[str] | None) -> tuple[Any, ...]:
-        """Take pictures in."""
-        problems = self.session.photos(person).add(map(Path, files or []))
-        return (None, *self.look(person, problems))
+    def check_words(self, trigger: str, class_word: str) -> str:
+        """What speaks against these words."""
+        return told(*self.training.words_notes(trigger or "", class_word or ""))
 
-    def look(self, person: str, problems: list[str] | None = None) -> tuple[Any, Any]:
-        """The pictures, and what may be wrong with them."""
-        photos = self.session.photos(person).look(self.session.resolution)
-        notes = [f"{p}." for p in problems or []]
-        notes += [f"Picture {i}: {note}." for i, photo in enumerate(photos, 1) for note in photo.notes]
-        if not 3 <= len(photos) <= 8:
-            notes.insert(0, f"{len(photos)} of {MOST} at most; 3 to 8 do best." if photos else "")
-        shown = [(str(photo.path), photo.caption or f"picture {i}") for i, photo in enumerate(photos, 1)]
-        return shown, told(" ".join(filter(None, notes)))
-
-    def choose(self, person: str, event: gr.SelectData) -> tuple[str, str]:
-        """The picture that was clicked."""
-        photos = self.session.photos(person).look(self.session.resolution)
-        index = int(event.index) if isinstance(event.index, int) else 0
-        return (photos[index].id, photos[index].caption) if index < len(photos) else ("", "")
-
-    def describe(self, person: str, chosen: str, caption: str) -> tuple[Any, Any]:
-        """A caption for the chosen picture."""
-        if not chosen:
-            return gr.skip(), gr.skip()
-        return self._changed(person, lambda: self.session.photos(person).describe(chosen, caption or ""))
-
-    def take_out(self, person: str, chosen: str) -> tuple[Any, ...]:
-        """Remove the chosen picture."""
-        if not chosen:
-            return "", "", gr.skip(), gr.skip()
-        return ("", "", *self._changed(person, lambda: self.session.photos(person).remove(chosen)))
-
-    def _changed(self, person: str, act: Callable[[], None]) -> tuple[Any, Any]:
+    def choose(self, preset: str, length: str) -> tuple[Any, ...]:
+        """A preset's settings."""
         try:
-            act()
-        except OFTError as error:
-            return self.look(person, [explained(error)])
-        return self.look(person)
+            found = self.training.defaults(preset)
+            steps = max(1, round(found["steps"] * LENGTHS[length]))
+        except (OFTError, KeyError):
+            return (gr.skip(),) * 4
+        return steps, found["learning_rate"], found["block_size"], "\n".join(found["validation_prompts"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, person: str, name: str, trigger: str, class_word: str, *knobs: Any) -> Iterator[tuple[Any, ...]]:
         """Train on the pictures, and show how it goes."""
-        steps, rate, block, seed, prompts = knobs
-        lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
         try:
-            settings = {
-                "steps": int(steps), "learning_rate": float(rate), "block_size": int(block), "seed": int(seed or 0),
-                "validation_prompts": lines, "validation_every": max(1, int(steps) // 3),
-            }  # fmt: skip
-            job = self.session.train(person, Wish(name or "", trigger or "", class_word or "", settings))
+            job = self.training.start(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, Busy, TypeError, ValueError) as error:
             yield self._problem(explained(error))
             return
@@ -191,42 +186,66 @@ class TrainTab:
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""
         try:
-            job = self.session.resume_training(person, run_id or "")
+            job = self.training.resume(person, run_id or "")
         except (OFTError, Busy) as error:
             yield self._problem(explained(error))
             return
         yield from self.follow(job)
 
     def again(self, person: str) -> Iterator[tuple[Any, ...]]:
-        """After a reload: the run that is going on, and the runs that can be gone on with."""
-        job = self.session.machine.newest(person, "train")
-        if job is not None and not job.progress.ended:
+        """After a reload: the run that is going on, or the last one, and the runs that can be gone on with."""
+        if (job := self.machine.newest(person, "train")) is not None:
             yield from self.follow(job)
         else:
-            yield (*[gr.skip()] * 9, gr.update(choices=self._earlier()), *[gr.skip()] * len(self.changed))
+            skipped = [gr.skip()] * len(self.shown)
+            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier())
+            yield tuple(skipped)
 
     def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
         """Show a run's progress until it ends."""
-        drawn, grid = -1, None
+        seen, drawn = -1, -1
         for now in job.watch(timeout=15):
             steps = [found for found in now.found if isinstance(found, TrainStep)]
-            fresh, drawn = len(steps) != drawn, len(steps)
-            newest = next((step.pictures for step in reversed(steps) if step.pictures), None)
-            moved, grid = newest != grid, newest
+            grids = [(str(step.pictures), f"step {step.step}") for step in steps if step.pictures]
+            fresh, seen = len(steps) != seen, len(steps)
+            moved, drawn = len(grids) != drawn, len(grids)
             busy = now.state == "working"
             yield (
                 status_line(now),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
-                gr.update(value=str(newest), visible=True) if moved and newest else gr.skip(),
-                gr.update(value=self.session.training_command(job), visible=True) if fresh else gr.skip(),
+                gr.update(value=grids, visible=True, selected_index=drawn - 1) if moved and grids else gr.skip(),
+                gr.update(visible=True) if fresh else gr.skip(),
+                self.training.command(job) if fresh else gr.skip(),
                 gr.update(interactive=now.ended),
                 *[gr.update(interactive=busy)] * 4,
                 gr.update(choices=self._earlier()) if now.ended else gr.skip(),
-                *(self.refresh() if now.ended else [gr.skip()] * len(self.changed)),
+                *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
+
+    def take_along(self, person: str) -> Any:
+        """The ZIP with this run's settings and pictures."""
+        path = self.training.packed(person)
+        return gr.update(value=None if path is None else str(path), visible=path is not None)
+
+    def _wish(self, name: str, trigger: str, class_word: str, preset: str, *knobs: Any) -> Wish:
+        steps, rate, block, seed, prompts = knobs
+        lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+        settings = {
+            "steps": int(steps), "learning_rate": float(rate), "block_size": int(block), "seed": int(seed or 0),
+            "validation_prompts": lines, "validation_every": max(1, int(steps) // 3),
+        }  # fmt: skip
+        return Wish(name or "", trigger or "", class_word or "", settings, preset or "")
+
+    def _shelf(self, now: Progress) -> list[Any]:
+        """The adapters, of which a new one is chosen for drawing."""
+        shown = list(self.refresh())
+        if now.found and isinstance(now.found[-1], Card):
+            shown[self.chosen] = gr.update(**{**shown[self.chosen], "value": now.found[-1].id})
+        return shown
 
     def _problem(self, text: str) -> tuple[Any, ...]:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
     def _earlier(self) -> list[tuple[str, str]]:
-        return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in self.session.runs.earlier()]
+        unfinished = self.training.runs.unfinished()
+        return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from oft_diffusion.errors import OFTError
@@ -59,9 +59,12 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def told(note: str) -> str:
-    """A note that a screen reader is told of."""
-    return f'<div class="note" role="status">{escape(note)}</div>' if note else '<div role="status"></div>'
+def told(*notes: str) -> str:
+    """Notes that a screen reader is told of: a sentence, or a list of them."""
+    sentences = [escape(_sentence(note)) for note in notes if note]
+    listed = "".join(f"<li>{sentence}</li>" for sentence in sentences)
+    text = f"<ul>{listed}</ul>" if len(sentences) > 1 else "".join(sentences)
+    return f'<div class="note" role="status">{text}</div>'
 
 
 def cards_page(cards: Sequence[tuple[Card, str]]) -> str:
@@ -80,18 +83,27 @@ def card_page(card: Card, problem: str) -> str:
         "Orthogonality error": f"{card.error:.0e}",
         "Recommended strength": f"{card.strength:g}",
         "File": f"{card.bytes / 1e6:.2f} MB, {card.created[:16].replace('T', ' ')}",
-        **{name.replace("_", " "): _shown(value) for name, value in card.training.items()},
     }
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
     warning = f'<p class="status problem">{escape(_sentence(problem))}</p>' if problem else ""
-    return f'{warning}<table class="about">{lines}</table>'
+    settings = {name.replace("_", " "): _shown(value) for name, value in card.training.items()}
+    more = f"<details><summary>How it was trained</summary>{_table(settings)}</details>" if settings else ""
+    return f"{warning}{_table(rows)}{more}"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    return f'<table class="about">{lines}</table>'
 
 
 def _card(card: Card, problem: str) -> str:
-    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<div></div>"
-    facts = f"{escape(card.phrase or 'no trigger')}<br>{card.bytes / 1e6:.2f} MB, {escape(card.created[:10])}"
+    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
+    facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
+    sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {escape(card.created[:10])}"
     misfit = f'<br><span class="misfit">{escape(problem)}</span>' if problem else ""
-    return f'<article class="card">{cover}<div><b>{escape(card.name)}</b><br>{facts}{misfit}</div></article>'
+    return (
+        f'<button type="button" class="card" data-id="{escape(card.id)}">{cover}<span><b>{escape(card.name)}</b><br>'
+        f"{facts}<br><small>{sizes}</small>{misfit}</span></button>"
+    )
 
 
 def _shown(value: object) -> str:

@@ -7,13 +7,14 @@ are checked before they become part of a path; nothing else that a browser sends
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 import shutil
 import time
 from pathlib import Path
 
-from oft_diffusion.disk import is_writable
+from oft_diffusion.disk import is_writable, write_atomically
 from oft_diffusion.errors import ConfigError, DataError
 
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -85,6 +86,14 @@ class Workspace:
     def uploads(self, token: str) -> Path:
         """What one person has uploaded."""
         return self._of(token, "uploads")
+
+    def token_of(self, user: str) -> str:
+        """The token of a user who has a password: the same in each browser, and to be guessed from no name."""
+        path = self.root / "secret"
+        if not path.is_file():
+            write_atomically(path, secrets.token_bytes(32))
+            path.chmod(0o600)
+        return hmac.new(path.read_bytes(), user.encode(), "sha256").hexdigest()[:32]
 
     def clean(self) -> None:
         """Remove uploads that are a day old, and gradio's copies."""

@@ -133,8 +133,13 @@ def _is_number(found: Any) -> bool:
 
 
 def public_name(base: str) -> str:
-    """What files call a base: of a local path the last part alone, since where it lay is nobody's business."""
+    """What files call a base: of a local path the last part alone, since where it lay is nobody's business.
+
+    The shipped base, whose folder is called `weights`, is `pocket`, as on the command line.
+    """
     local = Path(base)
+    if local.parts[-3:] == ("oft_diffusion", "pocket", "weights"):
+        return "pocket"
     return local.absolute().name if base and (local.is_absolute() or local.exists()) else base
 
 

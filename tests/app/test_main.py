@@ -16,6 +16,7 @@ from oft_diffusion.errors import ConfigError
     [
         (["--host", "0.0.0.0"], "would let everyone in the network"),
         (["--host", "192.168.0.2"], "would let everyone in the network"),
+        (["--share"], "would let everyone on the internet"),
         (["--auth", "me"], "no pair"),
         (["--auth", ":secret"], "no pair"),
     ],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.drawing import Request
 from app.machine import Job
 from app.runs import Wish
 from app.session import Session
+from app.workspace import new_token
 from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.training import TrainConfig, TrainStep
+from oft_diffusion.files import load_adapter_file
+from oft_diffusion.training import TrainConfig, TrainStep, train
 from tests.app.test_photos import noise
 
 QUICK: dict[str, Any] = {
@@ -23,7 +27,7 @@ QUICK: dict[str, Any] = {
 
 @pytest.fixture
 def filled(session: Session, person: str, tmp_path: Path) -> Session:
-    session.photos(person).add([noise(tmp_path / f"{i}.png", seed=i) for i in range(3)])
+    session.training.photos(person).add([noise(tmp_path / f"{i}.png", seed=i) for i in range(3)])
     return session
 
 
@@ -38,7 +42,7 @@ def ended(job: Job) -> Any:
 
 
 def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -> None:
-    job = filled.train(person, wish())
+    job = filled.training.start(person, wish())
     now = ended(job)
     *steps, card = now.found
     assert {type(step) for step in steps} == {TrainStep}
@@ -47,8 +51,8 @@ def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -
     assert card.cover is not None
     assert [c.id for c in filled.shelf.cards()] == [card.id]
     assert filled.fits(card) == ""
-    assert filled.runs.earlier() == []
-    command = filled.training_command(job)
+    assert filled.training.runs.unfinished() == []
+    command = filled.training.command(job)
     assert command.startswith("oft-diffusion train --config ")
     assert TrainConfig.from_toml(Path(command.split()[-1])).steps == 6
 
@@ -62,32 +66,32 @@ def after(job: Job, step: int) -> None:
 
 
 def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person: str, model_folder: Path) -> None:
-    job = filled.train(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
+    job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
     after(job, 2)
-    filled.stop_training(person, pause=True)
+    filled.training.stop(person, pause=True)
     assert ended(job).text.startswith("paused at step")
     assert filled.shelf.cards() == []
-    [run] = filled.runs.earlier()
+    [run] = filled.training.runs.unfinished()
     assert (run.name, run.steps) == ("My thing", 400)
     again = Session(filled.workspace.root, str(model_folder))
-    [same] = again.runs.earlier()
+    [same] = again.training.runs.unfinished()
     assert same == run
-    going = again.resume_training(person, run.id)
+    going = again.training.resume(person, run.id)
     after(going, run.step + 1)
-    again.stop_training(person, pause=False)
+    again.training.stop(person, pause=False)
     *steps, card = ended(going).found
     assert steps[0].step > run.step
     assert card.name == "My thing"
-    assert again.runs.earlier() == []
+    assert again.training.runs.unfinished() == []
 
 
 def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
-    job = filled.train(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
+    job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
     after(job, 2)
     for what in ("sample", "save"):
-        filled.ask_training(person, what)
+        filled.training.ask(person, what)
     after(job, job.progress.found[-1].step + 10)
-    filled.stop_training(person, pause=False)
+    filled.training.stop(person, pause=False)
     ended(job)
     folder = next(filled.workspace.runs.iterdir()) / "run"
     assert len(list((folder / "samples").glob("*.png"))) >= 2
@@ -105,19 +109,60 @@ def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
 def test_what_is_not_filled_in_is_said_at_once(filled: Session, person: str, changed: Any, words: str) -> None:
     told = {"name": "My thing", "trigger": "zwx", "class_word": "thing", "settings": QUICK} | changed
     with pytest.raises(ConfigError, match=words):
-        filled.train(person, Wish(**told))
+        filled.training.start(person, Wish(**told))
 
 
 def test_without_pictures_there_is_no_run(session: Session, person: str) -> None:
     with pytest.raises(ConfigError, match="fewer than two pictures"):
-        session.train(person, wish())
+        session.training.start(person, wish())
     for run in ("", "../x", "0" * 16):
         with pytest.raises(OFTError):
-            session.resume_training(person, run)
+            session.training.resume(person, run)
 
 
 def test_settings_that_cannot_be_are_told_in_words(filled: Session, person: str) -> None:
-    job = filled.train(person, wish(learning_rate=-1.0))
+    job = filled.training.start(person, wish(learning_rate=-1.0))
     *_, last = job.watch(timeout=60)
     assert last.state == "failed"
     assert "learning_rate" in last.error
+
+
+def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> None:
+    ended(filled.training.start(person, wish()))
+    [run] = filled.training.runs.earlier()
+    assert run.done
+    assert list(run.checkpoints) == sorted(run.checkpoints)
+    assert len(run.checkpoints) > 2
+    request = Request("a zwx thing", (1, 2), steps=1)
+    [sheet] = ended(filled.run_grid(person, request, run.id, (0.0, 1.0))).found
+    told = filled.settings_in(sheet)
+    assert told["rows"] == [f"My thing, step {step}, at {s}" for step in run.checkpoints for s in (0, 1)]
+    assert told["seeds"] == [1, 2]
+    with pytest.raises(ConfigError, match="no such run"):
+        filled.run_grid(person, request, "0" * 16)
+
+
+def test_what_is_packed_trains_the_same_elsewhere(
+    filled: Session, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert filled.training.packed(new_token()) is None
+    card = ended(filled.training.start(person, wish())).found[-1]
+    path = filled.training.packed(person)
+    assert path is not None
+    elsewhere = tmp_path / "elsewhere"
+    with zipfile.ZipFile(path) as archive:
+        assert str(filled.workspace.root) not in archive.read("config.toml").decode()
+        archive.extractall(elsewhere)
+    monkeypatch.chdir(elsewhere)
+    with train(TrainConfig.from_toml(Path("config.toml")), progress=False) as run:
+        assert len(list(run)) == 6
+    assert load_adapter_file(run.result.adapter).metadata.sha256 == load_adapter_file(card.file).metadata.sha256
+
+
+def test_settings_follow_the_length_of_a_run(filled: Session) -> None:
+    runs = filled.training.runs
+    preset = runs.config(Wish("", "", "", {}), Path())
+    longer = runs.config(Wish("", "", "", {"steps": 2 * preset.steps}), Path())
+    assert (longer.warmup_steps, longer.decay_steps) == (2 * preset.warmup_steps, 2 * preset.decay_steps)
+    with pytest.raises(ConfigError, match="no such preset"):
+        runs.config(Wish("", "", "", {}, "../../etc/passwd"), Path())

@@ -132,7 +132,8 @@ def test_previews_come_and_go(session: Session, person: str) -> None:
 
 
 def test_before_and_after_are_of_the_same_seeds(session: Session, person: str, mug: Card) -> None:
-    found = ended(session.before_and_after(person, asked((mug, 1.0)))).found
+    *found, sheet = ended(session.before_and_after(person, asked((mug, 1.0)))).found
+    assert session.settings_in(sheet)["rows"] == ["the base", "My mug at 1"]
     assert len(found) == 2
     for (before, after), seed in zip(found, (3, 4), strict=True):
         assert before.settings["seed"] == after.settings["seed"] == seed

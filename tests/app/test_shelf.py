@@ -38,7 +38,7 @@ def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) 
 
 
 def test_files_of_other_tools_are_taken_in(session: Session, tmp_path: Path) -> None:
-    parts = modules_of(session.studio().pipe)
+    parts = modules_of(session.model.studio().pipe)
     layers: Any = {
         name: tuple(module.weight.shape) for name, module in parts["unet"].named_modules() if name.endswith("to_q")
     }

@@ -38,6 +38,7 @@ _FAINT = """() => {
   for (const element of document.querySelectorAll('body *')) {
     const own = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())
     if (!own || !element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue
+    if (element.closest(':disabled, [aria-disabled=true]')) continue  // as WCAG has it
     const style = getComputedStyle(element)
     const colour = rgba(element instanceof SVGElement ? style.fill : style.color)
     const [a, b] = [luminance(colour), luminance(behind(element))].sort((x, y) => y - x)

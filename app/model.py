@@ -1,0 +1,81 @@
+"""The model that the app draws with and trains on, loaded once."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from oft_diffusion.formats.components import modules_of
+from oft_diffusion.load import load_pipeline
+from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path
+
+from .drawing import Abilities, Studio
+
+_SHIPPED = "pocket"
+
+
+@dataclass
+class Model:
+    """Which model, and how it is held.
+
+    Attributes:
+        name: pipeline folder, checkpoint, hub id, or pocket for the shipped one.
+        config_dir: of a checkpoint's architecture, in diffusers' format.
+        device, dtype: where pictures are drawn, and in what.
+    """
+
+    name: str = _SHIPPED
+    config_dir: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    _studio: Studio | None = field(default=None, init=False, repr=False)
+    _loading: Any = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is the pocket base."""
+        return self.name == _SHIPPED
+
+    @property
+    def source(self) -> str:
+        """Where it is loaded from."""
+        return str(pocket_path()) if self.shipped else self.name
+
+    def studio(self) -> Studio:
+        """The pipeline, loaded at the first call.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        with self._loading:  # libraries patch torch while they load: never in two threads
+            if self._studio is None:
+                pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
+                steps, guidance = (STEPS, GUIDANCE) if self.shipped else (25, 7.5)
+                self._studio = Studio(pipe, Path(self.name).name, steps, guidance)
+            return self._studio
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the model can be asked."""
+        return self.studio().abilities
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The components that adapters are for."""
+        return dict(modules_of(self.studio().pipe))
+
+    def is_called(self, name: str) -> bool:
+        """Whether a picture that names its model means this one."""
+        own = str(getattr(self.studio().pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
+        return name in (self.name, own)
+
+    def memory(self) -> int:
+        """Bytes of its device's memory, used or not."""
+        if self.device.startswith("cuda"):
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return int(psutil.virtual_memory().total)

@@ -1,0 +1,55 @@
+"""The page: its tabs, what they show each other, and whose it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from .adapters_tab import AdaptersTab
+from .api import Api
+from .compare_tab import CompareTab
+from .generate_tab import GenerateTab
+from .session import Session
+from .train_tab import TrainTab
+from .workspace import is_token, new_token
+
+
+def build(session: Session) -> gr.Blocks:
+    """The page as gradio Blocks."""
+    with gr.Blocks(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
+        gr.Markdown(
+            f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
+            f"anywhere under *Generate*. Works on {session.model.device}.",
+            elem_id="title",
+        )
+        with gr.Tab("Generate", id="generate"):
+            drawing = GenerateTab(session, person)
+        compare_place = gr.Tab("Compare", id="compare")
+        train_place = gr.Tab("Train", id="train")
+        with gr.Tab("Adapters", id="adapters"):
+            menus: list[Any] = [(menu, drawing.choices) for menu, _ in drawing.slots]
+            shelf = AdaptersTab(session, menus)
+        with compare_place:
+            comparing = CompareTab(session, person)
+            shelf.menus += [(menu, lambda: drawing.choices()[1:]) for menu in (comparing.adapter, comparing.others)]
+            shelf.menus.append((comparing.run, comparing.runs))
+        shelf.wire()
+        with train_place:
+            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots[0][0])
+        Api(session)
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+        def who(token: object, request: gr.Request) -> str:
+            """A user with a password is the same person in each browser; others are known by their browser."""
+            if request.username:
+                return session.workspace.token_of(str(request.username))
+            return str(token) if is_token(token) else new_token()
+
+        known = page.load(who, [person], [person], **private)
+        known.then(shelf.refresh, None, shelf.changed, **private)
+        known.then(training.look, [person], training.looked, **private)
+        known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **private)
+        known.then(training.again, [person], training.shown, concurrency_limit=None, **private)
+    return page

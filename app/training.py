@@ -1,0 +1,152 @@
+"""What the training tab can ask for: pictures and words checked, a run started, watched, stopped and taken along."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from oft_diffusion.errors import ConfigError, OFTError
+from oft_diffusion.generate import Picture
+from oft_diffusion.pocket import SUBJECTS, subjects_path
+from oft_diffusion.pocket.world import OBJECTS, Subject
+from oft_diffusion.training.tokens import check_trigger
+
+from .drawing import Request
+from .machine import Job, Machine
+from .model import Model
+from .photos import Photos
+from .runs import Runs, Wish
+from .shelf import Card, Shelf
+from .workspace import Workspace
+
+_ENOUGH = 14e9  # bytes of memory, for the presets that spend it on speed
+
+
+class Training:
+    """Training in a workspace, on a model."""
+
+    def __init__(self, workspace: Workspace, shelf: Shelf, machine: Machine, model: Model) -> None:
+        self.workspace, self.shelf, self.machine, self.model = workspace, shelf, machine, model
+        self._run_of: dict[str, str] = {}  # job to run
+        self._taking = threading.Lock()
+
+    @cached_property
+    def runs(self) -> Runs:
+        """With the presets that fit the model and this machine."""
+        model = self.model
+        if model.shipped:
+            return Runs(self.workspace, self.shelf, model.source, model.name, ["pocket"], {}, self._cover)
+        presets = ["sd15", "sd15_text_encoder", "sd15_low_memory"]
+        if model.memory() < _ENOUGH:
+            presets.reverse()
+        knobs: dict[str, Any] = {"resolution": model.abilities.size, "config_dir": model.config_dir}
+        if model.device == "cpu":
+            knobs["mixed_precision"] = "no"
+        return Runs(self.workspace, self.shelf, model.source, model.name, presets, knobs, self._cover)
+
+    # -- before ------------------------------------------------------------------------------------------------------
+
+    def photos(self, person: str) -> Photos:
+        """This person's pictures for the next training."""
+        return Photos(self.workspace, person)
+
+    def examples(self) -> list[str]:
+        """Subjects that come with the pocket base, to try training on."""
+        return list(SUBJECTS) if self.model.shipped else []
+
+    def take_example(self, person: str, name: str) -> Subject:
+        """An example subject's pictures and captions, instead of what this person has uploaded.
+
+        Raises:
+            ConfigError: there is no such subject.
+        """
+        if name not in self.examples():
+            raise ConfigError("there is no such example", expected="one of the list", fix="choose one")
+        photos = self.photos(person)
+        with self._taking:  # an impatient second click must not double them
+            photos.clear()
+            photos.add(sorted(subjects_path(name).iterdir()))
+        return SUBJECTS[name]
+
+    def defaults(self, preset: str = "") -> dict[str, Any]:
+        """The knobs of a preset, or of the one that fits best.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        return dataclasses.asdict(self.runs.config(Wish("", "", "", {}, preset), self.workspace.temporary))
+
+    @cached_property
+    def resolution(self) -> int:
+        """At which the preset that fits best trains, in pixels."""
+        return int(self.defaults()["resolution"])
+
+    def words_notes(self, trigger: str, class_word: str) -> list[str]:
+        """What speaks against a trigger and a class word with this model, in sentences."""
+        notes, word = [], class_word.strip().lower()
+        if trigger.strip():
+            try:
+                check_trigger(self.model.studio().pipe.tokenizer, trigger.strip())
+            except OFTError as error:
+                notes.append(f"{error.problem}: {error.fix}")
+        if word and self.model.shipped and word not in OBJECTS:
+            notes.append(f"this model has never seen a {word}: it knows {', '.join(OBJECTS)}")
+        if word and word in trigger.lower().split():
+            notes.append("the trigger holds the class word, whose meaning would be trained, too")
+        return notes
+
+    # -- runs --------------------------------------------------------------------------------------------------------
+
+    def start(self, person: str, wish: Wish) -> Job:
+        """Train on this person's pictures; the job finds the steps that were told, and at last the adapter's card.
+
+        Raises:
+            OFTError, Busy: before anyone waits, where something is missing or wrong.
+        """
+        return self._start(person, self.runs.prepare(wish, self.photos(person)))
+
+    def resume(self, person: str, run_id: str) -> Job:
+        """Go on with a run that was paused or cut off.
+
+        Raises:
+            OFTError, Busy: there is no such run.
+        """
+        if run_id not in {run.id for run in self.runs.unfinished()}:
+            raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
+        return self._start(person, run_id)
+
+    def stop(self, person: str, *, pause: bool) -> None:
+        """End this person's run after its step; paused, it can be gone on with."""
+        if (job := self.machine.newest(person, "train")) is not None:
+            if job.progress.state == "waiting":
+                self.machine.cancel(person, job.id)
+            self.runs.stop(job, pause=pause)
+
+    def ask(self, person: str, what: str) -> None:
+        """Have this person's run "save" or "sample" after its step."""
+        if (job := self.machine.newest(person, "train")) is not None:
+            self.runs.ask(job, what)
+
+    def command(self, job: Job) -> str:
+        """The command line that trains the same on this machine."""
+        return self.runs.command(self._run_of[job.id])
+
+    def packed(self, person: str) -> Path | None:
+        """A ZIP that trains the same as this person's last run, on another machine."""
+        job = self.machine.newest(person, "train")
+        return None if job is None else self.runs.packed(self._run_of[job.id])
+
+    def _cover(self, card: Card) -> Card:
+        drawn: list[Picture] = []
+        own = self.model.abilities
+        request = Request(f"a {card.phrase}", (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
+        self.model.studio().draw(request, Job("the server", "cover"), drawn.append)
+        return self.shelf.give_cover(card, drawn[0].image)
+
+    def _start(self, person: str, run_id: str) -> Job:
+        job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))
+        self._run_of[job.id] = run_id
+        return job
