@@ -32,7 +32,7 @@ class Api:
     def draw(
         self, prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = 0,
         guidance: float = -1.0, negative: str = "", request: gr.Request | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> tuple[gr.FileData, dict[str, Any]]:  # fmt: skip
         """A picture as a file that the client fetches, and the settings that are written in it.
 
         Args:
@@ -59,4 +59,4 @@ class Api:
         if ended.state != "done":
             raise gr.Error(ended.error or "cancelled", print_exception=False)
         [(path, _)] = ended.found
-        return {"picture": gr.FileData(path=str(path)), "settings": self.session.settings_in(path)}
+        return gr.FileData(path=str(path)), self.session.settings_in(path)

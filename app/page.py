@@ -18,6 +18,7 @@ from .workspace import is_token, new_token
 def build(session: Session) -> gr.Blocks:
     """The page as gradio Blocks."""
     with gr.Blocks(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        Api(session)  # first, so that its names are not taken
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
@@ -38,7 +39,6 @@ def build(session: Session) -> gr.Blocks:
         shelf.wire()
         with train_place:
             training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots[0][0])
-        Api(session)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def who(token: object, request: gr.Request) -> str:

@@ -64,7 +64,7 @@ class PhotosBox:
                         placeholder="what it shows besides the subject: a red car in a room", interactive=True,
                     )  # fmt: skip
                     remove = gr.Button(f"Remove picture {number}", size="sm")
-                caption.input(self._describer(photo.id), [self.person, caption], None, queue=False, **_PRIVATE)
+                caption.change(self._describer(photo.id), [self.person, caption], None, queue=False, **_PRIVATE)
                 remove.click(self._remover(photo.id), [self.person, self.count], self.looked, **_PRIVATE)
 
     # -- actions -----------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class Runs:
                     self._note(run_id, {"step": step.step}) if step.checkpoint else None
                     if control.sample.is_set():
                         control.sample.clear()
-                        run.sample()
+                        step = replace(step, pictures=run.sample())
                     if control.save.is_set():
                         control.save.clear()
                         run.save()

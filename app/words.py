@@ -55,7 +55,8 @@ def _line(text: str, kind: str, share: float) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    text = text[:1].upper() + text[1:]
+    if text.partition(" ")[0].isalpha():  # not a file's name, nor a knob's
+        text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

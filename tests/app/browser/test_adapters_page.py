@@ -1,0 +1,66 @@
+"""The shelf in a real browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.app_page import choose, go_to, opened_part, text
+
+pytestmark = pytest.mark.browser
+
+
+def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any, server: Any, tmp_path: Path) -> None:
+    session, _ = server
+    page = opened()
+    go_to(page, "Adapters")
+    page.locator("#cards .card", has_text="My mug").click()
+    page.wait_for_selector("#about table")
+    assert "sks mug" in page.locator("#about").inner_text()
+    opened_part(page, "Hand out")
+    page.locator("#export").click()
+    with page.expect_download() as download:
+        page.locator("#exported a").first.click()
+    path = tmp_path / "back.safetensors"
+    download.value.save_as(path)
+    opened_part(page, "Take in a file, of any tool")
+    page.locator("#take-in input[type=file]").set_input_files(path)
+    page.locator("#cards .card", has_text="back").click()
+    page.wait_for_function("document.querySelector('#shelf-adapter input').value === 'back'")
+    opened_part(page, "Name, and delete")
+    page.wait_for_function("document.querySelector('#name input, #name textarea')?.value === 'back'")
+    text(page, "name").fill("<b onclick='x'>bold</b>")
+    page.locator("#rename").click()
+    page.wait_for_function("document.querySelector('#cards').innerText.includes('<b onclick=')")
+    assert not page.locator("#delete").is_enabled()
+    page.get_by_label("Yes, delete it for good").check()
+    page.locator("#delete:not([disabled])").click()
+    page.wait_for_function("!document.querySelector('#cards').innerText.includes('<b onclick=')")
+    assert [card.name for card in session.shelf.cards()] == ["My mug"]
+
+
+def test_what_is_no_adapter_is_refused_with_a_sentence(opened: Any, tmp_path: Path) -> None:
+    page = opened()
+    go_to(page, "Adapters")
+    opened_part(page, "Take in a file, of any tool")
+    pickled = tmp_path / "evil.safetensors"
+    pickled.write_bytes(b"\x80\x04\x95cos\nsystem\n(S'touch hurt'\ntR.")
+    page.locator("#take-in input[type=file]").set_input_files(pickled)
+    page.wait_for_function("document.querySelector('#shelf-note').innerText.includes('evil.safetensors')")
+    assert page.locator("#cards .card").count() == 1
+
+
+def test_two_become_one(opened: Any, server: Any) -> None:
+    session, _ = server
+    page = opened()
+    go_to(page, "Adapters")
+    page.locator("#cards .card").first.click()
+    opened_part(page, "One adapter of two")
+    choose(page, "second", "My mug")
+    page.locator("#compose").click()
+    page.wait_for_function("document.querySelectorAll('#cards .card').length === 2")
+    for card in session.shelf.cards():
+        if card.name != "My mug":
+            session.delete(card.id)

@@ -1,0 +1,48 @@
+"""The two endpoints that have names, as a program calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gradio_client import Client
+
+from oft_diffusion.images import read_settings
+from tests.helpers.app_page import pixels
+
+
+def test_a_program_draws_with_an_adapter(server: Any, tmp_path: Path) -> None:
+    _, url = server
+    client = Client(url, verbose=False, download_files=str(tmp_path))
+    [mug] = client.predict(api_name="/adapters")
+    assert (mug["name"], mug["trigger"], mug["class_word"]) == ("My mug", "sks", "mug")
+    drawn = []
+    for strength in (1.0, 0.0):
+        picture, settings = client.predict(
+            prompt="a sks mug", adapter=mug["id"], strength=strength, seed=5, steps=2, api_name="/draw"
+        )
+        assert settings["seed"] == 5
+        assert read_settings(picture)["prompt"] == "a sks mug"
+        drawn.append(pixels(Path(picture)))
+    assert not np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"adapter": "../../../etc/passwd"}, "no such thing"),
+        ({"steps": 10_000}, "10000 steps"),
+        ({"seed": -1}, "seed out of range"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words(server: Any, asked: dict[str, Any], words: str) -> None:
+    client = Client(server[1], verbose=False)
+    with pytest.raises(Exception, match=words):
+        client.predict(prompt="a mug", api_name="/draw", **asked)
+
+
+def test_nothing_else_has_a_name(server: Any) -> None:
+    named = Client(server[1], verbose=False).view_api(return_format="dict")["named_endpoints"]
+    assert set(named) == {"/adapters", "/draw"}
