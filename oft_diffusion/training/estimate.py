@@ -48,7 +48,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device, at their most.
+    """Bytes on the device, at their most; of one process, where several train.
 
     Attributes:
         base: the base's weights; counted.
