@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks import pocket_base, pocket_recipe, pocket_subjects, records, swapping
+from benchmarks import estimates, pocket_base, pocket_recipe, pocket_subjects, records, swapping
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -146,6 +147,30 @@ def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:
     assert pocket_recipe.score(0.8, 1.2, -0.02, 0.05) == pytest.approx(0.9)
     assert pocket_recipe.score(0.8, 1.0, -0.12, 0.05) == pytest.approx(0.8)
     assert pocket_recipe.score(0.8, 1.0, 0.1, 0.25) == pytest.approx(0.7)
+
+
+def test_an_estimate_and_its_run_are_told_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(way: str, settings: Mapping[str, object], _: int) -> dict[str, float]:
+        return estimates.WAYS[way](estimates.config(settings, Path(tempfile.mkdtemp(dir=tmp_path))))
+
+    quick = {
+        "steps": 2, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 1, "num_class_images": 1, "batch_size": 1,
+        "evaluation_count": 0, "validation_prompts": [], "min_crop": 1.0, "prior_twins": 0,
+    }  # fmt: skip
+    monkeypatch.setattr(estimates, "FILE", tmp_path / "estimates.csv")
+    monkeypatch.setattr(estimates, "apart", together)
+    for _ in range(2):
+        estimates.measure(quick, 1)
+    rows = records.load(tmp_path / "estimates.csv")
+    assert [row["measure"] for row in rows] == 2 * ["a step", "the run", "memory", "adapter file"]
+    assert {row["steps"] for row in rows} == {"2"}
+    assert all(float(row["predicted"]) > 0 for row in rows)
+    assert all(float(row["true"]) > 0 for row in rows if row["measure"] != "memory")  # it grows once alone
+    said, was = (float(rows[-1][way]) for way in ("predicted", "true"))
+    assert 0.5 * was < said < was  # of the file, its header is the rest
+    lines = estimates.table().splitlines()
+    assert len(lines) == 8
+    assert lines[5] == f"| adapter file | {said:.4g} MB | {was:.4g} MB | {said / was:.0%} |"
 
 
 def test_the_base_table_shows_the_newest_base_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,21 +68,26 @@ class Batches:
     def fill_caches(self, progress: Progress) -> None:
         """Encode once what the config says. Afterwards the VAE, or the text encoder, is not needed for batches."""
         if self.config.cache_latents:
-            flips = (False, True) if self.config.flip else (False,)
-            paths = dict.fromkeys(p.path for found in self.pictures.values() for p in found)
-            for path in progress(list(paths), "encoding pictures"):
+            for path, views in progress(list(self.views().items()), "encoding pictures"):
                 image = read_picture(path)  # once, however many views it has
-                for crop, flip in product(self._crops_of(path), flips):
-                    posterior = self._encode(image, crop, flip=flip)
-                    self._posteriors[path, crop, flip] = Posterior(*(part.cpu() for part in posterior))
+                for view in views:
+                    self._keep(view, image)
         if self.config.cache_text_embeddings:
-            self.family.stacking(self.config.resolution)  # now, while the text encoders are at hand
-            with torch.no_grad():
-                for prompt in sorted({p.prompt for found in self.pictures.values() for p in found}):
-                    self._texts[prompt] = move(self.family.encode_text([prompt], self.config.resolution), "cpu")
+            for prompt in self.prompts():
+                self._text(prompt)
+
+    def views(self) -> dict[Path, list[View]]:
+        """All that can be shown of each picture; none of them is read."""
+        flips = (False, True) if self.config.flip else (False,)
+        paths = dict.fromkeys(p.path for found in self.pictures.values() for p in found)
+        return {path: [(path, *view) for view in product(self._crops_of(path), flips)] for path in paths}
+
+    def prompts(self) -> list[str]:
+        """All that is told, each once."""
+        return sorted({p.prompt for found in self.pictures.values() for p in found})
 
     def at(self, number: int, process: int = 0, processes: int = 1) -> Batch:
-        """Batch `number` of a process."""
+        """Batch `number` of a process. What the config caches is kept, where it was not yet."""
         sizes = {"instance": self.config.batch_size, "class": self.config.class_batch_size or self.config.batch_size}
         place = number * processes + process
         samples = [
@@ -100,7 +105,7 @@ class Batches:
             noise=torch.stack([d.noise for _, d in samples]).to(self.device),
             levels=torch.tensor([self._level(d.time) for _, d in samples], device=self.device),
             prompts=prompts,
-            encoded=tuple(self._texts[prompt] for prompt in prompts) if self._texts else None,
+            encoded=tuple(map(self._text, prompts)) if self.config.cache_text_embeddings else None,
             instances=self.config.batch_size,
         )
 
@@ -123,12 +128,26 @@ class Batches:
     def _posterior(self, view: View) -> Posterior:
         if view in self._posteriors:
             return self._posteriors[view]
-        path, crop, flip = view
-        return self._encode(read_picture(path), crop, flip=flip)
+        image = read_picture(view[0])
+        return self._keep(view, image) if self.config.cache_latents else self._encode(view, image)
+
+    def _keep(self, view: View, image: Image.Image) -> Posterior:
+        kept = Posterior(*(part.cpu() for part in self._encode(view, image)))
+        self._posteriors[view] = kept
+        return kept
+
+    def _text(self, prompt: str) -> Conditioning:
+        """A prompt's conditioning on the CPU, encoded once."""
+        if prompt not in self._texts:
+            self.family.stacking(self.config.resolution)  # now, while the text encoders are at hand
+            with torch.no_grad():
+                self._texts[prompt] = move(self.family.encode_text([prompt], self.config.resolution), "cpu")
+        return self._texts[prompt]
 
     def _crops_of(self, path: Path) -> list[Crop]:
         return self._crops.get(path, [WHOLE])  # class images show enough as they are
 
-    def _encode(self, image: Image.Image, crop: Crop, *, flip: bool) -> Posterior:
+    def _encode(self, view: View, image: Image.Image) -> Posterior:
+        _, crop, flip = view
         pixels = square_pixels(image, self.config.resolution, crop)
         return self.family.encode_image(normalise(pixels.flip(-1) if flip else pixels))

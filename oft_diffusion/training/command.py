@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate import PartialState
+
 from oft_diffusion.errors import OFTError
 from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.estimate import estimate
 from oft_diffusion.training.loop import TrainingRun, train
 
 
@@ -20,7 +23,7 @@ def main(
     program: str = "oft-diffusion train",
     shipped: Mapping[str, Callable[[], Path]] | None = None,
 ) -> int:
-    """Train as a command line says.
+    """Train as a command line says, or with `--estimate` say what it would take.
 
     Args:
         argv: the options; this process's if None.
@@ -31,6 +34,9 @@ def main(
         The exit status: 0, 1 after an error of ours, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog=program, description="DreamBooth: pictures of a subject to an OFT adapter.")
+    parser.add_argument(
+        "--estimate", action="store_true", help="say how long it would take and how much memory; train nothing"
+    )
     TrainConfig.add_arguments(parser)
     options = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     run: TrainingRun | None = None
@@ -39,6 +45,8 @@ def main(
         if config.model in (shipped or {}):
             assert shipped is not None
             config = replace(config, model=str(shipped[config.model]()))
+        if options.estimate:
+            return _estimate(config)
         with train(config, program=program) as run:
             for _ in run:
                 pass
@@ -46,7 +54,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(_cut_off(run), file=sys.stderr)
+        print("interrupted" if options.estimate else _cut_off(run), file=sys.stderr)
         return 130
     result = run.result
     if run.accelerator.is_main_process:
@@ -57,6 +65,13 @@ def main(
         if result.report:
             print(f"report      {result.report}")
     return 130 if result.interrupted else 0
+
+
+def _estimate(config: TrainConfig) -> int:
+    found = estimate(config)
+    if PartialState().is_main_process:
+        print("\n".join((*found.notes, found.summary())))
+    return 0
 
 
 def _cut_off(run: TrainingRun | None) -> str:

@@ -1,42 +1,37 @@
 """DreamBooth with OFT, from top to bottom: `train(config)` gives a run; entering it loads, iterating it learns.
 
-One step is: take a batch by its number, add noise, ask the adapted denoiser, compare, descend. What comes before the
-first step is in `prepare.py`; what is family-specific in `families/`, what is random in `data.py`, what a checkpoint
-holds in `state.py`.
+One step is: take a batch by its number, add noise, ask the adapted denoiser, compare, descend (`step.py`). What comes
+before the first step is in `prepare.py`; what is family-specific in `families/`, what is random in `data.py`, what a
+checkpoint holds in `state.py`.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from oft_diffusion.errors import OFTError, TrainingError
 from oft_diffusion.files import FILE_NAME, save_adapter_file
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.report import Section
-from oft_diffusion.training.checkpoint import check_identity, load_checkpoint, restore_rng, rng_states, save_checkpoint
+from oft_diffusion.training.checkpoint import save_checkpoint
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.interrupts import on_interrupt
-from oft_diffusion.training.losses import losses
 from oft_diffusion.training.page import write_page
 from oft_diffusion.training.preflight import Plan, preflight
-from oft_diffusion.training.prepare import Parts, prepare
+from oft_diffusion.training.prepare import Parts, accelerated, prepare
 from oft_diffusion.training.results import EVALUATION, GRIDS, PAGE, SETTINGS, Console, History, TrainResult, TrainStep
-from oft_diffusion.training.state import adapter_metadata, adapter_tensors, restore, snapshot
-from oft_diffusion.training.watch import LossGuard, SilentLayers
+from oft_diffusion.training.state import adapter_metadata, adapter_tensors, resume, snapshot
+from oft_diffusion.training.step import Stepper
 
 _RATE_WINDOW = 20  # steps over which the rate is averaged
 
@@ -105,33 +100,21 @@ class TrainingRun:
         self.interrupted = False
         self.parts: Parts | None = None
         self._result: TrainResult | None = None
-        self._rng: dict[str, Tensor] | None = None  # the caller's, given back at the end
+        self._opened = ExitStack()
+        self._stepper: Stepper | None = None
         self._stop = threading.Event()
-        self.guard = LossGuard(self.output_dir)
         self._durations: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._seconds = 0.0  # of training in this process, and before it was resumed
         self._earlier = 0.0
 
     def __enter__(self) -> TrainingRun:
-        self._owns_accelerate = not AcceleratorState._shared_state
-        try:
-            # Of several experts, those that no sample of a batch comes to have no gradient.
-            several = DistributedDataParallelKwargs(find_unused_parameters=bool(self.plan.base.experts))
-            self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, kwargs_handlers=[several])
-        except ValueError as error:
-            raise TrainingError(
-                f"accelerate is in use in this process with other settings ({error})",
-                expected=f"no Accelerator yet, or one with mixed_precision={self.config.mixed_precision!r}",
-                fix="train in a process of its own",
-            ) from error
+        self.accelerator = self._opened.enter_context(accelerated(self.config, self.plan.base))
         self.console.shown = self.console.shown and self.accelerator.is_main_process
         try:
             for note in self.plan.notes:
                 self.console.say(note)
-            self._rng = rng_states()
-            torch.manual_seed(self.config.seed)  # for dropout in a base that has any; all else is in data.py
             self.parts = prepare(self.config, self.plan, self.accelerator, self.console)
-            self.watch = SilentLayers(self.parts.banks, self.plan.base.experts)
+            self._stepper = Stepper(self.config, self.parts, self.accelerator, self.console.say)
             if self.plan.resume_from is not None:
                 self._restore(self.plan.resume_from)
         except BaseException:
@@ -152,16 +135,16 @@ class TrainingRun:
         config = self.config
         self._require_parts()
         with on_interrupt(self._interrupt):
-            if self.step == 0 and config.validation_prompts:
+            if self.step == 0 and draws_after(0, config):
                 self.sample()
             self.console.start(self.step, config.steps)
             while self.step < config.steps and not self._stop_everywhere():
                 record = self._optimizer_step()
                 self.history.add(record)
                 self.console.advance(record)
-                last = self.step == config.steps
-                if config.validation_prompts and (last or self.step % config.validation_every == 0):
+                if draws_after(self.step, config):
                     record = replace(record, pictures=self.sample())
+                last = self.step == config.steps
                 if config.checkpoint_every and not last and self.step % config.checkpoint_every == 0:
                     record = replace(record, checkpoint=self.save())
                 yield record
@@ -169,73 +152,30 @@ class TrainingRun:
 
     def _optimizer_step(self) -> TrainStep:
         """Forward and backward over `accumulation` batches, then one step of AdamW."""
-        config, parts, accelerator = self.config, self._require_parts(), self.accelerator
+        config, stepper = self.config, self._stepper
+        assert stepper is not None
         started = time.perf_counter()
-        totals = torch.zeros(3, device=accelerator.device)
+        totals = torch.zeros(3, device=self.accelerator.device)
         for i in range(config.accumulation):
-            number = self.step * config.accumulation + i
-            batch = parts.batches.at(number, accelerator.process_index, accelerator.num_processes)
-            last = i == config.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(parts.model):
-                instance, prior = losses(parts, batch, config)
-                loss = instance + config.prior_weight * prior
-                accelerator.backward(loss / config.accumulation)
-            totals += torch.stack([loss, instance, prior]).detach() / config.accumulation
-        total, instance_loss, prior_loss = accelerator.reduce(totals, "mean").tolist()
-        rate = parts.adamw.param_groups[0]["lr"]
-        grad_norm, applied = self._descend(total)
+            totals += stepper.learn(self.step * config.accumulation + i, last=i == config.accumulation - 1)
+        found = stepper.descend(totals, self.step + 1)
         self.step += 1
+        self.silent_layers = stepper.silent_layers
         self._durations.append(time.perf_counter() - started)
         self._seconds += self._durations[-1]
         seconds = sum(self._durations) / len(self._durations)
         return TrainStep(
             step=self.step,
             steps=config.steps,
-            loss=total,
-            instance_loss=instance_loss,
-            prior_loss=prior_loss if config.prior_preservation else None,
-            learning_rate=rate,
-            grad_norm=grad_norm,
-            applied=applied,
+            loss=found.loss,
+            instance_loss=found.instance_loss,
+            prior_loss=found.prior_loss if config.prior_preservation else None,
+            learning_rate=found.learning_rate,
+            grad_norm=found.grad_norm,
+            applied=found.applied,
             seconds_per_step=seconds,
             seconds_left=seconds * (config.steps - self.step),
         )
-
-    def _descend(self, loss: float) -> tuple[float, bool]:
-        """Clip and apply the gradients, unless they or the loss are not finite. Returns their norm and whether."""
-        parts, accelerator = self._require_parts(), self.accelerator
-        parameters = [p for bank in parts.banks.values() for p in bank.parameters()]
-        norm = float(accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        usable = math.isfinite(loss) and math.isfinite(norm)
-        if usable and self.watch.watching:
-            self._watch_gradients()
-        if usable or accelerator.scaler is not None:  # a float16 scaler wants to see overflows: it skips by itself
-            parts.optimizer.step()
-        applied = usable and not parts.optimizer.step_was_skipped
-        parts.optimizer.zero_grad()
-        if applied:
-            for bank in parts.banks.values():
-                bank.project_()
-            parts.schedule.step()
-        if note := self.guard.check(self.step + 1, loss, applied):
-            self.console.say(note)
-        return norm, applied
-
-    def _watch_gradients(self) -> None:
-        """After the first few applied steps, name the layers that learn nothing."""
-        self.watch.watch()
-        if self.watch.watching:
-            return
-        if self.watch.all_silent():
-            raise TrainingError(
-                f"no layer had a gradient over the first {self.watch.STEPS} steps, so nothing is being trained",
-                expected="gradients on the generators",
-                fix="check that nothing replaced or bypasses the adapted layers",
-            )
-        self.silent_layers = tuple(self.watch.found())
-        if self.silent_layers:
-            shown = ", ".join(self.silent_layers[:5]) + (", ..." if len(self.silent_layers) > 5 else "")
-            self.console.say(f"{len(self.silent_layers)} layers had no gradient so far and do not learn: {shown}")
 
     # -- stopping ----------------------------------------------------------------------------------------------------
 
@@ -338,10 +278,7 @@ class TrainingRun:
         return path
 
     def _restore(self, folder: Path) -> None:
-        parts = self._require_parts()
-        checkpoint = load_checkpoint(folder)
-        check_identity(checkpoint.state, parts.identity)
-        restore(parts, self.accelerator, checkpoint)
+        checkpoint = resume(self._require_parts(), self.accelerator, folder)
         self.step = checkpoint.step
         self.history = History(checkpoint.state["history"])
         self._earlier = float(checkpoint.state.get("seconds", 0.0))
@@ -380,12 +317,11 @@ class TrainingRun:
         return self.parts
 
     def _release(self) -> None:
-        self.parts = None
-        if self._rng is not None:
-            restore_rng(self._rng)
-            self._rng = None
+        self.parts = self._stepper = None
         self.console.stop()
-        self.accelerator.free_memory()
-        if self._owns_accelerate:
-            # accelerate keeps the precision of its first use for the whole process; the next run may want another.
-            AcceleratorState._reset_state()
+        self._opened.close()
+
+
+def draws_after(step: int, config: TrainConfig) -> bool:
+    """Whether a grid is drawn after a step, 0 for before the first."""
+    return bool(config.validation_prompts) and (step in (0, config.steps) or step % config.validation_every == 0)

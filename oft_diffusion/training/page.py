@@ -86,6 +86,16 @@ def write_page(
     )
 
 
+def pictures_on_page(config: TrainConfig) -> int:
+    """How many pictures `write_page` draws, if nobody stops it."""
+    sweep = len(STRENGTHS) * _SWEEP_SEEDS if config.validation_prompts else 0
+    return sweep + _figure_pictures(config)
+
+
+def _figure_pictures(config: TrainConfig) -> int:
+    return 2 * config.evaluation_count * len(SETS)  # with and without the adapter
+
+
 def strength_sweep(
     parts: Parts, config: TrainConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Image.Image | None:
@@ -118,7 +128,7 @@ def _figures(
 ) -> list[Section]:
     """The evaluation's table, whose rows go to `evaluation.json`; nothing where `stopped` said so."""
     count = config.evaluation_count
-    bar = iter(console.track(range(2 * count * len(SETS)), "measuring"))
+    bar = iter(console.track(range(_figure_pictures(config)), "measuring"))
 
     def on_picture() -> None:
         next(bar, None)

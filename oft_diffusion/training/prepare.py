@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from transformers import get_scheduler, get_wsd_schedule
 
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.disk import write_atomically
+from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.batches import Batches
-from oft_diffusion.training.checkpoint import list_checkpoints
+from oft_diffusion.training.checkpoint import list_checkpoints, restore_rng, rng_states
 from oft_diffusion.training.class_images import class_pictures, make_class_images, twin_pictures
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
@@ -31,7 +33,7 @@ from oft_diffusion.training.preflight import Plan
 from oft_diffusion.training.results import EVALUATION, GRIDS, LOSSES, PAGE, SETTINGS, Console
 from oft_diffusion.training.skeleton import adapted
 
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,36 @@ class Parts:
                 bank.set_adapters([ADAPTER])
 
 
+@contextmanager
+def accelerated(config: TrainConfig, base: Base) -> Iterator[Accelerator]:
+    """Accelerate for one run. Afterwards its state and the random states of this process are as they were.
+
+    Raises:
+        TrainingError: accelerate is in use in this process with other settings.
+    """
+    owned = not AcceleratorState._shared_state
+    try:
+        # Of several experts, those that no sample of a batch comes to have no gradient.
+        several = DistributedDataParallelKwargs(find_unused_parameters=bool(base.experts))
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[several])
+    except ValueError as error:
+        raise TrainingError(
+            f"accelerate is in use in this process with other settings ({error})",
+            expected=f"no Accelerator yet, or one with mixed_precision={config.mixed_precision!r}",
+            fix="train in a process of its own",
+        ) from error
+    random_states = rng_states()
+    torch.manual_seed(config.seed)  # for dropout in a base that has any; all else is in data.py
+    try:
+        yield accelerator
+    finally:
+        restore_rng(random_states)
+        accelerator.free_memory()
+        if owned:
+            # accelerate keeps the precision of its first use for the whole process; the next run may want another.
+            AcceleratorState._reset_state()
+
+
 def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: Console) -> Parts:
     """Build everything, in this order, since class images and caches want the base as it is.
 
@@ -78,12 +110,65 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         OFTError: the model cannot be loaded or adapted, a disk is full, an image or adapter file is unusable.
     """
     console.say(f"loading {config.model}")
-    family = FAMILIES[plan.base.pipeline].load(plan.base, _DTYPES[config.mixed_precision], config.clip_skip)
-    for name in plan.base.modules:
-        family.module(name).to(accelerator.device)
-    pictures = {"instance": plan.pictures, "class": _class_images(config, plan, family, accelerator, console)}
+    family = load_family(config, plan.base, accelerator.device)
+    if plan.class_images is not None:
+        make_class_images(
+            plan.class_images, family, console.track, accelerator.process_index, accelerator.num_processes
+        )
+        accelerator.wait_for_everyone()
+    pictures = pictures_of(config, plan)
+    parts = assemble(config, plan, family, pictures, accelerator, lambda batches: batches.fill_caches(console.track))
+    if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
+        _prepare_output(config)
+    accelerator.wait_for_everyone()
+    return parts
+
+
+def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family:
+    """The base in the run's precision, all of it on the device.
+
+    Raises:
+        OFTError: it cannot be loaded.
+    """
+    family = FAMILIES[base.pipeline].load(base, DTYPES[config.mixed_precision], config.clip_skip)
+    for name in base.modules:
+        family.module(name).to(device)
+    return family
+
+
+def pictures_of(config: TrainConfig, plan: Plan) -> dict[str, list[Picture]]:
+    """What is learned from, by stream. Class images need not be made yet."""
+    if plan.class_images is None:
+        return {"instance": plan.pictures, "class": []}
+    return {
+        "instance": plan.pictures,
+        "class": class_pictures(plan.class_images) + twin_pictures(plan.pictures, config),
+    }
+
+
+def assemble(
+    config: TrainConfig,
+    plan: Plan,
+    family: Family,
+    pictures: Mapping[str, Sequence[Picture]],
+    accelerator: Accelerator,
+    fill: Callable[[Batches], object],
+) -> Parts:
+    """A loaded base and pictures to what the loop turns. Writes nothing.
+
+    Args:
+        config: the settings.
+        plan: what the checks found.
+        family: freshly loaded, on the accelerator's device; it is adapted here.
+        pictures: by stream.
+        accelerator: of this run.
+        fill: called with the batches while encoders are where they belong, to cache what is to be cached.
+
+    Raises:
+        OFTError: the base cannot be adapted, an image or adapter file is unusable.
+    """
     batches = Batches(config, family, pictures, accelerator.device)
-    batches.fill_caches(console.track)
+    fill(batches)
     noise = make_noise(config, family)  # which may ask the pipeline, whose parts are where they belong until now
     _park(config, family)
     banks = _inject(config, plan, family)
@@ -103,9 +188,6 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
         "class images": pictures_digest(pictures["class"]),
         "number of processes": accelerator.num_processes,
     }
-    if accelerator.is_main_process:  # only now, when nothing is left that could fail: an earlier run may go
-        _prepare_output(config)
-    accelerator.wait_for_everyone()
     return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
@@ -139,16 +221,6 @@ def _prepare_output(config: TrainConfig) -> None:
             (folder / name).unlink(missing_ok=True)
     settings = replace(config, resume=None, overwrite=False).to_toml()
     write_atomically(folder / SETTINGS, settings.encode())
-
-
-def _class_images(
-    config: TrainConfig, plan: Plan, family: Family, accelerator: Accelerator, console: Console
-) -> list[Picture]:
-    if plan.class_images is None:
-        return []
-    make_class_images(plan.class_images, family, console.track, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    return class_pictures(plan.class_images) + twin_pictures(plan.pictures, config)
 
 
 def _park(config: TrainConfig, family: Family) -> None:

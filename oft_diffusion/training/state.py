@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,7 +16,9 @@ from oft_diffusion.metadata import AdapterMetadata
 from oft_diffusion.pipeline import probe_layers
 from oft_diffusion.training.checkpoint import (
     Checkpoint,
+    check_identity,
     collect_training,
+    load_checkpoint,
     restore_rng,
     restore_training,
     rng_states,
@@ -78,6 +81,18 @@ def restore(parts: Parts, accelerator: Accelerator, checkpoint: Checkpoint) -> N
             expected="a checkpoint as it was written",
             fix="resume from an earlier one",
         ) from error
+
+
+def resume(parts: Parts, accelerator: Accelerator, folder: Path) -> Checkpoint:
+    """Go on from a checkpoint's folder with freshly prepared parts.
+
+    Raises:
+        TrainingError: it is damaged, or was written with another base, other pictures or another number of processes.
+    """
+    checkpoint = load_checkpoint(folder)
+    check_identity(checkpoint.state, parts.identity)
+    restore(parts, accelerator, checkpoint)
+    return checkpoint
 
 
 def adapter_tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:

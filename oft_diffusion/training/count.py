@@ -1,0 +1,93 @@
+"""What a run holds for certain, counted on models without weights: parameters, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from oft_diffusion.inject import inject_oft
+from oft_diffusion.rotation import packed_size
+from oft_diffusion.text_encoders import last_hidden_state
+from oft_diffusion.training.base import Base
+from oft_diffusion.training.config import TrainConfig
+from oft_diffusion.training.model import ADAPTER
+from oft_diffusion.training.prepare import DTYPES
+from oft_diffusion.training.skeleton import adapted, skeleton
+
+_FLOAT32 = 4  # bytes; generators, gradients, Adam's moments and what files hold are that
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a run.
+
+    Attributes:
+        base: of the base.
+        base_bytes: theirs, in the dtypes in which a run loads them.
+        trained: of the adapter.
+        saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
+    """
+
+    base: int
+    base_bytes: int
+    trained: int
+    saved: int
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the generators."""
+        return _FLOAT32 * self.trained
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of their gradients."""
+        return _FLOAT32 * self.trained
+
+    @property
+    def training_bytes(self) -> int:
+        """Of their gradients and of Adam's two moments."""
+        return 3 * self.gradient_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the tensors in the adapter file, whose header comes on top."""
+        return _FLOAT32 * self.saved
+
+
+def count(config: TrainConfig, base: Base) -> Counts:
+    """Count on the meta device, where nothing takes memory but the generators' zeros, for a moment.
+
+    Raises:
+        OFTError: as the checks before a run.
+    """
+    numbers = weights = trained = saved = 0
+    settings = adapted(config, base)
+    for name in base.modules:
+        module = skeleton(base, name)
+        numbers += sum(p.numel() for p in module.parameters())
+        weights += _bytes_loaded(module, torch.float32 if name == "vae" else DTYPES[config.mixed_precision], base)
+        if name in settings:
+            used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
+            bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
+            trained += sum(p.numel() for p in bank.parameters())
+            parts = bank.adapters[ADAPTER].parts
+            saved += sum(packed_size(part.block_size) * sum(part.blocks.values()) for part in parts)
+    return Counts(numbers, weights, trained, saved)
+
+
+def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base) -> int:
+    """Of a component's parameters once it is loaded in a dtype, by its class's rules of what stays in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())  # transformers' alone
+    if dtype == torch.float16 or (isinstance(module, ModelMixin) and not base.single_file):
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    sizes = {True: _FLOAT32, False: dtype.itemsize}
+    return sum(sizes[not kept.isdisjoint(name.split("."))] * p.numel() for name, p in module.named_parameters())
+
+
+def bytes_of(modules: Iterable[nn.Module]) -> int:
+    """Of all parameters; buffers are small."""
+    return sum(p.nbytes for module in modules for p in module.parameters())
