@@ -75,7 +75,7 @@ def opened(browser: Any, server: tuple[Session, str]) -> Iterator[Opened]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
 
         def note(text: str) -> None:
             if not (getattr(page, "leaving", False) and _LEFT.search(text)):
@@ -91,6 +91,7 @@ def opened(browser: Any, server: tuple[Session, str]) -> Iterator[Opened]:
     yield open_page
     for context in contexts:
         context.close()
+    server[0].machine.stop()  # what a failed test leaves at work would draw from the other tests' random numbers
     assert trouble == []
 
 

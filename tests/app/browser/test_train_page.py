@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from oft_diffusion.pocket import subjects_path
-from tests.helpers.app_page import choose, go_to, number, opened_part, reload, text
+from tests.helpers.app_page import choose, go_to, number, opened_part, text
 
 pytestmark = pytest.mark.browser
 PICTURES = sorted(subjects_path("bow_cat").iterdir())
@@ -68,30 +68,6 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     page.wait_for_selector("#status .done")
     [*_, newest] = sorted(session.workspace.people.glob("*/pictures/*.png"))
     assert session.settings_in(newest)["adapters"][0]["name"] == "Cat one"
-
-
-def test_a_paused_run_goes_on_after_a_reload_and_is_stopped_and_kept(opened: Any, small_server: Any) -> None:
-    session, url = small_server
-    page = opened(url)
-    filled(page, "Cat two", 3000)
-    page.locator("#train").click()
-    page.wait_for_selector("#curve circle", state="attached")
-    reload(page)
-    go_to(page, "Train")
-    page.wait_for_selector("#train-status .working")
-    page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
-    page.locator("#train-sample:not([disabled])").click()
-    page.wait_for_selector("#train-grids img")
-    page.locator("#train-pause:not([disabled])").click()
-    page.wait_for_selector("#train-status .done")
-    assert "Paused at step" in page.locator("#train-status").inner_text()
-    [run] = [run for run in session.training.runs.unfinished() if run.name == "Cat two"]
-    opened_part(page, "Go on with a run")
-    choose(page, "earlier", f"Cat two: step {run.step} of 3000")
-    page.get_by_role("button", name="Go on", exact=True).click()
-    page.wait_for_selector("#train-status .working")
-    page.locator("#train-stop:not([disabled])").click()
-    page.wait_for_function("document.querySelector('#train-status').innerText.includes('Cat two is on the shelf')")
 
 
 def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: Any, tmp_path: Path) -> None:
