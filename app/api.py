@@ -26,8 +26,7 @@ class Api:
     def adapters(self) -> list[dict[str, Any]]:
         """Id, name, trigger, class word and recommended strength of each."""
         told = ("id", "name", "trigger", "class_word", "strength")
-        cards = [card for card in self.session.shelf.cards() if not self.session.fits(card)]
-        return [{key: getattr(card, key) for key in told} for card in cards]
+        return [{key: getattr(card, key) for key in told} for card in self.session.fitting()]
 
     def draw(
         self, prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = 0,

@@ -140,8 +140,7 @@ class CompareTab:
 
     def stop(self, person: str) -> None:
         """Cancel this person's comparison."""
-        if (job := self.session.machine.newest(person, "compare")) is not None:
-            self.session.machine.cancel(person, job.id)
+        self.session.machine.cancel_newest(person, "compare")
 
 
 def _images(pair: tuple[Any, Any]) -> tuple[Any, Any]:

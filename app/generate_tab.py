@@ -194,8 +194,7 @@ class GenerateTab:
 
     def stop(self, person: str) -> None:
         """Cancel this person's drawing."""
-        if (job := self.session.machine.newest(person, "draw")) is not None:
-            self.session.machine.cancel(person, job.id)
+        self.session.machine.cancel_newest(person, "draw")
 
     def look(self, prompt: str, *adapters: str) -> tuple[Any, Any]:
         """Triggers to click, and a warning where the prompt lacks one."""
@@ -240,8 +239,7 @@ class GenerateTab:
 
     def choices(self) -> list[tuple[str, str]]:
         """Of the adapter menus."""
-        fitting = [card for card in self.session.shelf.cards() if not self.session.fits(card)]
-        return [("none", NONE), *((card.name, card.id) for card in fitting)]
+        return [("none", NONE), *((card.name, card.id) for card in self.session.fitting())]
 
     def _cards(self, adapters: Sequence[str]) -> list[Card]:
         cards = []

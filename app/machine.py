@@ -179,6 +179,11 @@ class Machine:
             self._lock.notify_all()
         return True
 
+    def cancel_newest(self, owner: str, kind: str) -> None:
+        """Cancel this owner's last job of a kind, if it goes on."""
+        if (job := self.newest(owner, kind)) is not None:
+            self.cancel(owner, job.id)
+
     def stop(self, patience: float = 60.0) -> None:
         """Cancel everything, as the server ends, and wait for work to end at its next check.
 

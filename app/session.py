@@ -198,6 +198,10 @@ class Session:
         """Why an adapter cannot be used here; empty where it can."""
         return self.shelf.fits(card, self.model.parts())
 
+    def fitting(self) -> list[Card]:
+        """The adapters that can be used here, newest first."""
+        return [card for card in self.shelf.cards() if not self.fits(card)]
+
     def take_in(self, path: Path, component: str | None = None) -> tuple[Card, list[str]]:
         """A file of any tool onto the shelf; the card, and what a user should know.
 
