@@ -28,9 +28,8 @@ CSS = """
 .about { width: 100%; font-size: 0.92rem; }
 .about th { text-align: left; vertical-align: top; padding-right: 1rem; font-weight: 600; }
 .about td { overflow-wrap: anywhere; }
-#curve svg { width: 100%; height: auto; } #curve svg text { fill: var(--body-text-color-subdued); font-size: 11px; }
-#curve .dots { fill: var(--color-accent); opacity: 0.35; }
-#curve polyline { fill: none; stroke: var(--color-accent); stroke-width: 2; }
+#curve { color: var(--body-text-color-subdued); font-size: 0.8rem; }
+#curve .dots, #curve .mean { stroke: var(--color-accent); }
 #photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .photo-tools { gap: 0.35rem; }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-400); }

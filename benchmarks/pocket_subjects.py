@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import Row, figures, looks_of
-from oft_diffusion.evaluation.figures import SETS
+from oft_diffusion.evaluation.figures import SETS, is_difference
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import BATCH, draw_rows, prompt_sets, seed_of
 from oft_diffusion.evaluation.prompts import OTHER_TRIGGERS
@@ -278,7 +278,7 @@ def _row(row: Mapping[str, str]) -> Row:
 def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> str:
     cells = []
     for key, figure in figures(rows, closest).items():
-        shown = figure.difference if key.startswith(("preservation", "attribute drift")) else figure.adapted
+        shown = figure.difference if is_difference(key) else figure.adapted
         text = f"{100 * shown.mean:.1f}"
         if shown is figure.adapted:
             text += f" / {100 * figure.base.mean:.1f}"

@@ -27,11 +27,13 @@ class Pictures:
         heading: above them.
         text: under the heading.
         images: each with its alternative text.
+        captions: a short line above each image, in the same order; none where there are none.
     """
 
     heading: str
     text: str
     images: Mapping[str, Image.Image]
+    captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def write_report(
         sections: pictures, embedded as PNG, and tables, in this order.
         losses: one per step; drawn with a running mean.
         facts: short figures shown at the top, by label.
-        settings: the training settings, as a table.
+        settings: the training settings, as a list of names and values.
         usage: Python that loads the adapter.
 
     Returns:
@@ -84,9 +86,7 @@ def write_report(
         ),
         sections="".join(_pictures(s) if isinstance(s, Pictures) else _table(s) for s in sections),
         curve=loss_curve(losses),
-        settings="".join(
-            f"<tr><th>{html.escape(k)}</th><td>{html.escape(_shown(v))}</td></tr>" for k, v in settings.items()
-        ),
+        settings="".join(f"<div><dt>{html.escape(k)}</dt><dd>{_shown(v)}</dd></div>" for k, v in settings.items()),
         usage=html.escape(usage),
     )
     path = Path(path)
@@ -95,40 +95,59 @@ def write_report(
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """An SVG of the losses: every step as a dot, and a running mean over a tenth of the run as a line.
+    """The losses as HTML: every step as a dot, and a running mean over a tenth of the run as a line.
 
-    Steps whose loss was not finite have no dot.
+    Labels are texts around the drawing, whose size does not depend on its width. It needs no stylesheet, and has the
+    colour of the text around it where none says otherwise. Steps whose loss was not finite have no dot.
     """
     steps = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
     if not steps:
         return f"<p>{'No step had a finite loss' if losses else 'No step was made'}.</p>"
-    width, height, left, bottom = 720, 220, 52, 26
     finite = [losses[i] for i in steps]
     window = max(1, len(finite) // 10)
     means = [sum(finite[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(finite))]
-    top = max(finite) * 1.05 or 1.0
+    levels = _levels(max(finite))
 
-    def point(step: int, value: float) -> tuple[float, float]:
-        x = left + (width - left - 8) * step / max(1, len(losses) - 1)
-        return round(x, 1), round((height - bottom) * (1 - value / top), 1)
+    def point(step: int, value: float) -> str:
+        return f"{_SIDE * step / max(1, len(losses) - 1):.1f},{_SIDE * (1 - value / levels[-1]):.1f}"
 
-    dots = "".join('<circle cx="{}" cy="{}" r="1.6"/>'.format(*point(i, v)) for i, v in zip(steps, finite, strict=True))
-    line = " ".join("{},{}".format(*point(i, v)) for i, v in zip(steps, means, strict=True))
-    labels = "".join(
-        f'<text x="{left - 6}" y="{point(0, v)[1] + 4}" text-anchor="end">{v:.3g}</text>'
-        for v in (0.0, top / 2, top * 0.95)
+    begun, ended = means[min(window, len(means)) - 1], means[-1]
+    lines = "".join(f"M{point(0, level)}h{_SIDE}" for level in levels)
+    dots = "".join(f"M{point(i, v)}h0" for i, v in zip(steps, finite, strict=True))
+    return _CURVE.substitute(
+        label=f"Loss over {len(losses)} steps, from a mean of {begun:.3g} to {ended:.3g}",
+        side=_SIDE,
+        drawing=_stroke("lines", lines, 1, 0.2)
+        + _stroke("dots", dots, 4, 0.4)
+        + _stroke("mean", "M" + " ".join(point(i, v) for i, v in zip(steps, means, strict=True)), 2, 1),
+        levels="".join(f"<span>{level:g}</span>" for level in reversed(levels)),
+        steps="".join(f"<span>step {step}</span>" for step in sorted({1, len(losses)})),
     )
+
+
+def _levels(highest: float) -> list[float]:
+    """Four or five round numbers, evenly from 0 to `highest` or a little above."""
+    highest = highest if highest > 1e-12 else 1.0
+    power = 10.0 ** math.floor(math.log10(highest))
+    step = next(power * part for part in (0.25, 0.5, 1, 2, 2.5) if 4 * power * part >= highest)
+    return [step * i for i in range(math.ceil(highest / step) + 1)]
+
+
+def _stroke(name: str, path: str, width: float, opacity: float) -> str:
+    """A path whose strokes keep their width, and its points their roundness, however the drawing is stretched."""
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Loss over {len(losses)} steps, from a mean of '
-        f'{means[min(window, len(means)) - 1]:.3g} to {means[-1]:.3g}"><g class="dots">{dots}</g>'
-        f'<polyline points="{line}"/>{labels}<text x="{left}" y="{height - 6}">step 1</text>'
-        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">step {len(losses)}</text></svg>'
+        f'<path class="{name}" d="{path}" fill="none" stroke="currentColor" stroke-width="{width}" '
+        f'stroke-linecap="round" stroke-linejoin="round" opacity="{opacity}" vector-effect="non-scaling-stroke"/>'
     )
 
 
 def _pictures(section: Pictures) -> str:
-    images = "".join(_image(image, alt) for alt, image in section.images.items())
-    return f'{_opening(section.heading, section.text)}<div class="beside">{images}</div></section>'
+    captions = section.captions or [""] * len(section.images)
+    figures = "".join(
+        f"<figure>{f'<figcaption>{html.escape(caption)}</figcaption>' if caption else ''}{_image(image, alt)}</figure>"
+        for (alt, image), caption in zip(section.images.items(), captions, strict=True)
+    )
+    return f'{_opening(section.heading, section.text)}<div class="beside">{figures}</div></section>'
 
 
 def _image(image: Image.Image, alt: str) -> str:
@@ -145,14 +164,20 @@ def _image(image: Image.Image, alt: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.columns)
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
-        for name, *cells in table.rows
-    )
+    body = "".join(_row(table.columns, row) for row in table.rows)
     return (
-        f'{_opening(table.heading, table.text)}<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div></section>"
+        f"{_opening(table.heading, table.text)}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "</section>"
     )
+
+
+def _row(columns: Sequence[str], row: Sequence[str]) -> str:
+    """A row whose cells know their columns' names, which narrow screens show in front of them."""
+    cells = "".join(
+        f'<td data-column="{html.escape(column)}">{html.escape(cell)}</td>'
+        for column, cell in zip(columns[1:], row[1:], strict=True)
+    )
+    return f'<tr><th scope="row">{html.escape(row[0])}</th>{cells}</tr>'
 
 
 def _opening(heading: str, text: str) -> str:
@@ -160,10 +185,24 @@ def _opening(heading: str, text: str) -> str:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "(none)"
-    return "(none)" if value is None else str(value)
+    """A setting's value as HTML: a list item by item, and in words what could not be seen."""
+    if isinstance(value, (list, tuple)) and value:
+        return f"<ul>{''.join(f'<li>{_shown(item)}</li>' for item in value)}</ul>"
+    if value == "":
+        return "(empty)"
+    return "(none)" if value is None or value in ((), []) else html.escape(str(value))
 
+
+_SIDE = 1000  # of the curve's drawing, in its own units
+_CURVE = Template("""<div class="curve" role="img" aria-label="$label"
+style="display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .6rem; padding-top: .5rem;
+font-size: .8rem; line-height: 1">
+<div style="display: flex; flex-direction: column; justify-content: space-between; text-align: right; margin: -.5em 0">
+$levels</div>
+<svg viewBox="0 0 $side $side" preserveAspectRatio="none" aria-hidden="true"
+style="width: 100%; height: 13rem; overflow: visible">
+$drawing</svg>
+<div style="grid-column: 2; display: flex; justify-content: space-between">$steps</div></div>""")
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -183,23 +222,31 @@ p { margin: .2rem 0 .9rem; color: var(--soft); max-width: 46rem; }
 .facts div { background: var(--card); border-radius: .6rem; padding: .6rem .9rem; }
 .facts b { display: block; font-size: 1.15rem; }
 .facts span { color: var(--soft); font-size: .85rem; }
-.beside { display: flex; flex-wrap: wrap; gap: .8rem; } .beside img { flex: 0 1 auto; min-width: 0; }
-@media (min-width: 48rem) { .beside { flex-wrap: nowrap; } }
-img { max-width: 100%; height: auto; align-self: flex-start; border-radius: .5rem; border: 1px solid var(--line);
+.beside { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; flex: 0 1 auto; min-width: 0; } figcaption { font-size: .9rem; font-weight: 500; }
+img { display: block; max-width: 100%; height: auto; border-radius: .5rem; border: 1px solid var(--line);
   background: #fff; }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
-.dots { fill: var(--mark); opacity: .3; } polyline { fill: none; stroke: var(--mark); stroke-width: 2; }
+.curve { color: var(--soft); } .dots, .mean { stroke: var(--mark); }
 pre { background: var(--card); border-radius: .6rem; padding: 1rem; overflow-x: auto; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.figures td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { font-weight: 500; color: var(--soft); white-space: nowrap; } td { overflow-wrap: anywhere; }
-</style></head><body>
+table { border-collapse: collapse; } table, dl { font-size: .9rem; margin: 0; }
+th, td { text-align: left; padding: .25rem 1.6rem .25rem 0; border-bottom: 1px solid var(--line); }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+th, dt { font-weight: 500; color: var(--soft); }
+dl > div { display: flex; flex-wrap: wrap; column-gap: 1rem; padding: .25rem 0; border-bottom: 1px solid var(--line); }
+dd { margin: 0; overflow-wrap: anywhere; }
+ul { list-style: none; margin: .1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem; }
+li { background: var(--card); border-radius: .4rem; padding: 0 .45rem; }
+@media (min-width: 48rem) { .beside { flex-wrap: nowrap; }
+  dl > div { display: grid; grid-template-columns: 13rem minmax(0, 1fr); } }
+@media (max-width: 47.99rem) { table, tbody, tr, th, td { display: block; } thead { display: none; }
+  tr { padding: .4rem 0; border-bottom: 1px solid var(--line); } th, td { border: 0; padding: 0; }
+  th, dt { color: var(--ink); font-weight: 600; } td::before { content: attr(data-column) ": "; color: var(--soft); } }
+</style></head><body><main>
 <h1>$title</h1><p>$lead</p><div class="facts">$facts</div>
 $sections
 <section><h2>Loss</h2><p>Dots are single steps: at random noise levels they scatter. The line is their running mean.</p>
 $curve</section>
-<section><h2>Use the adapter</h2><pre>$usage</pre></section>
-<section><h2>Settings</h2><div class="wide"><table>$settings</table></div></section>
-</body></html>
+<section><h2>Use the adapter</h2><pre tabindex="0">$usage</pre></section>
+<section><h2>Settings</h2><dl>$settings</dl></section>
+</main></body></html>
 """)

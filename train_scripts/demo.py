@@ -101,12 +101,14 @@ def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Secti
     print("2/2  drawing the same prompts before and after, and measuring", flush=True)
     grid = _before_and_after(pipe, name, config)
     save_png(grid, out / GRID)
+    told = "; ".join(f"“{prompt}”" for prompt in _prompts(config))
     return [
         Pictures(
             "More prompts",
-            f"{len(SEEDS)} seeds each, left of the middle the base, right of it the base with the adapter. The last "
-            "row does not name the subject, and should not change much.",
-            {"Grid of prompts before and after": grid},
+            f"{len(SEEDS)} seeds each, left of the middle the base, right of it the base with the adapter. Below the "
+            f"pictures that it was taught with: {told}. The last row does not name the subject, and should not change "
+            "much.",
+            {f"The instance images, and below them rows of {len(SEEDS)} pictures before and after: {told}": grid},
         ),
     ]
 
@@ -115,11 +117,19 @@ def _title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
-    """The grid: the instance images, prompts that name the subject, and one that does not, without and with it."""
+def _prompts(config: TrainConfig) -> list[str]:
+    """Some that name the subject, and one that does not."""
     word = f"{config.trigger} {config.class_word}"
-    prompts = [f"a {word}", f"a {word} on the beach", f"a green {word} at night", f"a {word} in the snow"]
-    prompts.append(f"a blue {'cat' if config.class_word != 'cat' else 'car'} in a meadow")
+    other = "cat" if config.class_word != "cat" else "car"
+    return [
+        f"a {word}", f"a {word} on the beach", f"a green {word} at night", f"a {word} in the snow",
+        f"a blue {other} in a meadow",
+    ]  # fmt: skip
+
+
+def _before_and_after(pipe: Any, name: str, config: TrainConfig) -> Image.Image:
+    """The grid: the instance images, and the prompts without and with it."""
+    prompts = _prompts(config)
     rows = compare(
         pipe,
         name,

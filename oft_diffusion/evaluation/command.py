@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             guidance=options.guidance,
             on_picture=bar.update,
         )
-    print("per cent of pictures, with 95 % intervals:")
+    print("in brackets 95 % intervals:")
     print(found.text())
     if options.out:
         print(f"written to {found.save(options.out)}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from oft_diffusion.evaluation.intervals import Interval, mean_interval, ratio_interval
+from oft_diffusion.evaluation.intervals import Interval, difference_interval, mean_interval, ratio_interval
 from oft_diffusion.evaluation.reading import Reading
 
 SETS = ("subject", "recoloured", "other", "other trigger", "long trigger", "class word")
@@ -113,6 +113,11 @@ def figures(rows: Sequence[Row], closest_instances: Mapping[str, float]) -> dict
     }
 
 
+def is_difference(name: str) -> bool:
+    """Whether the figure of this name is a difference to the base, in points, and not a share of pictures."""
+    return name.startswith(("preservation", "attribute drift"))
+
+
 def _figure(rows: Sequence[Row], name: str, value: Callable[[Row], float]) -> Figure:
     own = [row for row in rows if row.set == name]
     adapted, base = (
@@ -125,6 +130,6 @@ def _figure(rows: Sequence[Row], name: str, value: Callable[[Row], float]) -> Fi
     return Figure(
         mean_interval(on, groups),
         mean_interval(off, groups),
-        mean_interval([a - b for a, b in zip(on, off, strict=True)], groups),
+        difference_interval(on, off, groups),
         ratio_interval(on, off, groups) if any(off) else None,
     )

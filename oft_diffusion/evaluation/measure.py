@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from oft_diffusion.disk import write_atomically
-from oft_diffusion.evaluation.figures import Figure, Row, figures
+from oft_diffusion.evaluation.figures import Figure, Row, figures, is_difference
+from oft_diffusion.evaluation.intervals import Interval
 from oft_diffusion.evaluation.looks import Looks
 from oft_diffusion.evaluation.prompts import (
     Prompt,
@@ -26,6 +27,7 @@ from oft_diffusion.generate import generate
 from oft_diffusion.pipeline import set_oft_adapters
 from oft_diffusion.pocket import GUIDANCE, STEPS
 from oft_diffusion.pocket.classifier import AttributeClassifier
+from oft_diffusion.pocket.world import UNCAPTIONED
 
 BATCH = 16  # pictures per call of the pipeline
 
@@ -48,19 +50,44 @@ class Evaluation:
         write_atomically(path, json.dumps(content, indent=1).encode())
         return path
 
-    def table(self) -> list[list[str]]:
-        """A header and a line per figure, in per cent with 95 % intervals: adapter, base, difference, pictures."""
-        lines = [["", "adapter", "base", "difference", "pictures"]]
+    def shares(self) -> list[list[str]]:
+        """A header and a line per figure that is a share of pictures: how many of how many, per cent, 95 % interval."""
+        lines = [["shares of pictures", "with the adapter", "without it", "difference, points"]]
         for name, figure in self.figures.items():
-            shown = [f"{100 * i.mean:.1f} ({100 * i.low:.1f} to {100 * i.high:.1f})" for i in figure[:3]]
-            lines.append([name, *shown, str(figure.adapted.pictures)])
+            if not is_difference(name):
+                sides = [f"{_counted(side)}: {_per_cent(side, ' %')}" for side in (figure.adapted, figure.base)]
+                lines.append([name, *sides, _per_cent(figure.difference)])
+        return lines
+
+    def differences(self) -> list[list[str]]:
+        """A header and a line per figure that is a difference to the base: points, 95 % interval, and both sides."""
+        lines = [["differences to the base", "points", "with the adapter", "without it"]]
+        for name, figure in self.figures.items():
+            if is_difference(name):
+                kind, each = ("pictures", 1) if name == "preservation" else ("attributes", len(UNCAPTIONED))
+                sides = [f"{_counted(side, each)} {kind}" for side in (figure.adapted, figure.base)]
+                lines.append([name, _per_cent(figure.difference), *sides])
         return lines
 
     def text(self) -> str:
-        """`table` in columns, for a terminal."""
-        rows = self.table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        """`shares` and `differences` in columns, for a terminal."""
+        tables = [self.shares(), self.differences()]
+        widths = [max(map(len, column)) for column in zip(*tables[0], *tables[1], strict=True)]
+        return "\n\n".join(
+            "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table) for table in tables
+        )
+
+
+def _counted(side: Interval, each: int = 1) -> str:
+    """How many of how many counted, with `each` to be had in a picture."""
+    return f"{round(side.mean * side.pictures * each)} of {side.pictures * each}"
+
+
+def _per_cent(interval: Interval, unit: str = "") -> str:
+    """Whole numbers where one picture is more than one of them."""
+    places = int(interval.pictures > 100)
+    mean, low, high = (f"{round(100 * x, places) + 0.0:.{places}f}" for x in interval[:3])  # no "-0"
+    return f"{mean}{unit} ({low} to {high})"
 
 
 def prompt_sets(looks: Looks, trigger: str, count: int, salt: str = "") -> dict[str, list[Prompt]]:

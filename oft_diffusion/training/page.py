@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +24,17 @@ from oft_diffusion.training.results import EVALUATION, PAGE, Console, TrainResul
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 _SWEEP_SEEDS = 2
 _CELLS = (128, 256)  # smallest and largest side of a picture on the page
+# What docs/evaluation.md says at length, for readers who have the page alone.
+_SHARES = (
+    "A subject hit shows the subject's object and all its attributes that no caption names; prompt fidelity is to show "
+    "everything that the prompt names; leakage is a hit without the trigger; memorisation is a picture that is nearer "
+    "to an instance image than the two most alike of these are to each other."
+)
+_DIFFERENCES = (
+    "With the adapter less without it, pair by pair, in points; 0 is what the base does. Preservation: pictures of "
+    "prompts without the subject that show everything that the prompt names. Attribute drift: attributes of the "
+    "subject, four to a picture, that turn up where nobody asked for them."
+)
 
 
 def write_page(
@@ -58,10 +69,8 @@ def write_page(
     words = f"{config.trigger} {config.class_word}"
     shown: list[Section] = [_instances(instances, words)]
     shown += _before_and_after(config, result)
-    if config.validation_prompts and (sheet := strength_sweep(parts, config, stopped)) is not None:
-        prompt = config.fill(config.validation_prompts[0])
-        text = f"“{prompt}” with the rotations raised to a power: 0 is the base, 1 as trained, -1 the inverse."
-        shown.append(Pictures("Strength", text, {"The prompt at strengths from -1 to 1.5": sheet}))
+    if config.validation_prompts and (columns := strength_sweep(parts, config, stopped)) is not None:
+        shown.append(_strengths(columns, config))
     figures = _figures(parts, config, looks, console, stopped) if looks else []
     parameters = sum(p.numel() for bank in parts.banks.values() for p in bank.parameters())
     error = max(bank.orthogonality_error(ADAPTER) for bank in parts.banks.values())
@@ -98,8 +107,8 @@ def _figure_pictures(config: TrainConfig) -> int:
 
 def strength_sweep(
     parts: Parts, config: TrainConfig, stopped: Callable[[], bool] = lambda: False
-) -> Image.Image | None:
-    """The first validation prompt at several strengths, a row per seed; the adapter is at strength 1 again afterwards.
+) -> dict[float, list[Image.Image]] | None:
+    """The first validation prompt at several strengths, a picture per seed; afterwards the adapter is at strength 1.
 
     Strengths that the adapter does not know are left out (a series past the norm at which powers are defined). None
     where `stopped` said so.
@@ -119,8 +128,19 @@ def strength_sweep(
     finally:
         for bank in parts.banks.values():
             bank.set_adapters([ADAPTER])
+    return columns
+
+
+def _strengths(columns: Mapping[float, Sequence[Image.Image]], config: TrainConfig) -> Pictures:
+    prompt, told = _quoted([config.fill(config.validation_prompts[0])]), ", ".join(f"{s:g}" for s in columns)
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    return labelled_grid(rows, column_labels=[f"strength {s:g}" for s in columns], cell=_cell(config))
+    sheet = labelled_grid(rows, column_labels=[f"strength {s:g}" for s in columns], cell=_cell(config))
+    text = (
+        f"{prompt} with the rotations raised to a power: 0 is the base, 1 as trained, -1 the inverse. From left to "
+        f"right {told}; a row per seed."
+    )
+    alt = f"{prompt} in {len(rows)} rows of one seed each, from left to right at strengths {told}"
+    return Pictures("Strength", text, {alt: sheet})
 
 
 def _figures(
@@ -149,12 +169,16 @@ def _figures(
     next(bar, None)  # lets the bar go
     console.say(found.text())
     found.save(Path(config.output_dir) / EVALUATION)
-    header, *rows = found.table()
-    text = (
-        f"Read by a classifier in {count} pictures per line and side; per cent, with 95 % intervals, which are wide "
-        "for so few pictures. docs/evaluation.md says what each line means."
+    read = (
+        f"Read by a classifier in {count} {'pictures' if count > 1 else 'picture'} per line and side, from the same "
+        "prompts and seeds. In brackets the 95 % interval: all that so many pictures can tell."
     )
-    return [Table("Figures", text, header, rows)]
+    (_, *sides), *shares = found.shares()
+    (_, *points), *differences = found.differences()
+    return [
+        Table("Figures: shares of pictures", f"{read} {_SHARES}", ["", *sides], shares),
+        Table("Figures: differences to the base", _DIFFERENCES, ["", *points], differences),
+    ]
 
 
 class _StopError(Exception):
@@ -162,10 +186,10 @@ class _StopError(Exception):
 
 
 def _instances(instances: Sequence[Picture], words: str) -> Pictures:
-    prompts = dict.fromkeys(picture.prompt for picture in instances)
-    sheet = labelled_grid([[read_picture(picture.path) for picture in instances[:8]]], cell=_CELLS[0])
-    told = "; ".join(f"“{prompt}”" for prompt in prompts)
-    return Pictures("The subject", f"All that was shown and told: {told}.", {f"Instance images of {words}": sheet})
+    row = [read_picture(picture.path) for picture in instances[:8]]
+    told = _quoted(dict.fromkeys(picture.prompt for picture in instances))
+    alt = f"Instance images of {words}, {len(row)} in a row"
+    return Pictures("The subject", f"All that was shown and told: {told}.", {alt: labelled_grid([row], cell=_CELLS[0])})
 
 
 def _before_and_after(config: TrainConfig, result: TrainResult) -> list[Section]:
@@ -182,8 +206,15 @@ def _before_and_after(config: TrainConfig, result: TrainResult) -> list[Section]
         return []
     last = max(grids)
     first, latest = (Image.open(grids[step]).convert("RGB") for step in (0, last))
-    text = f"The same prompts and seeds: as the base draws them, and after {last} steps."
-    return [Pictures("Before and after", text, {"Before training": first, f"After {last} steps": latest})]
+    prompts = _quoted(map(config.fill, config.validation_prompts))
+    text = f"The same prompts and seeds, as the base draws them and after {last} steps. From top to bottom: {prompts}."
+    captions = ["Before training", f"After {last} steps"]
+    alts = [f"{caption}, a row per prompt: {prompts}" for caption in captions]
+    return [Pictures("Before and after", text, dict(zip(alts, (first, latest), strict=True)), captions)]
+
+
+def _quoted(prompts: Iterable[str]) -> str:
+    return "; ".join(f"“{prompt}”" for prompt in prompts)
 
 
 def _cell(config: TrainConfig) -> int:

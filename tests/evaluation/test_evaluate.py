@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from oft_diffusion import inject_oft, load_oft_weights, save_oft_weights
 from oft_diffusion.cli import main
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.evaluation import evaluate, looks_of
+from oft_diffusion.evaluation import Evaluation, Row, evaluate, figures, looks_of
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.measure import draw_rows
 from oft_diffusion.evaluation.prompts import prompt
@@ -107,8 +107,46 @@ def test_evaluation_draws_every_prompt_with_and_without_the_adapter(pipe, classi
     saved = json.loads(found.save(tmp_path / "e.json").read_text())
     assert saved["figures"]["subject hit"]["adapted"]["pictures"] == 2
     assert len(saved["rows"]) == len(found.rows)
-    assert [line[0] for line in found.table()[1:]] == [*found.figures]
+    names = [line[0] for line in (*found.shares()[1:], *found.differences()[1:])]
+    assert sorted(names) == sorted(found.figures)
+    assert all(name in found.text() for name in names)
     assert evaluate(pipe, "wild", **how) == found
+
+
+def side(rows, adapted, **seen):
+    """Rows of one picture per value, with or without the adapter."""
+    return [
+        Row("g/0", name, "a cat", i, adapted, {}, hit, shared, faithful, 1.0)
+        for name in SETS
+        for i, (hit, faithful, shared) in enumerate(seen.get(name.replace(" ", "_"), [(False, True, 0)] * rows))
+    ]
+
+
+def test_shares_are_told_as_counts_and_preservation_as_a_difference_in_points():
+    hits, spoilt = [(True, True, 4)] * 5 + [(False, True, 0)], [(False, True, 0)] * 4 + [(False, False, 3)] * 2
+    found = Evaluation(figures([*side(6, True, subject=hits, other=spoilt), *side(6, False)], {"g/0": 0.5}), ())
+    shares, differences = ({name: cells for name, *cells in table} for table in (found.shares(), found.differences()))
+    assert shares["shares of pictures"] == ["with the adapter", "without it", "difference, points"]
+    assert shares["subject hit"][0].startswith("5 of 6: 83 % (")
+    assert shares["subject hit"][1].startswith("0 of 6: 0 % (0 to ")
+    assert differences["differences to the base"] == ["points", "with the adapter", "without it"]
+    points, *sides = differences["preservation"]
+    assert points.startswith("-33 (")
+    assert sides == ["4 of 6 pictures", "6 of 6 pictures"]
+    assert differences["attribute drift"][0].startswith("25 (")
+    assert differences["attribute drift"][1:] == ["6 of 24 attributes", "0 of 24 attributes"]
+    assert "preservation" not in shares
+    assert not any("-0 " in cell for cells in (*shares.values(), *differences.values()) for cell in cells)
+
+
+def test_decimals_are_told_where_the_pictures_are_enough_for_them():
+    def preservation(count):
+        lost = [(False, False, 0)] + [(False, True, 0)] * (count - 1)
+        rows = [*side(count, True, other=lost), *side(count, False)]
+        return dict(row[:2] for row in Evaluation(figures(rows, {"g/0": 0.5}), ()).differences())["preservation"]
+
+    assert preservation(100).startswith("-1 (")
+    assert preservation(160).startswith("-0.6 (")
 
 
 def test_a_picture_of_the_subject_is_a_hit_and_nothing_else_is(classifier, monkeypatch):

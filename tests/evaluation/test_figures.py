@@ -62,6 +62,13 @@ def test_preservation_is_a_difference_of_pairs():
     assert found.difference.low < 0 < found.difference.high
 
 
+def test_that_no_pair_was_lost_does_not_mean_that_none_can_be():
+    rows = every_set(*pairs("other", [True, True, True], [True, True, False], "faithful"))
+    found = figures(rows, {"g/0": 0.5})["preservation"]
+    assert found.difference.mean == pytest.approx(1 / 3)
+    assert found.difference.low < 0
+
+
 def test_pictures_nearer_than_the_instances_are_to_each_other_count_as_memorised():
     rows = every_set(*pairs("subject", [0.2, 0.6], [0.6, 0.6], "nearest"))
     found = figures(rows, {"g/0": 0.5})

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oft_diffusion.evaluation import intervals
-from oft_diffusion.evaluation.intervals import mean_interval, ratio_interval
+from oft_diffusion.evaluation.intervals import difference_interval, mean_interval, ratio_interval
 
 
 @given(values=st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60))
@@ -49,6 +49,29 @@ def test_pictures_of_one_subject_count_as_one_subject():
     assert plain.high - plain.low < 0.15
 
 
+def test_a_difference_may_go_either_way_where_nothing_was_lost_or_won():
+    level = difference_interval([1.0, 0.0] * 3, [1.0, 0.0] * 3)
+    assert level.low == -level.high < -0.3
+    won = difference_interval([1.0] * 6, [1.0] * 5 + [0.0])
+    assert won.mean == pytest.approx(1 / 6)
+    assert won.low < -0.1, "that none of six was lost does not mean that none can be"
+    many = difference_interval([1.0] * 600, ([1.0] * 5 + [0.0]) * 100)
+    assert many.low > 0.1
+    quarters = difference_interval([0.25] * 6, [0.5] * 6)
+    assert (quarters.low, quarters.mean, quarters.high) == (-0.75, -0.25, 0.25)
+
+
+@given(pairs=st.lists(st.tuples(*[st.sampled_from([0.0, 1.0])] * 2), min_size=1, max_size=40))
+@settings(max_examples=10)
+def test_a_difference_holds_its_mean_and_stays_between_minus_one_and_one(pairs):
+    above, below = zip(*pairs, strict=True)
+    i, mirrored = difference_interval(above, below), difference_interval(below, above)
+    assert -1 <= i.low <= i.mean <= i.high <= 1
+    assert i.low < i.high
+    assert i.mean == pytest.approx(np.mean(above) - np.mean(below))
+    assert mirrored.mean == -i.mean
+
+
 def test_a_ratio_of_paired_shares():
     above, below = [1.0, 1.0, 0.0, 0.0] * 25, [1.0, 1.0, 1.0, 1.0] * 25
     i = ratio_interval(above, below)
@@ -63,3 +86,5 @@ def test_a_ratio_of_paired_shares():
 def test_an_empty_sample_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         mean_interval([])
+    with pytest.raises(ValueError, match="at least one"):
+        difference_interval([], [])

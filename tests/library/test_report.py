@@ -1,5 +1,7 @@
 import base64
 import io
+import itertools
+import math
 import re
 from html.parser import HTMLParser
 
@@ -64,7 +66,7 @@ def report(path, **changes):
 
 
 def parts(text, picture):
-    return [Pictures(text, text, {text: picture}), Table(text, text, [text], [[text, text]])]
+    return [Pictures(text, text, {text: picture}, [text]), Table(text, text, [text, text], [[text, text]])]
 
 
 def parsed(path, **changes):
@@ -75,10 +77,46 @@ def test_everything_is_on_the_page(tmp_path):
     page = parsed(tmp_path / "new" / "report.html")
     for text in ("A mug", "five pictures", "Before and after", "Left the base", "400",
                  "subject hit", "81", "orthogonality error", "6e-7",
-                 "learning_rate", "0.001", "a, b", "(none)", 'load_oft_weights(pipe, "runs/mug")'):  # fmt: skip
+                 "learning_rate", "0.001", "(none)", 'load_oft_weights(pipe, "runs/mug")'):  # fmt: skip
         assert text in page.text
-    assert page.all("html")[0]["lang"] == "en"
     assert page.all("meta")[0]["charset"] == "utf-8"
+
+
+def test_settings_that_are_empty_are_told_in_words_and_lists_item_by_item(tmp_path):
+    settings = {"class_prompts": ["", "a cat, at night"], "negative_prompt": "", "targets": (), "class_word": None}
+    page = (report(tmp_path / "r.html", settings=settings)).read_text(encoding="utf-8")
+    shown = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert shown == {
+        "class_prompts": "<ul><li>(empty)</li><li>a cat, at night</li></ul>",
+        "negative_prompt": "(empty)",
+        "targets": "(none)",
+        "class_word": "(none)",
+    }
+
+
+def test_a_screen_reader_finds_language_title_headings_in_order_and_a_text_for_each_picture(tmp_path):
+    page = parsed(tmp_path / "r.html")
+    assert page.all("html")[0]["lang"] == "en"
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert re.findall("<title>(.*?)</title>", text) == ["A mug"]
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(image["alt"] for image in page.all("img"))
+    [curve] = [attrs for _, attrs in page.elements if attrs.get("role") == "img"]
+    assert re.fullmatch(r"Loss over 4 steps, from a mean of \S+ to \S+", curve["aria-label"] or "")
+    assert len(page.all("main")) == 1
+    assert {attrs.get("scope") for attrs in page.all("th")} == {"col", "row"}
+
+
+def test_pictures_may_have_captions_each_beside_its_own(tmp_path):
+    images = {"One": Image.new("RGB", (4, 4)), "Two": Image.new("RGB", (4, 4))}
+    page = report(tmp_path / "r.html", sections=[Pictures("a", "b", images, ["Before", "After"])])
+    found = re.findall('<figcaption>(.*?)</figcaption><img [^>]* alt="(.*?)">', page.read_text(encoding="utf-8"))
+    assert found == [("Before", "One"), ("After", "Two")]
+    with pytest.raises(ValueError, match="zip"):
+        report(tmp_path / "r.html", sections=[Pictures("a", "b", images, ["Before"])])
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
@@ -101,8 +139,6 @@ def test_pictures_are_inside_and_have_a_text(tmp_path):
         assert (image["width"], image["height"]) == ("20", "30")
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
         assert Image.open(io.BytesIO(data)).tobytes() == noise.tobytes()
-    assert page.all("svg")[0]["role"] == "img"
-    assert page.all("svg")[0]["aria-label"].startswith("Loss over 4 steps")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +146,7 @@ def test_pictures_are_inside_and_have_a_text(tmp_path):
 )
 def test_whatever_is_written_stays_text(tmp_path, attack):
     picture = Image.new("RGB", (4, 4))
-    plain = parsed(tmp_path / "plain.html", facts={"a": 1}, settings={"b": 2}, sections=parts("x", picture))
+    plain = parsed(tmp_path / "plain.html", facts={"a": 1}, settings={"b": [2, 3]}, sections=parts("x", picture))
     page = parsed(
         tmp_path / "attack.html",
         title=attack,
@@ -122,8 +158,9 @@ def test_whatever_is_written_stays_text(tmp_path, attack):
     )
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     assert page.all("img")[0]["alt"] == attack
-    # title twice, lead, usage, a fact and its label, settings three times, heading and text twice, three cells
-    assert page.text.count(attack) == 16
+    # title twice, lead, usage, a fact and its label, settings three times, heading and text twice, caption, four cells
+    assert page.text.count(attack) == 18
+    assert page.all("td")[0]["data-column"] == attack
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20), min_size=4, max_size=4))
@@ -135,18 +172,36 @@ def test_any_text_keeps_the_pages_shape(tmp_path_factory, texts):
     assert all(text in page.text for text in texts)
 
 
+_POINT = re.compile(r"([\d.]+),([\d.]+)")
+
+
 @given(losses=st.lists(st.floats(0, 1e6), min_size=1, max_size=60))
 def test_the_curve_stays_inside_its_frame(losses):
     curve = loss_curve(losses)
     page = Page(curve)
     width, height = map(float, page.all("svg")[0]["viewbox"].split()[2:])
-    dots = [(float(dot["cx"]), float(dot["cy"])) for dot in page.all("circle")]
-    line = [tuple(map(float, p.split(","))) for p in page.all("polyline")[0]["points"].split()]
+    paths = {path["class"]: [(float(x), float(y)) for x, y in _POINT.findall(path["d"])] for path in page.all("path")}
+    dots, line = paths["dots"], paths["mean"]
     assert len(dots) == len(line) == len(losses)
     assert all(0 <= x <= width and 0 <= y <= height for x, y in [*dots, *line])
     assert [x for x, _ in dots] == sorted(x for x, _ in dots)
     if losses[0] > losses[-1] + max(losses) / 50:
         assert dots[0][1] < dots[-1][1]  # higher losses are higher up
+
+
+@given(highest=st.floats(1e-9, 1e9))
+def test_the_curves_levels_are_few_and_round_and_lie_where_they_say(highest):
+    curve = loss_curve([highest / 2, highest])
+    levels = [float(text) for text in re.findall("<span>([^<s]+)</span>", curve)]  # from top to bottom
+    assert 4 <= len(levels) <= 5
+    assert levels[-1] == 0
+    assert highest <= levels[0] * (1 + 1e-5)
+    assert levels[0] < 2 * highest
+    assert all(len(f"{level:g}".rstrip("0")) <= 8 for level in levels)
+    paths = {path["class"]: _POINT.findall(path["d"]) for path in Page(curve).all("path")}
+    heights = [1 - float(y) / 1000 for _, y in paths["lines"]]
+    assert heights == pytest.approx([level / levels[0] for level in reversed(levels)], abs=1e-4)
+    assert 1 - float(paths["dots"][1][1]) / 1000 == pytest.approx(highest / levels[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +210,8 @@ def test_the_curve_stays_inside_its_frame(losses):
 def test_runs_that_went_wrong_still_have_a_page(tmp_path, losses):
     path = report(tmp_path / "r.html", losses=losses, sections=[], facts={}, settings={})
     Page(path.read_text(encoding="utf-8"))
-    coordinates = re.findall(r'(?:cx|cy|points)="([^"]*)"', loss_curve(losses))
+    coordinates = re.findall(r' d="([^"]*)"', loss_curve(losses))
+    assert bool(coordinates) == any(map(math.isfinite, losses))
     assert "nan" not in " ".join(coordinates)
     assert "inf" not in " ".join(coordinates)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +31,7 @@ from train_scripts import pretrain_pocket
 
 CPU = torch.device("cpu")
 SMALL = (16, 16, 16, 16)  # widths of a classifier
+PREVIEW = Denoiser.preview  # as it is without the fixture below
 
 
 def test_nonsense_words_are_put_in_before_the_object_and_in_place_of_nothing():
@@ -235,6 +237,30 @@ def test_the_denoiser_sees_no_held_out_combination(tiny, tmp_path, monkeypatch):
     learner.train(torch.randn(count, LATENT_CHANNELS, 16, 16))
     assert len(seen) == 160
     assert not [s for s in seen if is_held_out(s.object, s.colour, s.pattern, s.background)]
+
+
+def test_previews_are_of_the_moving_average(tiny, tmp_path):
+    learner = Denoiser(setup(tmp_path), tiny(), 1, batch_size=2, of="x")
+    unet = {k: v.clone() for k, v in learner.unet.state_dict().items()}
+
+    def preview() -> np.ndarray:
+        PREVIEW(learner)
+        with Image.open(tmp_path / f"preview-unet-{learner.stage.step:06d}.png") as sheet:
+            return np.asarray(sheet.convert("RGB"))
+
+    first = preview()
+    assert first.shape == (4 * SIZE, len(denoiser.PREVIEW_PROMPTS) // 4 * SIZE, 3)
+    cells = first.reshape(4, SIZE, 4, SIZE, 3).swapaxes(1, 2).reshape(-1, SIZE, SIZE, 3)
+    assert len({cell.tobytes() for cell in cells}) == len(denoiser.PREVIEW_PROMPTS), "each has a picture of its own"
+
+    with torch.no_grad():
+        learner.unet.conv_out.weight.neg_()
+    learner.stage.step = 7
+    assert np.array_equal(preview(), first), "what is being learnt is not drawn"
+    assert torch.equal(learner.unet.conv_out.weight, -unet["conv_out.weight"]), "and is back afterwards"
+    learner.stage.ema["unet.conv_out.weight"].neg_()
+    assert not np.array_equal(preview(), first)
+    assert {p.name for p in tmp_path.iterdir()} == {"preview-unet-000000.png", "preview-unet-000007.png"}
 
 
 def test_exports_are_whole_folders_that_replace_the_last_one(tiny, tmp_path):

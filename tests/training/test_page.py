@@ -15,7 +15,6 @@ import torch
 
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.evaluation.figures import SETS
-from oft_diffusion.images import labelled_grid
 from oft_diffusion.pocket import pocket_path, subjects_path
 from oft_diffusion.report import Section, Table
 from oft_diffusion.training import TrainConfig, TrainResult, preflight, train
@@ -33,8 +32,16 @@ def test_a_finished_run_leaves_a_page_with_everything(config: Config, run: Run) 
     assert result.report is not None
     page = result.report.read_text(encoding="utf-8")
     for text in ("The subject", "Before and after", "Strength", "a sks mug", "Use the adapter", "Settings",
-                 "learning_rate", "orthogonality error", "load_oft_weights", "Loss over 3 steps"):  # fmt: skip
+                 "learning_rate", "orthogonality error", "load_oft_weights", "Loss over 3 steps",
+                 "<figcaption>Before training</figcaption>", "<figcaption>After 3 steps</figcaption>"):  # fmt: skip
         assert text in page, text
+    strengths = ", ".join(f"{strength:g}" for strength in STRENGTHS)
+    assert re.findall('alt="(.*?)"', page) == [
+        "Instance images of sks mug, 3 in a row",
+        "Before training, a row per prompt: “a sks mug”; “a dog”",
+        "After 3 steps, a row per prompt: “a sks mug”; “a dog”",
+        f"“a sks mug” in 2 rows of one seed each, from left to right at strengths {strengths}",
+    ]
     assert page.count("data:image/png;base64,") == 4  # instances, before, after, sweep
     assert not re.search(r'(src|href)="(?!data:)', page)
 
@@ -80,18 +87,17 @@ def test_the_sweep_goes_through_the_strengths_and_comes_back(config: Config, mon
         with torch.no_grad():  # far from the base, so that strengths differ
             bank.generators[ADAPTER].normal_(0, 0.5)
         monkeypatch.setattr(StableDiffusion, "sample", noting)
-        sheet = strength_sweep(run.parts, run.config)
+        columns = strength_sweep(run.parts, run.config)
         assert drawn == list(STRENGTHS)
-        assert sheet is not None
+        assert columns is not None
         [active] = bank.active
         assert active.strength == 1
         base = run.parts.family.sample(["a sks mug"], [0], run.config.resolution, 2, run.config.guidance_scale)
         bank.set_adapters([])
         plain = run.parts.family.sample(["a sks mug"], [0], run.config.resolution, 2, run.config.guidance_scale)
         assert not np.array_equal(np.asarray(base[0]), np.asarray(plain[0]))
-        cell = labelled_grid([plain], cell=128)
-        at_zero = np.asarray(sheet)[-128 * 2 - 12 : -128 - 12, 2 * 134 + 6 : 2 * 134 + 134]
-        assert np.array_equal(at_zero, np.asarray(cell)[6:134, 6:134]), "strength 0 is the base"
+        assert np.array_equal(np.asarray(columns[0.0][0]), np.asarray(plain[0])), "strength 0 is the base"
+        assert not np.array_equal(np.asarray(columns[1.0][0]), np.asarray(plain[0]))
 
 
 def test_strengths_that_a_series_does_not_know_are_left_out(config: Config) -> None:
@@ -108,10 +114,11 @@ def test_strengths_that_a_series_does_not_know_are_left_out(config: Config) -> N
         assert active.strength == 1
         page = run._write_page(run.parts, run.result)
         assert page is not None
-        assert page.exists()
+        assert "from left to right at strengths 0, 1" in page.read_text(encoding="utf-8")
     assert whole is not None
     assert part is not None
-    assert part.width == whole.width * 2 // len(STRENGTHS) + 4  # strengths 0 and 1, and the margin
+    assert list(whole) == list(STRENGTHS)
+    assert list(part) == [0, 1]
 
 
 def test_a_stop_leaves_the_sweep_out(config: Config) -> None:
@@ -156,7 +163,12 @@ def test_figures_of_the_pocket_base_are_on_the_page(
     _, result = run(pocket(**knobs))
     assert result.report is not None
     page = result.report.read_text(encoding="utf-8")
-    assert all(name in page for name in ("Figures", "subject hit", "preservation", "leakage, class word"))
+    names = ("Figures", "subject hit", "preservation", "leakage, class word", "Read by a classifier in 1 picture per")
+    assert all(name in page for name in names)
+    shares, differences = re.findall("<tbody>(.*?)</tbody>", page)
+    assert 'data-column="with the adapter">0 of 1: 0 % (' in shares
+    assert "preservation" not in shares
+    assert re.search('preservation</th><td data-column="points">-?[0-9]+ [(]-?[0-9]+ to -?[0-9]+[)]</td>', differences)
     rows = json.loads((result.report.parent / "evaluation.json").read_text())["rows"]
     assert len(rows) == 2 * len(SETS)
 
