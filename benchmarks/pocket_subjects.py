@@ -119,16 +119,9 @@ class Bench:
     ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
         config = self.config(name, seed, settings, out, captions=captions)
-        started = time.perf_counter()
-        with train(config, progress=False) as run:
-            for _ in run:
-                pass
-        wall = time.perf_counter() - started
-        if run.result.interrupted:  # half a training is no measurement
-            raise KeyboardInterrupt
-        adapter = run.result.adapter
+        adapter, training, wall = trained(config)
         rows, closest = self.draw(name, seed, config, adapter, count)
-        return Trained(rows, closest, run.result.seconds, wall, adapter.stat().st_size / 1e6)
+        return Trained(rows, closest, training, wall, adapter.stat().st_size / 1e6)
 
     def draw(
         self, name: str, seed: int, config: TrainConfig, adapter: Path, count: int, only: Sequence[str] = SETS
@@ -146,6 +139,18 @@ class Bench:
         rows = rows + draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
         return rows, looks.closest()
+
+
+def trained(config: TrainConfig) -> tuple[Path, float, float]:
+    """The adapter of a whole run, its seconds of training, and those from the call to the finished adapter."""
+    started = time.perf_counter()
+    with train(config, progress=False) as run:
+        for _ in run:
+            pass
+    wall = time.perf_counter() - started
+    if run.result.interrupted:  # half a training is no measurement
+        raise KeyboardInterrupt
+    return run.result.adapter, run.result.seconds, wall
 
 
 def base_digest() -> str:
@@ -209,10 +214,29 @@ def measure(out: Path, device: str, subjects: Sequence[str], *, busy: bool = Fal
         found = bench.run(name, seed, {}, PICTURES, out)
         _keep(found.rows, found.closest, setup)
         took = (math.nan, math.nan) if busy else (found.training, found.wall)
-        times = {key: f"{seconds:.1f}" for key, seconds in zip(("training", "wall"), took, strict=True)}
-        row = {"setup": setup, "group": f"{name}/{seed}", **times, "megabytes": f"{found.megabytes:.3f}"}
-        append(RUNS, [row], device)
-        print(f"{name}/{seed}: trained in {found.training:.0f} s", flush=True)
+        _finished(setup, f"{name}/{seed}", *took, found.megabytes, device)
+
+
+def clock(out: Path, device: str, subjects: Sequence[str]) -> None:
+    """Train once more, from nothing (class images too), what was trained beside other work, and keep the times.
+
+    Args:
+        out: folder of adapters, which is not to be the one of `measure`.
+        device: as for `measure`.
+        subjects: of these the first seed.
+    """
+    setup, bench = note_setup({}, PICTURES), Bench(device)
+    for name in subjects:
+        shutil.rmtree(out / "class-images", ignore_errors=True)
+        adapter, training, wall = trained(bench.config(name, SEEDS[0], {}, out, captions=True))
+        _finished(setup, f"{name}/{SEEDS[0]}", training, wall, adapter.stat().st_size / 1e6, device)
+
+
+def _finished(setup: str, group: str, training: float, wall: float, megabytes: float, device: str) -> None:
+    """Keep what a run took. Of two rows of one run the later one counts."""
+    times = {"training": f"{training:.1f}", "wall": f"{wall:.1f}", "megabytes": f"{megabytes:.3f}"}
+    append(RUNS, [{"setup": setup, "group": group, **times}], device)
+    print(f"{group}: {training:.0f} s of training, {wall:.0f} s in all", flush=True)
 
 
 def _missing(setup: str, group: str) -> list[str]:
@@ -365,11 +389,14 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="write a picture of all subjects here, with the adapters in --out")
     parser.add_argument("--subjects", nargs="*", default=FINAL, choices=FINAL, help="these alone")
     parser.add_argument("--busy", action="store_true", help="other work runs meanwhile: keep no times")
+    parser.add_argument("--times", type=Path, help="on an idle machine: train --subjects anew in here, keep the times")
     options = parser.parse_args()
     if options.grid:
         save_png(grid(options.out, options.device), options.grid)
         return
-    if not options.table:
+    if options.times:
+        clock(options.times, options.device, options.subjects)
+    elif not options.table:
         measure(options.out, options.device, options.subjects, busy=options.busy)
     print(table())
 
