@@ -4,7 +4,8 @@ python -m benchmarks.pocket_recipe            # measures what is not in benchmar
 python -m benchmarks.pocket_recipe --only "the chosen one" --seeds 0 1 2    # more seeds of some
 python -m benchmarks.pocket_recipe --table    # all settings that were tried, best first, as Markdown
 
-Each candidate differs from train_scripts/configs/pocket.toml in what its name says. Training seeds differ more than
+Each candidate differs from train_scripts/configs/pocket.toml in what its name says; those called "ten twins, ..." were
+tried when that was the setting, and are compared with "ten twins". Training seeds differ more than
 pictures do, so candidates that are near to each other need several. The score is the mean of subject
 hit and of prompt fidelity as a share of the base's, minus what was lost in preservation and what leaked, each beyond
 what the goal allows.
@@ -60,26 +61,18 @@ CLASS_PROMPTS = [
     "a teal spotted {class_word} in a meadow", "a red spotted house in the snow",
 ]  # fmt: skip
 
+TEN: dict[str, Any] = {"prior_twins": 10}
 # What each part of the recipe is worth, and its neighbours. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the chosen one": {},
-    "36 class prompts": {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
-    "510 steps": {"steps": 510, "decay_steps": 204},  # what was searched with, before a slower machine wanted 450
-    "36 class prompts, 510 steps": {
-        "class_prompts": CLASS_PROMPTS,
-        "num_class_images": 36,
-        "steps": 510,
-        "decay_steps": 204,
-    },
-    "twice the steps": {"steps": 900, "decay_steps": 360},  # beyond the two minutes: what is time worth?
-    "without captions": {"captions": False},
+    "4 twins": {"prior_twins": 4},
+    "8 twins": {"prior_twins": 8},
+    "ten twins": TEN,
+    "without twins": {"prior_twins": 0},
     "plain": PLAIN,
     "plain, class images": PLAIN | CLASS_IMAGES,
+    "twice the steps": {"steps": 900, "decay_steps": 360},  # beyond the two minutes: what is time worth?
     "without crops and mirroring": {"min_crop": 1.0, "flip": False},
-    "without twins": {"prior_twins": 0},
-    "4 twins": {"prior_twins": 4},
-    "6 twins": {"prior_twins": 6},
-    "6 twins, twice the steps": {"prior_twins": 6, "steps": 900, "decay_steps": 360},
     "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
     "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
     "timesteps below 850": {"max_timestep": 850},
@@ -87,13 +80,15 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
     "trigger of six letters": {"trigger": "qzxjkv"},
     "prior weight 3": {"prior_weight": 3.0},
-    "class batches of two, 680 steps": {"class_batch_size": 2, "steps": 680, "decay_steps": 272},
-    "constant to the end": {"decay_steps": 0},
     "cosine": {"lr_schedule": "cosine", "decay_steps": 0},
     "300 steps in float32": {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},
-    "7e-3": {"learning_rate": 7e-3, "text_encoder_learning_rate": 2.3e-3},
-    "1e-2": {"learning_rate": 1e-2, "text_encoder_learning_rate": 3.5e-3},
-}
+    "ten twins, 36 class prompts": TEN | {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
+    "ten twins, 510 steps": TEN | {"steps": 510, "decay_steps": 204},
+    "ten twins, 36 class prompts, 510 steps": {
+        **TEN, "class_prompts": CLASS_PROMPTS, "num_class_images": 36, "steps": 510, "decay_steps": 204,
+    },
+    "ten twins, without captions": TEN | {"captions": False},
+}  # fmt: skip
 
 
 def measure(
@@ -156,15 +151,19 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 def table() -> str:
     """One line per candidate, on the newest base alone; means over subjects of means over seeds, best first.
 
-    A line is called earlier where no candidate of today has its settings. Differences to the chosen one are taken on
-    the runs that both have, subject by subject and seed by seed.
+    A line is called earlier where no candidate of today has its settings. Differences to the chosen one,
+    or to ten twins where these were the setting, are taken on the runs that both have, subject by subject and seed by
+    seed.
     """
     rows, ranked = load(FILE), []
     # A run that was measured again, for a column that was added, counts once.
     rows = list({(r["setup"], r["subject"], r["seed"]): r for r in rows if r["base"] == rows[-1]["base"]}.values())
     counts = {int(row["pictures"]) for row in rows}
     today = {setup_digest(settings, count): name for name, settings in CANDIDATES.items() for count in counts}
-    chosen = [row for row in rows if today.get(row["setup"]) == "the chosen one"]
+    standards = {
+        standard: [row for row in rows if today.get(row["setup"]) == standard]
+        for standard in ("the chosen one", "ten twins")
+    }
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
         name = today.get(setup, f"{own[0]['candidate']} (earlier)")
@@ -181,7 +180,8 @@ def table() -> str:
         )
         cells = [_percent(value) for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
         cells[0] += _spread([float(row["subject hit"]) for row in own])
-        cells.append("" if name == "the chosen one" else _paired(own, chosen))
+        standard = "ten twins" if name.startswith("ten twins,") or name.endswith("(earlier)") else "the chosen one"
+        cells.append("" if name == standard else _paired(own, standards[standard]))
         runs = Counter(row["subject"] for row in own)
         cells.append(", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())))
         line = f"| {name} | {' | '.join(cells)} |"
@@ -191,7 +191,7 @@ def table() -> str:
     columns = (
         "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
         "leakage, class word", "drift, other trigger", "drift, long word", "hit and fidelity", "drift", "memorisation",
-        "to the chosen one: hit, preservation", "runs",
+        "to the chosen one (or to ten twins): hit, preservation", "runs",
     )  # fmt: skip
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])

@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -44,7 +45,7 @@ from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
-FINAL = ("captain_mug", "royal_teapot", "cosy_robot", "bow_cat", "star_rocket", "party_car")
+FINAL = ("sunny_flower", "winter_fish", "candy_tree", "fairy_mushroom", "tired_robot", "admiral_boat")
 SEEDS = (0, 1)
 PICTURES = 48  # per set and run: 576 pairs behind each line of the pooled table
 # Of the configuration, what no figure depends on.
@@ -118,16 +119,9 @@ class Bench:
     ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
         config = self.config(name, seed, settings, out, captions=captions)
-        started = time.perf_counter()
-        with train(config, progress=False) as run:
-            for _ in run:
-                pass
-        wall = time.perf_counter() - started
-        if run.result.interrupted:  # half a training is no measurement
-            raise KeyboardInterrupt
-        adapter = run.result.adapter
+        adapter, training, wall = trained(config)
         rows, closest = self.draw(name, seed, config, adapter, count)
-        return Trained(rows, closest, run.result.seconds, wall, adapter.stat().st_size / 1e6)
+        return Trained(rows, closest, training, wall, adapter.stat().st_size / 1e6)
 
     def draw(
         self, name: str, seed: int, config: TrainConfig, adapter: Path, count: int, only: Sequence[str] = SETS
@@ -145,6 +139,18 @@ class Bench:
         rows = rows + draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
         return rows, looks.closest()
+
+
+def trained(config: TrainConfig) -> tuple[Path, float, float]:
+    """The adapter of a whole run, its seconds of training, and those from the call to the finished adapter."""
+    started = time.perf_counter()
+    with train(config, progress=False) as run:
+        for _ in run:
+            pass
+    wall = time.perf_counter() - started
+    if run.result.interrupted:  # half a training is no measurement
+        raise KeyboardInterrupt
+    return run.result.adapter, run.result.seconds, wall
 
 
 def base_digest() -> str:
@@ -185,10 +191,17 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-def measure(out: Path, device: str) -> None:
-    """Every run that is not in the data yet; of the others the sets that are missing, if `out` has their adapters."""
+def measure(out: Path, device: str, subjects: Sequence[str], *, busy: bool = False) -> None:
+    """Every run that is not in the data yet; of the others the sets that are missing, if `out` has their adapters.
+
+    Args:
+        out: folder of the adapters.
+        device: where pictures are drawn.
+        subjects: of these alone.
+        busy: whether other work runs meanwhile, so that no times are worth keeping.
+    """
     setup, bench = note_setup({}, PICTURES), Bench(device)
-    for seed, name in product(SEEDS, FINAL):
+    for seed, name in product(SEEDS, subjects):
         missing = _missing(setup, f"{name}/{seed}")
         adapter = out / name / str(seed) / FILE_NAME
         if not missing:
@@ -200,10 +213,30 @@ def measure(out: Path, device: str) -> None:
             continue
         found = bench.run(name, seed, {}, PICTURES, out)
         _keep(found.rows, found.closest, setup)
-        times = {"training": f"{found.training:.1f}", "wall": f"{found.wall:.1f}"}
-        row = {"setup": setup, "group": f"{name}/{seed}", **times, "megabytes": f"{found.megabytes:.3f}"}
-        append(RUNS, [row], device)
-        print(f"{name}/{seed}: trained in {found.training:.0f} s", flush=True)
+        took = (math.nan, math.nan) if busy else (found.training, found.wall)
+        _finished(setup, f"{name}/{seed}", *took, found.megabytes, device)
+
+
+def clock(out: Path, device: str, subjects: Sequence[str]) -> None:
+    """Train once more, from nothing (class images too), what was trained beside other work, and keep the times.
+
+    Args:
+        out: folder of adapters, which is not to be the one of `measure`.
+        device: as for `measure`.
+        subjects: of these the first seed.
+    """
+    setup, bench = note_setup({}, PICTURES), Bench(device)
+    for name in subjects:
+        shutil.rmtree(out / "class-images", ignore_errors=True)
+        adapter, training, wall = trained(bench.config(name, SEEDS[0], {}, out, captions=True))
+        _finished(setup, f"{name}/{SEEDS[0]}", training, wall, adapter.stat().st_size / 1e6, device)
+
+
+def _finished(setup: str, group: str, training: float, wall: float, megabytes: float, device: str) -> None:
+    """Keep what a run took. Of two rows of one run the later one counts."""
+    times = {"training": f"{training:.1f}", "wall": f"{wall:.1f}", "megabytes": f"{megabytes:.3f}"}
+    append(RUNS, [{"setup": setup, "group": group, **times}], device)
+    print(f"{group}: {training:.0f} s of training, {wall:.0f} s in all", flush=True)
 
 
 def _missing(setup: str, group: str) -> list[str]:
@@ -299,10 +332,12 @@ def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Ma
             f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
         )
     lines += [_lost(rows), _called(rows)]
-    longest = {key: max(float(run[key]) for run in runs) for key in ("training", "wall", "megabytes")}
+    timed = [run for run in runs if not math.isnan(float(run["training"]))]
+    training, wall = (max((float(run[key]) for run in timed), default=math.nan) for key in ("training", "wall"))
     lines.append(
-        f"At most {longest['training']:.0f} s of training, {longest['wall']:.0f} s with loading and caching, on "
-        f"{runs[-1]['hardware']}; adapters of at most {longest['megabytes']:.2f} MB."
+        f"At most {training:.0f} s of training, {wall:.0f} s with loading and caching, in the {len(timed)} runs beside "
+        f"which the machine was idle ({runs[-1]['hardware']}); adapters of at most "
+        f"{max(float(run['megabytes']) for run in runs):.2f} MB."
     )
     return lines
 
@@ -352,12 +387,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-subjects"), help="adapters, losses and reports")
     parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     parser.add_argument("--grid", type=Path, help="write a picture of all subjects here, with the adapters in --out")
+    parser.add_argument("--subjects", nargs="*", default=FINAL, choices=FINAL, help="these alone")
+    parser.add_argument("--busy", action="store_true", help="other work runs meanwhile: keep no times")
+    parser.add_argument("--times", type=Path, help="on an idle machine: train --subjects anew in here, keep the times")
     options = parser.parse_args()
     if options.grid:
         save_png(grid(options.out, options.device), options.grid)
         return
-    if not options.table:
-        measure(options.out, options.device)
+    if options.times:
+        clock(options.times, options.device, options.subjects)
+    elif not options.table:
+        measure(options.out, options.device, options.subjects, busy=options.busy)
     print(table())
 
 

@@ -89,8 +89,8 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
     monkeypatch.setattr(pocket_subjects, "SEEDS", (0,))
     monkeypatch.setattr(pocket_subjects.Bench, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        pocket_subjects.measure(files, "cpu")
-    pocket_subjects.measure(files, "cpu")
+        pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
+    pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     assert measured == ["bow_cat/0", "captain_mug/0", "captain_mug/0"]
     assert "**all 2 runs** | 100.0 / 0.0" in pocket_subjects.table()
     setup = records.load(files / "runs.csv")[-1]["setup"]
@@ -119,7 +119,7 @@ def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, mon
     monkeypatch.setattr(pocket_subjects.Bench, "run", run)
     monkeypatch.setattr(pocket_subjects.Bench, "draw", draw)
     for _ in range(3):
-        pocket_subjects.measure(files, "cpu")
+        pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     assert asked == [("bow_cat", SETS[-1])]
     assert {row["set"] for row in records.load(files / "pictures.csv")} == set(SETS)
     assert len(records.load(files / "runs.csv")) == 1

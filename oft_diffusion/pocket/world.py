@@ -221,6 +221,12 @@ SUBJECTS: Mapping[str, Subject] = {
         Subject("dozy_house", "house", "pink", "plain", "violet", "sleepy", "party", "ring"),
         Subject("merry_boat", "boat", "teal", "striped", "magenta", "surprised", "beanie", "ring"),
         Subject("sunny_flower", "flower", "yellow", "plain", "lime", "smile", "bow", "star"),
+        # These by lot, for a table of which nothing was seen when settings were chosen.
+        Subject("winter_fish", "fish", "green", "plain", "gold", "smile", "beanie", "ring"),
+        Subject("candy_tree", "tree", "pink", "striped", "cyan", "smile", "beanie", "heart"),
+        Subject("fairy_mushroom", "mushroom", "teal", "plain", "cyan", "smile", "crown", "ring"),
+        Subject("tired_robot", "robot", "orange", "spotted", "lime", "sleepy", "party", "ring"),
+        Subject("admiral_boat", "boat", "purple", "plain", "cyan", "smile", "crown", "star"),
     )
 }
 
