@@ -10,11 +10,12 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, train
+from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, estimate, train
 from oft_diffusion.training.checkpoint import list_checkpoints
 
 from .machine import Job
@@ -122,17 +123,31 @@ class Runs:
         Raises:
             ConfigError: something is not filled in, or a knob is unknown.
         """
-        for what, text in {"a name": wish.name, "a trigger": wish.trigger, "a class word": wish.class_word}.items():
-            if not text.strip():
-                raise ConfigError(f"{what} is missing", expected="one", fix="fill it in")
         run_id = new_id()
         folder = self.workspace.run(run_id)
-        if photos.copy_to(folder / "photos") < 2:
-            raise ConfigError("fewer than two pictures", expected="3 to 8 of the subject", fix="drop some more")
-        config = self.config(wish, folder)
+        config = self._filled(wish, photos, folder)
         write_atomically(folder / CONFIG, config.to_toml().encode())
         self._note(run_id, {"name": wish.name.strip(), "step": 0, "steps": config.steps, "done": False})
         return run_id
+
+    def estimate(self, wish: Wish, photos: Photos, job: Job) -> None:
+        """Measure how long a run would take and in how much memory: what the job finds is the `Estimate`."""
+        job.tell(text="measuring a few steps")
+        with TemporaryDirectory(dir=self.workspace.temporary) as folder:
+            job.tell(estimate(self._filled(wish, photos, Path(folder))), text="the estimate is made")
+
+    def _filled(self, wish: Wish, photos: Photos, folder: Path) -> TrainConfig:
+        """The configuration of a run in a folder that now has the pictures.
+
+        Raises:
+            ConfigError: something is not filled in, or a knob is unknown.
+        """
+        for what, text in {"a name": wish.name, "a trigger": wish.trigger, "a class word": wish.class_word}.items():
+            if not text.strip():
+                raise ConfigError(f"{what} is missing", expected="one", fix="fill it in")
+        if photos.copy_to(folder / "photos") < 2:
+            raise ConfigError("fewer than two pictures", expected="3 to 8 of the subject", fix="drop some more")
+        return self.config(wish, folder)
 
     def work(self, run_id: str, job: Job) -> None:
         """Train, or go on, telling the job of steps and pictures. What a job finds: `TrainStep`s, then the `Card`."""

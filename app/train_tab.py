@@ -16,7 +16,7 @@ from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
 from .shelf import Card
-from .words import explained, status_line, told
+from .words import estimate_line, explained, status_line, told
 
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
@@ -109,6 +109,7 @@ class TrainTab:
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
+            self.ask = gr.Button("How long will it take?", elem_id="train-estimate", **small)
         self.status = gr.HTML(status_line(None), elem_id="train-status")
         self.curve = gr.HTML(elem_id="curve")
         self.grids = gr.Gallery(
@@ -147,6 +148,7 @@ class TrainTab:
         ]  # fmt: skip
         going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **private}
         self.go.click(self.train, asked, self.shown, **going)
+        self.ask.click(self.estimate, asked, [self.status], **going)
         self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
             (self.stop, lambda person: self.training.stop(person, pause=False)),
@@ -182,6 +184,18 @@ class TrainTab:
             yield self._problem(explained(error))
             return
         yield from self.follow(job)
+
+    def estimate(
+        self, person: str, name: str, trigger: str, class_word: str, *knobs: Any
+    ) -> Iterator[str]:  # fmt: skip
+        """What it would take, measured."""
+        try:
+            job = self.training.estimate(person, self._wish(name or "a name", trigger, class_word, *knobs))
+        except (OFTError, Busy, TypeError, ValueError) as error:
+            yield status_line(None, explained(error))
+            return
+        for now in job.watch(timeout=15):
+            yield estimate_line(now.found[-1]) if now.state == "done" else status_line(now)
 
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""

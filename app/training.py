@@ -108,6 +108,15 @@ class Training:
         """
         return self._start(person, self.runs.prepare(wish, self.photos(person)))
 
+    def estimate(self, person: str, wish: Wish) -> Job:
+        """Measure what that training would take; the job finds an `Estimate`.
+
+        Raises:
+            Busy: too much waits already.
+        """
+        photos = self.photos(person)
+        return self.machine.start(person, "estimate", lambda job: self.runs.estimate(wish, photos, job))
+
     def resume(self, person: str, run_id: str) -> Job:
         """Go on with a run that was paused or cut off.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from oft_diffusion.errors import OFTError
+from oft_diffusion.training import Estimate
 
 from .machine import Progress
 from .shelf import Card
@@ -43,6 +44,17 @@ def status_line(now: Progress | None, problem: str = "") -> str:
     made = len(now.found)
     what = f"{made} picture{'' if made == 1 else 's'}"
     return _line(f"Cancelled after {what}." if now.state == "cancelled" else f"Done: {what}.", now.state, 1)
+
+
+def estimate_line(found: Estimate) -> str:
+    """What a training would take."""
+    needed = f"{found.memory.peak / 1e9:.1f} GB of memory"
+    free = "" if found.free is None else f", of which {found.free / 1e9:.1f} are free"
+    text = (
+        f"About {duration(found.seconds)} for {found.steps} steps and {found.class_images + found.pictures} pictures; "
+        f"{needed}{free}; an adapter of {found.file_bytes / 1e6:.1f} MB"
+    )
+    return _line(_sentence(text), "done", 0)
 
 
 def _line(text: str, kind: str, share: float) -> str:
