@@ -22,8 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: the model cannot be loaded, or the options would open the app to everyone.
     """
-    options = _parser().parse_args(arguments)
-    auth = _auth(options)
+    options, auth = arguments_of(arguments)
     workspace = options.workspace.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "temporary")  # before gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -38,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         session.machine.stop()
     return 0
+
+
+def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]] | None]:
+    """The options, and who may come in: everyone, where it is None.
+
+    Raises:
+        ConfigError: they would open the app to people without a password.
+    """
+    options = _parser().parse_args(arguments)
+    return options, _auth(options)
 
 
 def served(
