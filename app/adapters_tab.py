@@ -16,7 +16,10 @@ from .words import card_page, cards_page, explained, told
 # A card is a button; which one was clicked, its id tells.
 _CLICKED = """element.addEventListener('click', event => {
   const card = event.target.closest('[data-id]')
-  if (card) trigger('click', {id: card.dataset.id})
+  if (!card) return
+  trigger('click', {id: card.dataset.id})
+  const about = document.getElementById('shelf-adapter') // on a phone it lies below the cards
+  if (about.getBoundingClientRect().top > innerHeight) about.scrollIntoView({behavior: 'smooth'})
 })"""
 
 
@@ -31,10 +34,10 @@ class AdaptersTab:
         self.session = session
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED)
+                self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED, apply_default_css=False)
             with gr.Column(scale=4, min_width=320):
                 self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
-                self.about = gr.HTML(elem_id="about")
+                self.about = gr.HTML(elem_id="about", apply_default_css=False)
                 self.note = gr.HTML(told(""), elem_id="shelf-note")
                 with gr.Accordion("Take in a file, of any tool", open=False):
                     self.file = gr.File(
@@ -49,7 +52,9 @@ class AdaptersTab:
                         [(text, key) for key, text in EXPORTS.items()], value="oft", label="As", elem_id="export-format"
                     )
                     self.export = gr.Button("Make the file", elem_id="export")
-                    self.made = gr.File(label="File", interactive=False, height=90, elem_id="exported")
+                    self.made = gr.File(
+                        label="File", interactive=False, height=90, visible=False, elem_id="exported"
+                    )  # fmt: skip
                 with gr.Accordion("One adapter of two", open=False):
                     self.second = gr.Dropdown([], label="And", elem_id="second")
                     self.share = gr.Slider(
@@ -95,7 +100,7 @@ class AdaptersTab:
 
     def refresh(self, *notes: str) -> tuple[Any, ...]:
         """Notes, the cards, and every menu of adapters."""
-        cards = [(card, self.session.fits(card)) for card in self.session.shelf.cards()]
+        cards = [(self.session.known(card), self.session.fits(card)) for card in self.session.shelf.cards()]
         return told(*notes), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
 
     def choose(self, event: gr.EventData) -> Any:
@@ -109,7 +114,7 @@ class AdaptersTab:
             card = self.session.shelf.card(adapter or "")
         except OFTError:
             return "", ""
-        return card_page(card, self.session.fits(card)), card.name
+        return card_page(self.session.known(card), self.session.fits(card)), card.name
 
     def take_in(self, path: str | None, component: str) -> tuple[Any, ...]:
         """A file of any tool, and what is to be known of it."""
@@ -140,8 +145,8 @@ class AdaptersTab:
         try:
             path, notes = self.session.export(adapter, to)
         except OFTError as error:
-            return told(explained(error)), None
-        return told("Here it is", *notes), str(path)
+            return told(explained(error)), gr.update(value=None, visible=False)
+        return told("Here it is", *notes), gr.update(value=str(path), visible=True)
 
     def _done(self, act: Callable[[], object], note: str) -> tuple[Any, ...]:
         try:

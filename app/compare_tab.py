@@ -13,7 +13,7 @@ from oft_diffusion.errors import OFTError
 from .drawing import Request, seeds_from
 from .machine import Busy, Job
 from .session import Session
-from .words import explained, status_line
+from .words import empty, explained, status_line
 
 WAYS = {
     "with and without": "The base, and the base with the adapter, on the same seeds.",
@@ -35,7 +35,7 @@ class CompareTab:
             with gr.Column(scale=4, min_width=320):
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt")
                 self.way = gr.Radio(list(WAYS), value="with and without", label="Compare", elem_id="way")
-                self.about = gr.Markdown(WAYS["with and without"])
+                self.about = gr.Markdown(WAYS["with and without"], elem_classes="hint")
                 self.adapter = gr.Dropdown([], label="Adapter", elem_id="compare-adapter")
                 self.others = gr.Dropdown(
                     [], multiselect=True, label="Adapters", visible=False, elem_id="compare-adapters"
@@ -52,14 +52,17 @@ class CompareTab:
                     self.guidance = gr.Slider(0, 20, own.guidance, step=0.5, label="Guidance")
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
-                    self.go = gr.Button("Compare", variant="primary", elem_id="compare")
-                    self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="compare-cancel")
+                    self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
+                    self.cancel = gr.Button(
+                        "Cancel", variant="stop", interactive=False, elem_id="compare-cancel", min_width=120
+                    )  # fmt: skip
                 self.status = gr.HTML(status_line(None), elem_id="compare-status")
+                gr.HTML(empty("What is compared will be here."), elem_id="compare-empty")
                 self.slider = gr.ImageSlider(
-                    label="Left the base, right with the adapter", interactive=False, visible=False, max_height=520,
+                    label="Left without, right with the adapter", interactive=False, visible=False, max_height=520,
                     elem_id="slider", buttons=["fullscreen"],
                 )  # fmt: skip
-                self.which = gr.Slider(1, 2, 1, step=1, label="Which seed", visible=False, elem_id="which")
+                self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
                 self.sheet = gr.Image(
                     type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
                     alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],

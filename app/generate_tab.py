@@ -57,15 +57,17 @@ class GenerateTab:
                     )
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-                    self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+                    self.go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                    self.cancel = gr.Button(
+                        "Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120
+                    )  # fmt: skip
                 self.status = gr.HTML(status_line(None), elem_id="status")
                 self.preview = gr.Image(
                     label="Unfinished", visible=False, interactive=False, height=260, alt_text="The picture so far",
                     buttons=[], elem_id="preview",
                 )  # fmt: skip
                 self.pictures = gr.Gallery(
-                    label="Pictures", columns=2, object_fit="contain", height=460, interactive=False,
+                    label="Pictures", columns=2, object_fit="contain", height=680, interactive=False,
                     elem_id="pictures", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.recall = gr.File(
@@ -84,7 +86,7 @@ class GenerateTab:
     def _slot(self, index: int) -> tuple[gr.Dropdown, gr.Slider]:
         with gr.Row(equal_height=True):
             adapter = gr.Dropdown(
-                choices=[("none", NONE)], value=NONE, label=("Adapter", "then", "then")[index], scale=3, min_width=140,
+                choices=[("none", NONE)], value=NONE, label=("Adapter", "then", "then")[index], scale=3, min_width=160,
                 elem_id=f"adapter-{index}",
             )  # fmt: skip
             strength = gr.Slider(
@@ -95,8 +97,8 @@ class GenerateTab:
 
     def _seed(self) -> tuple[gr.Number, gr.Checkbox]:
         with gr.Row(equal_height=True):
-            seed = gr.Number(value=0, precision=0, minimum=0, label="Seed of the first picture", elem_id="seed")
-            fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed")
+            seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="seed", min_width=120)
+            fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed", min_width=120)
         return seed, fixed
 
     def _settings(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def build(session: Session) -> gr.Blocks:
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
-            f"anywhere under *Generate*. Works on {session.model.device}.",
+            f"anywhere under *Generate*. {_where(session.model.device)}",
             elem_id="title",
         )
         with gr.Tab("Generate", id="generate"):
@@ -53,3 +53,7 @@ def build(session: Session) -> gr.Blocks:
         known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **private)
         known.then(training.again, [person], training.shown, concurrency_limit=None, **private)
     return page
+
+
+def _where(device: str) -> str:
+    return "Works on the processor." if device == "cpu" else f"Works on {device}."

@@ -31,7 +31,7 @@ class PhotosBox:
             file_types=["image", ".txt"], height=160, elem_id="photos-drop",
         )  # fmt: skip
         examples = training.examples()
-        with gr.Row(visible=bool(examples), equal_height=True):
+        with gr.Row(visible=bool(examples)):
             self.example = gr.Dropdown(
                 [(name.replace("_", " "), name) for name in examples], value=None, scale=3, min_width=150,
                 label="Nothing at hand? Try an example", elem_id="photos-example",

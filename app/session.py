@@ -136,7 +136,7 @@ class Session:
             grid = labelled_grid(images, row_labels=list(labels), column_labels=seeds)
             told = {"prompt": rows[0].prompt, "rows": list(labels), "seeds": list(rows[0].seeds)}
             job.tell(*(zip(*drawn, strict=True) if pairs else ()))
-            job.tell(save_png(grid, folder / f"{new_id()}.png", told))
+            job.tell(save_png(grid, folder / f"{new_id()}.png", told), text=f"compared {cells} pictures")
 
         return self.machine.start(person, "compare", work)
 
@@ -197,6 +197,10 @@ class Session:
     def fits(self, card: Card) -> str:
         """Why an adapter cannot be used here; empty where it can."""
         return self.shelf.fits(card, self.model.parts())
+
+    def known(self, card: Card) -> Card:
+        """The card, with this model's name where it was trained on this one: its folder's says little."""
+        return dataclasses.replace(card, base=self.abilities.model) if self.model.is_called(card.base) else card
 
     def fitting(self) -> list[Card]:
         """The adapters that can be used here, newest first."""

@@ -16,7 +16,7 @@ from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
 from .shelf import Card
-from .words import estimate_line, explained, status_line, told
+from .words import empty, estimate_line, explained, status_line, told
 
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
@@ -102,15 +102,16 @@ class TrainTab:
 
     def _progress(self) -> None:
         with gr.Row():
-            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=120)
-            self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=120)
-            self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=120)
+            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=90)
+            self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=90)
+            self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=90)
         with gr.Row():
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
             self.ask = gr.Button("How long will it take?", elem_id="train-estimate", **small)
         self.status = gr.HTML(status_line(None), elem_id="train-status")
+        gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
         self.curve = gr.HTML(elem_id="curve")
         self.grids = gr.Gallery(
             show_label=False, columns=3, height=420, object_fit="contain", interactive=False,
@@ -122,7 +123,7 @@ class TrainTab:
             self.packed = gr.File(
                 label="Unpack it there", interactive=False, height=90, visible=False, elem_id="packed"
             )
-        with gr.Accordion("Go on with a run that was paused or cut off", open=False):
+        with gr.Accordion("Go on with an earlier run", open=False):
             self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
             self.resume = gr.Button("Go on", elem_id="train-resume")
 

@@ -39,7 +39,7 @@ def status_line(now: Progress | None, problem: str = "") -> str:
         return _line(f"{_sentence(now.text or 'working').rstrip('.')}{left}.", "working", now.done / max(1, now.total))
     if now.state == "failed":
         return _line(_sentence(now.error), "problem", 0)
-    if now.text.startswith(("the adapter", "paused")):
+    if now.text.startswith(("the adapter", "paused", "compared")):
         return _line(_sentence(now.text), now.state, 1)
     made = len(now.found)
     what = f"{made} picture{'' if made == 1 else 's'}"
@@ -80,10 +80,15 @@ def told(*notes: str) -> str:
     return f'<div class="note" role="status">{text}</div>'
 
 
+def empty(text: str) -> str:
+    """In the place of what is not there yet."""
+    return f'<p class="empty">{escape(text)}</p>'
+
+
 def cards_page(cards: Sequence[tuple[Card, str]]) -> str:
     """All adapters, as cards; beside each why it cannot be used here, or nothing."""
     if not cards:
-        return '<p class="empty">No adapters yet: train one, or take in a file.</p>'
+        return empty("No adapters yet: train one, or take in a file.")
     return f'<div class="cards">{"".join(_card(card, problem) for card, problem in cards)}</div>'
 
 
@@ -95,10 +100,11 @@ def card_page(card: Card, problem: str) -> str:
         "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
         "Orthogonality error": f"{card.error:.0e}",
         "Recommended strength": f"{card.strength:g}",
-        "File": f"{card.bytes / 1e6:.2f} MB, {card.created[:16].replace('T', ' ')}",
+        "File": f"{card.bytes / 1e6:.2f} MB",
+        "Made": card.created[:16].replace("T", " "),
     }
     warning = f'<p class="status problem">{escape(_sentence(problem))}</p>' if problem else ""
-    settings = {name.replace("_", " "): _shown(value) for name, value in card.training.items()}
+    settings = {name.replace("_", " "): text for name, value in card.training.items() if (text := _shown(value))}
     more = f"<details><summary>How it was trained</summary>{_table(settings)}</details>" if settings else ""
     return f"{warning}{_table(rows)}{more}"
 
@@ -111,7 +117,8 @@ def _table(rows: Mapping[str, str]) -> str:
 def _card(card: Card, problem: str) -> str:
     cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
-    sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {escape(card.created[:10])}"
+    made = f"<time>{escape(card.created[:10])}</time>"
+    sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"
     misfit = f'<br><span class="misfit">{escape(problem)}</span>' if problem else ""
     return (
         f'<button type="button" class="card" data-id="{escape(card.id)}">{cover}<span><b>{escape(card.name)}</b><br>'
@@ -120,5 +127,8 @@ def _card(card: Card, problem: str) -> str:
 
 
 def _shown(value: object) -> str:
+    """Empty where there is nothing."""
+    if value is None:
+        return ""
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 200 else f"{text[:199]}…"
