@@ -89,8 +89,8 @@ class CompareTab:
 
     def runs(self) -> list[tuple[str, str]]:
         """Those that have checkpoints, for the menu."""
-        earlier = self.session.training.runs.earlier()
-        return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in earlier]
+        runs = self.session.training.runs.with_checkpoints()
+        return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in runs]
 
     def compare(self, person: str, way: str, prompt: str, *asked: Any) -> Iterator[tuple[Any, ...]]:
         """Draw what is to be compared, and show how it goes."""

@@ -51,6 +51,7 @@ def build(session: Session) -> gr.Blocks:
         known.then(shelf.refresh, None, shelf.changed, **private)
         known.then(training.look, [person], training.looked, **private)
         known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **private)
+        known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **private)
         known.then(training.again, [person], training.shown, concurrency_limit=None, **private)
     return page
 

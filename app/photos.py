@@ -119,15 +119,17 @@ class Photos:
         for path in self._paths():
             self.remove(path.stem)
 
-    def copy_to(self, folder: Path) -> int:
-        """Copy pictures and captions into a folder, numbered; how many there are."""
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._paths())
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy pictures and captions into a folder, numbered."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = self._paths()
-        for number, path in enumerate(paths, 1):
+        for number, path in enumerate(self._paths(), 1):
             for source in (path, path.with_suffix(".txt")):
                 if source.is_file():
                     shutil.copyfile(source, folder / f"{number:02d}{source.suffix}")
-        return len(paths)
 
     def _take(self, path: Path) -> str:
         if path.stat().st_size > LARGEST_FILE:

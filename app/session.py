@@ -108,7 +108,7 @@ class Session:
         Raises:
             OFTError, Busy: there is no such run, or it makes too many pictures.
         """
-        run = next((run for run in self.training.runs.earlier() if run.id == run_id), None)
+        run = next((run for run in self.training.runs.with_checkpoints() if run.id == run_id), None)
         if run is None:
             raise ConfigError("there is no such run", expected="one with checkpoints", fix="choose one")
         rows, labels = [], []

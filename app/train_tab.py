@@ -16,7 +16,7 @@ from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
 from .shelf import Card
-from .words import empty, estimate_line, explained, status_line, told
+from .words import empty, explained, status_line, told
 
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
@@ -51,6 +51,7 @@ class TrainTab:
                 self._words()
                 with gr.Accordion("Settings", open=False):
                     self._settings()
+                self._estimate()
             with gr.Column(scale=5, min_width=320):
                 self._progress()
         self._wire()
@@ -100,6 +101,14 @@ class TrainTab:
             label="Prompts to look at while it trains, one per line",
         )  # fmt: skip
 
+    def _estimate(self) -> None:
+        with gr.Row():
+            self.ask = gr.Button("How long will it take?", elem_id="estimate", size="sm", min_width=120)
+            self.cancel_ask = gr.Button(
+                "Cancel", variant="stop", interactive=False, elem_id="estimate-cancel", size="sm", min_width=90
+            )
+        self.estimated = gr.HTML(visible=False, elem_id="estimated")
+
     def _progress(self) -> None:
         with gr.Row():
             self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=90)
@@ -109,7 +118,6 @@ class TrainTab:
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
-            self.ask = gr.Button("How long will it take?", elem_id="train-estimate", **small)
         self.status = gr.HTML(status_line(None), elem_id="train-status")
         gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
         self.curve = gr.HTML(elem_id="curve")
@@ -149,7 +157,9 @@ class TrainTab:
         ]  # fmt: skip
         going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **private}
         self.go.click(self.train, asked, self.shown, **going)
-        self.ask.click(self.estimate, asked, [self.status], **going)
+        self.measured = [self.estimated, self.ask, self.cancel_ask]
+        self.ask.click(self.estimate, asked, self.measured, **going)
+        self.cancel_ask.click(self.stop_estimate, [self.person], None, queue=False, **private)
         self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
             (self.stop, lambda person: self.training.stop(person, pause=False)),
@@ -188,15 +198,35 @@ class TrainTab:
 
     def estimate(
         self, person: str, name: str, trigger: str, class_word: str, *knobs: Any
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """What it would take, measured."""
         try:
-            job = self.training.estimate(person, self._wish(name or "a name", trigger, class_word, *knobs))
+            job = self.training.estimate(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, Busy, TypeError, ValueError) as error:
-            yield status_line(None, explained(error))
+            yield gr.update(value=status_line(None, explained(error)), visible=True), gr.skip(), gr.skip()
             return
+        yield from self._follow_estimate(job)
+
+    def estimate_again(self, person: str) -> Iterator[tuple[Any, ...]]:
+        """After a reload: the estimate that is being made."""
+        job = self.machine.newest(person, "estimate")
+        if job is None or job.progress.ended:
+            yield (gr.skip(),) * len(self.measured)  # of no answer, gradio would make empty ones
+        else:
+            yield from self._follow_estimate(job)
+
+    def _follow_estimate(self, job: Job) -> Iterator[tuple[Any, ...]]:
         for now in job.watch(timeout=15):
-            yield estimate_line(now.found[-1]) if now.state == "done" else status_line(now)
+            ended = now.ended
+            yield (
+                gr.update(value=status_line(now), visible=True),
+                gr.update(interactive=ended),
+                gr.update(interactive=not ended),
+            )
+
+    def stop_estimate(self, person: str) -> None:
+        """Cancel this person's estimate."""
+        self.machine.cancel_newest(person, "estimate")
 
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""
@@ -262,5 +292,5 @@ class TrainTab:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
     def _earlier(self) -> list[tuple[str, str]]:
-        unfinished = self.training.runs.unfinished()
+        unfinished = self.training.unfinished()
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

@@ -22,7 +22,20 @@ def explained(error: BaseException) -> str:
 def duration(seconds: float) -> str:
     """`75` as "1 min 15 s"."""
     whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def roughly(seconds: float) -> str:
+    """A duration that was measured by a small part of it: `75` as "1 minute"."""
+    if seconds < 55:
+        return f"{max(10, round(seconds, -1)):.0f} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return _several(minutes, "minute")
+    rest = f" {minutes % 60} min" if minutes < 600 else ""  # nobody plans a night by the minute
+    return f"{minutes // 60} h{rest}"
 
 
 def status_line(now: Progress | None, problem: str = "") -> str:
@@ -31,6 +44,8 @@ def status_line(now: Progress | None, problem: str = "") -> str:
         return _line(problem, "problem", 0)
     if now is None:
         return _line("Ready.", "ready", 0)
+    if now.found and isinstance(now.found[-1], Estimate):
+        return _estimate_line(now.found[-1])
     if now.state == "waiting":
         others = "one other job" if now.ahead == 1 else f"{now.ahead} other jobs"
         return _line(f"Waiting for {others}." if now.ahead else "Starting.", "waiting", 0)
@@ -39,22 +54,24 @@ def status_line(now: Progress | None, problem: str = "") -> str:
         return _line(f"{_sentence(now.text or 'working').rstrip('.')}{left}.", "working", now.done / max(1, now.total))
     if now.state == "failed":
         return _line(_sentence(now.error), "problem", 0)
-    if now.text.startswith(("the adapter", "paused", "compared")):
+    if now.text.startswith(("the adapter", "paused", "stopped", "compared")):
         return _line(_sentence(now.text), now.state, 1)
-    made = len(now.found)
-    what = f"{made} picture{'' if made == 1 else 's'}"
+    what = _several(len(now.found), "picture")
+    if now.state == "cancelled" and not now.found:
+        return _line("Cancelled.", now.state, 1)
     return _line(f"Cancelled after {what}." if now.state == "cancelled" else f"Done: {what}.", now.state, 1)
 
 
-def estimate_line(found: Estimate) -> str:
+def _estimate_line(found: Estimate) -> str:
     """What a training would take."""
+    pictures = found.class_images + found.pictures
+    time = f"About {roughly(found.seconds)}, for {_several(found.steps, 'step')} and {_several(pictures, 'picture')}."
     needed = f"{found.memory.peak / 1e9:.1f} GB of memory"
-    free = "" if found.free is None else f", of which {found.free / 1e9:.1f} are free"
-    text = (
-        f"About {duration(found.seconds)} for {found.steps} steps and {found.class_images + found.pictures} pictures; "
-        f"{needed}{free}; an adapter of {found.file_bytes / 1e6:.1f} MB"
-    )
-    return _line(_sentence(text), "done", 0)
+    if found.fits is False:
+        short = f"It will not fit: it takes {needed}, and {(found.free or 0) / 1e9:.1f} GB are free."
+        return _line(f"{short} Close other programs, or choose settings for less memory. {time}", "problem", 0)
+    free = "" if found.free is None else f", and {found.free / 1e9:.1f} GB are free"
+    return _line(f"{time} It takes {needed}{free}. The adapter has {found.file_bytes / 1e6:.1f} MB.", "done", 0)
 
 
 def _line(text: str, kind: str, share: float) -> str:
@@ -67,9 +84,13 @@ def _line(text: str, kind: str, share: float) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    if text.partition(" ")[0].isalpha():  # not a file's name, nor a knob's
+    if text.partition(" ")[0].rstrip(":").isalpha():  # not a file's name, nor a knob's
         text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def told(*notes: str) -> str:

@@ -269,6 +269,27 @@ def test_training_afterwards_is_as_without(config: Config, run: Run, tmp_path: P
     assert found[0].fits is not False
 
 
+class Enough(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("part", ["loading", "encoding", "class images", "step 1 ", "step 6 ", "drawing pictures"])
+def test_what_is_raised_between_parts_ends_it_without_a_trace(part: str, config: Config, tmp_path: Path) -> None:
+    settings = config(validation_prompts=["a dog"], **PRIOR)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+
+    def end(told: str) -> None:
+        if part in told:
+            raise Enough
+
+    with pytest.raises(Enough):
+        estimate(settings, end)
+    assert torch.get_rng_state().equal(state)
+    assert not AcceleratorState._shared_state
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_class_images_are_stood_for_by_instance_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(**PRIOR, batch_size=2, class_prompts=["a dog", "a red mug"])
     original = Batches.at
