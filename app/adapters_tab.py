@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import gradio as gr
 
 from oft_diffusion.errors import OFTError
 
+from .events import PRIVATE
 from .session import EXPORTS, Session
+from .shelf import Card
 from .words import card_page, cards_page, explained, told
 
 # A card is a button; which one was clicked, its id tells.
@@ -23,14 +25,28 @@ _CLICKED = """element.addEventListener('click', event => {
 })"""
 
 
+Cards = Sequence[tuple[Card, str]]  # adapters, and beside each why it cannot be used, or nothing
+Choices = list[tuple[str, str]]  # name and id
+
+
+def all_of(cards: Cards) -> Choices:
+    """Every adapter."""
+    return [(card.name, card.id) for card, _ in cards]
+
+
+def usable(cards: Cards) -> Choices:
+    """Those that can be used with this model."""
+    return [(card.name, card.id) for card, problem in cards if not problem]
+
+
 class AdaptersTab:
     """Its components, and what they do.
 
     Attributes:
-        menus: components whose choices are the adapters, here and in other tabs: `refresh` fills them.
+        menus: components whose choices depend on the adapters, here and in other tabs: `refresh` fills them.
     """
 
-    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[], Any]]]) -> None:
+    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[Cards], Choices]]]) -> None:
         self.session = session
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -69,44 +85,39 @@ class AdaptersTab:
                     self.rename = gr.Button("Rename", elem_id="rename")
                     self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
                     self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
-        self.menus = [(self.chosen, self.choices), (self.second, self.choices), *menus]
+        self.menus = [(self.chosen, all_of), (self.second, all_of), *menus]
 
     def wire(self) -> None:
         """Connect everything, once all menus are known."""
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
         look = [self.about, self.name]
-        self.all.click(self.choose, None, [self.chosen], queue=False, **private)
-        self.chosen.change(self.look, [self.chosen], look, queue=False, **private)
-        self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **private)
-        self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **private)
-        self.rename.click(self.call, [self.chosen, self.name], changed, **private).then(
-            self.look, [self.chosen], look, **private
+        self.all.click(self.choose, None, [self.chosen], queue=False, **PRIVATE)
+        self.chosen.change(self.look, [self.chosen], look, queue=False, **PRIVATE)
+        self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **PRIVATE)
+        self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **PRIVATE)
+        self.rename.click(self.call, [self.chosen, self.name], changed, **PRIVATE).then(
+            self.look, [self.chosen], look, **PRIVATE
         )
-        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **private)
+        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **PRIVATE)
         for button, how in ((self.interpolate, "interpolate"), (self.compose, "compose")):
             button.click(
                 lambda first, second, share, how=how: self.combine(how, first, second, share),
-                [self.chosen, self.second, self.share], changed, **private,
+                [self.chosen, self.second, self.share], changed, **PRIVATE,
             )  # fmt: skip
-        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **private)
+        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **PRIVATE)
         self.changed = changed
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def choices(self) -> list[tuple[str, str]]:
-        """Of this tab's menus."""
-        return [(card.name, card.id) for card in self.session.shelf.cards()]
-
     def refresh(self, *notes: str) -> tuple[Any, ...]:
         """Notes, the cards, and every menu of adapters."""
-        cards = [(self.session.known(card), self.session.fits(card)) for card in self.session.shelf.cards()]
-        return told(*notes), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
+        cards = self.session.cards()
+        return told(*notes), cards_page(cards), *(gr.update(choices=choices(cards)) for _, choices in self.menus)
 
     def choose(self, event: gr.EventData) -> Any:
         """The adapter whose card was clicked."""
         clicked = str(getattr(event, "id", ""))
-        return clicked if clicked in {card for _, card in self.choices()} else gr.skip()
+        return clicked if clicked in {card.id for card in self.session.shelf.cards()} else gr.skip()
 
     def look(self, adapter: str | None) -> tuple[str, str]:
         """What the chosen adapter is."""

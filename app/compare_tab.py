@@ -11,6 +11,7 @@ import gradio as gr
 from oft_diffusion.errors import OFTError
 
 from .drawing import Request, seeds_from
+from .events import PRIVATE
 from .machine import Busy, Job
 from .session import Session
 from .words import empty, explained, status_line
@@ -70,17 +71,16 @@ class CompareTab:
         self._wire()
 
     def _wire(self) -> None:
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asked = [
             self.person, self.way, self.prompt, self.adapter, self.others, self.run, self.strengths, self.seed,
             self.count, self.steps, self.guidance,
         ]  # fmt: skip
         self.shown = [self.status, self.slider, self.which, self.sheet, self.go, self.cancel]
-        self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **private)
-        self.cancel.click(self.stop, [self.person], None, queue=False, **private)
+        self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         asking = [self.about, self.adapter, self.others, self.run, self.strengths]
-        self.way.change(self.choose, [self.way], asking, queue=False, **private)
-        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **private)
+        self.way.change(self.choose, [self.way], asking, queue=False, **PRIVATE)
+        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
 
     def choose(self, way: str) -> tuple[Any, ...]:
         """Show what this way asks for."""

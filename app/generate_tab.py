@@ -11,8 +11,9 @@ import gradio as gr
 from oft_diffusion.errors import OFTError
 
 from .drawing import MOST_PICTURES, MOST_STEPS, Request, seeds_from
-from .machine import Busy, Job, Progress
-from .session import Session, opened
+from .events import PRIVATE
+from .machine import Busy, Job
+from .session import Session
 from .shelf import Card
 from .words import explained, status_line
 
@@ -127,23 +128,22 @@ class GenerateTab:
             self.change,
         ]  # fmt: skip
         shown = [self.status, self.preview, self.pictures, self.history, self.seed, self.go, self.cancel]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         for event in (self.go.click, self.prompt.submit):
-            event(self.draw, asked, shown, concurrency_limit=None, trigger_mode="once", **private)
-        self.cancel.click(self.stop, [self.person], None, queue=False, **private)
+            event(self.draw, asked, shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         chosen = [self.prompt, *(adapter for adapter, _ in self.slots)]
         for component in chosen:
             component.change(  # type: ignore[attr-defined]
-                self.look, chosen, [self.triggers, self.warning], queue=False, **private
+                self.look, chosen, [self.triggers, self.warning], queue=False, **PRIVATE
             )
         for adapter, strength in self.slots:
-            adapter.input(self.recommended, [adapter], [strength], queue=False, **private)
-        self.triggers.click(self.insert, [self.triggers, *chosen], [self.prompt], queue=False, **private)
+            adapter.input(self.recommended, [adapter], [strength], queue=False, **PRIVATE)
+        self.triggers.click(self.insert, [self.triggers, *chosen], [self.prompt], queue=False, **PRIVATE)
         taken = [
             self.prompt, self.negative, *slots, self.seed, self.fixed,
             *(self.settings[name] for name in ("steps", "guidance", "scheduler", "width", "height")), self.recall,
         ]  # fmt: skip
-        self.recall.upload(self.take_over, [self.recall], taken, **private)
+        self.recall.upload(self.take_over, [self.recall], taken, **PRIVATE)
         self.shown = shown
 
     # -- actions -----------------------------------------------------------------------------------------------------
@@ -239,10 +239,6 @@ class GenerateTab:
             request.scheduler or own.schedulers[0], request.width or own.size, request.height or own.size, None,
         )  # fmt: skip
 
-    def choices(self) -> list[tuple[str, str]]:
-        """Of the adapter menus."""
-        return [("none", NONE), *((card.name, card.id) for card in self.session.fitting())]
-
     def _cards(self, adapters: Sequence[str]) -> list[Card]:
         cards = []
         for adapter in adapters:
@@ -266,6 +262,3 @@ def insert_phrase(prompt: str, phrase: str) -> str:
         if class_word and word.strip(",.").lower() == class_word.lower():
             return " ".join([*words[:i], trigger, *words[i:]])
     return f"a {phrase} {prompt}".strip()
-
-
-__all__ = ["GenerateTab", "Progress", "insert_phrase", "opened"]

@@ -65,7 +65,8 @@ footer { display: none !important; }
   .tab-container button { padding-left: 0.55rem; padding-right: 0.55rem; } /* all four have room at 360 pixels */
   label.float { font-size: 0.8rem; }
   button.lg { padding-left: 0.5rem; padding-right: 0.5rem; font-size: 0.95rem; }
-  #pictures, #pictures .grid-wrap { height: auto !important; min-height: 320px; } #pictures > .empty { min-height: 318px; }
+  #pictures, #pictures .grid-wrap { height: auto !important; min-height: 320px; }
+  #pictures > .empty { min-height: 318px; }
 }
 """
 # Gradio confines CSS to what lies within the page; its own margins lie around it.

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from oft_diffusion.disk import write_atomically
-from oft_diffusion.errors import ConfigError, OFTError
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, estimate, train
 from oft_diffusion.training.checkpoint import list_checkpoints
 
@@ -284,6 +284,3 @@ def _tell(job: Job, step: TrainStep) -> None:
     job.tell(
         step, text=f"step {step.step} of {step.steps}", done=step.step, total=step.steps, seconds_left=step.seconds_left
     )
-
-
-__all__ = ["Card", "Earlier", "OFTError", "Runs", "Wish"]

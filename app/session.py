@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from oft_diffusion.arithmetic import compose, interpolate
 from oft_diffusion.convert import convert
@@ -19,7 +18,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.generate import Picture
 from oft_diffusion.images import labelled_grid, read_settings, save_png
 
-from .drawing import Abilities, Request, check, newest_first, seeds_from
+from .drawing import Abilities, Request, check, newest_first
 from .machine import Job, Machine
 from .model import Model
 from .shelf import Card, Shelf, read_card
@@ -202,9 +201,13 @@ class Session:
         """The card, with this model's name where it was trained on this one: its folder's says little."""
         return dataclasses.replace(card, base=self.abilities.model) if self.model.is_called(card.base) else card
 
+    def cards(self) -> list[tuple[Card, str]]:
+        """All adapters, newest first; beside each why it cannot be used here, or nothing."""
+        return [(self.known(card), self.fits(card)) for card in self.shelf.cards()]
+
     def fitting(self) -> list[Card]:
         """The adapters that can be used here, newest first."""
-        return [card for card in self.shelf.cards() if not self.fits(card)]
+        return [card for card, problem in self.cards() if not problem]
 
     def take_in(self, path: Path, component: str | None = None) -> tuple[Card, list[str]]:
         """A file of any tool onto the shelf; the card, and what a user should know.
@@ -294,12 +297,3 @@ def _digest(card: Card) -> str | None:
         return load_adapter_file(card.file).metadata.sha256
     except OFTError:
         return None
-
-
-def opened(path: Path) -> Image.Image:
-    """A picture in memory."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-__all__ = ["Session", "opened", "seeds_from"]

@@ -11,6 +11,7 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
+from .events import PRIVATE
 from .machine import Busy, Job, Progress
 from .photos_box import PhotosBox
 from .runs import Wish
@@ -136,14 +137,13 @@ class TrainTab:
             self.resume = gr.Button("Go on", elem_id="train-resume")
 
     def _wire(self) -> None:
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         words = [self.trigger, self.class_word]
         for box in words:
-            box.change(self.check_words, words, [self.words_note], queue=False, **private)
+            box.change(self.check_words, words, [self.words_note], queue=False, **PRIVATE)
         self.photos.on_example(self.name, self.class_word)
         for control in (self.preset, self.length):
             control.input(
-                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **private
+                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **PRIVATE
             )
         asked = [
             self.person, self.name, self.trigger, self.class_word, self.preset, self.steps, self.rate, self.block,
@@ -155,11 +155,11 @@ class TrainTab:
             self.status, self.curve, self.grids, self.elsewhere, self.command, self.go, self.stop, self.pause,
             self.sample, self.save, self.earlier, *self.changed,
         ]  # fmt: skip
-        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **private}
+        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
         self.go.click(self.train, asked, self.shown, **going)
         self.measured = [self.estimated, self.ask, self.cancel_ask]
         self.ask.click(self.estimate, asked, self.measured, **going)
-        self.cancel_ask.click(self.stop_estimate, [self.person], None, queue=False, **private)
+        self.cancel_ask.click(self.stop_estimate, [self.person], None, queue=False, **PRIVATE)
         self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
             (self.stop, lambda person: self.training.stop(person, pause=False)),
@@ -167,8 +167,8 @@ class TrainTab:
             (self.sample, lambda person: self.training.ask(person, "sample")),
             (self.save, lambda person: self.training.ask(person, "save")),
         ):
-            button.click(act, [self.person], None, queue=False, **private)
-        self.pack.click(self.take_along, [self.person], [self.packed], **private)
+            button.click(act, [self.person], None, queue=False, **PRIVATE)
+        self.pack.click(self.take_along, [self.person], [self.packed], **PRIVATE)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
