@@ -26,7 +26,7 @@ from oft_diffusion.generate import generate
 from oft_diffusion.images import save_png
 from oft_diffusion.pocket import subjects_path
 
-SETS = ("subject", "subject", "other", "other")
+SETS, EACH = ("subject", "other"), 2
 COLUMNS, SIDE, LINE = 8, 128, 13
 
 
@@ -39,10 +39,10 @@ def drawn_by_lot(out: Path) -> list[tuple[Image.Image, Reading]]:
         config = bench.config(name, seed, {}, out, captions=True)
         looks = looks_of(bench.classifier, instance_images(subjects_path(name)))
         sets = prompt_sets(looks, config.trigger, PICTURES, salt=group)
-        places = [(key, rng.randrange(PICTURES)) for key in SETS]
+        places = [(key, i) for key in SETS for i in rng.sample(range(PICTURES), EACH)]
         texts, seeds = [sets[k][i].text for k, i in places], [seed_of(group, k, i) for k, i in places]
         load_oft_weights(bench.pipe, out / group / FILE_NAME, adapter_name="subject")
-        how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale, "batch_size": len(SETS)}
+        how: Any = {"steps": config.sampling_steps, "guidance": config.guidance_scale, "batch_size": len(places)}
         pictures = [picture.image for picture in generate(bench.pipe, texts, seeds, **how)]
         unload_oft_weights(bench.pipe)
         found += zip(pictures, read(bench.classifier, pictures), strict=True)

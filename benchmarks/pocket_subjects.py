@@ -261,18 +261,18 @@ def _keep(rows: Sequence[Row], closest: float, setup: str) -> None:
 
 
 def table() -> str:
-    """One line per subject, and one over all runs with intervals; of the newest setup alone."""
+    """One line per figure, over all runs with intervals and per subject; of the newest setup alone."""
     runs = load(RUNS)
     finished = {row["group"]: row for row in runs if row["setup"] == runs[-1]["setup"]}
     kept = [r for r in load(PICTURES_FILE) if r["setup"] == runs[-1]["setup"] and r["group"] in finished]
     closest = {row["group"]: float(row["closest"]) for row in kept}
     # A run that was cut off while it was written is in the file twice, with the same pictures.
     rows = list({(r.group, r.set, r.prompt, r.seed, r.adapted): r for r in map(_row, kept)}.values())
-    names = list(figures(rows, closest))
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    subjects = dict.fromkeys(group.split("/")[0] for group in finished)
-    lines += [_line(name, [r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
-    lines.append(_line(f"**all {len(finished)} runs**", rows, closest, bounds=True))
+    subjects = list(dict.fromkeys(group.split("/")[0] for group in finished))
+    columns = [_cells(rows, closest, bounds=True)]
+    columns += [_cells([r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
+    lines = [f"| | **all {len(finished)} runs** | {' | '.join(subjects)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
     return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values())), "", *_attributes(rows, subjects)])
 
 
@@ -308,15 +308,16 @@ def _row(row: Mapping[str, str]) -> Row:
     )
 
 
-def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> str:
-    cells = []
+def _cells(rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> dict[str, str]:
+    """Each figure as the table shows it."""
+    cells = {}
     for key, figure in figures(rows, closest).items():
         shown = figure.difference if is_difference(key) else figure.adapted
         text = f"{100 * shown.mean:.1f}"
         if shown is figure.adapted:
             text += f" / {100 * figure.base.mean:.1f}"
-        cells.append(text + (f" ({100 * shown.low:.1f} to {100 * shown.high:.1f})" if bounds else ""))
-    return f"| {name} | {' | '.join(cells)} |"
+        cells[key] = text + (f" ({100 * shown.low:.1f} to {100 * shown.high:.1f})" if bounds else "")
+    return cells
 
 
 def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -329,7 +330,7 @@ def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Ma
     if ratio:
         lines.append(
             f"Prompt fidelity is {100 * ratio.mean:.1f} % ({100 * ratio.low:.1f} to {100 * ratio.high:.1f}) of the "
-            f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
+            f"base's. Each figure over all runs has {fidelity.adapted.pictures} pairs of pictures."
         )
     lines += [_lost(rows), _called(rows)]
     timed = [run for run in runs if not math.isnan(float(run["training"]))]

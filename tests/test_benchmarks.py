@@ -56,18 +56,22 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     run = {"training": "50", "wall": "60", "megabytes": "0.6"}
     records.append(files / "runs.csv", [{"setup": setup, "group": "bow_cat/0", **run} for setup in ("old", "new")])
     text = pocket_subjects.table().splitlines()
-    assert len(text) == 14
-    assert text[2].startswith("| bow_cat | 75.0 / 0.0 | 100.0 / 100.0 | 0.0 / 0.0 | -25.0 | 0.0 |")
-    assert text[3].startswith("| **all 1 runs** | 75.0 / 0.0 (")
-    assert "4 pairs" in text[6]
-    assert "spotted pattern: 1 lost, 0 won of 4" in text[7]
-    assert text[8] == (
+    assert text[0] == "| | **all 1 runs** | bow_cat |"
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text[2 : text.index("")]}
+    assert cells["| subject hit"][0].startswith("75.0 / 0.0 (")
+    shown = {"subject hit": "75.0 / 0.0 |", "prompt fidelity": "100.0 / 100.0 |", "preservation": "-25.0 |"}
+    assert {name: cells[f"| {name}"][1] for name in shown} == shown
+    told = text[text.index("") + 1 :]
+    assert len(told) == 9
+    assert "4 pairs" in told[1]
+    assert "spotted pattern: 1 lost, 0 won of 4" in told[2]
+    assert told[3] == (
         "Attribute drift by the kind of another word: begins as the trigger does: +0.0 points, 4 pairs; "
         "long: +0.0 points, 4 pairs."
     )
-    assert "50 s of training, 60 s" in text[9]
-    assert text[11] == "| right, per cent | object | accent | face | hat | badge |"
-    assert text[13:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
+    assert "50 s of training, 60 s" in told[4]
+    assert told[6] == "| right, per cent | object | accent | face | hat | badge |"
+    assert told[8:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
 
 
 def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
@@ -92,10 +96,27 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
         pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     assert measured == ["bow_cat/0", "captain_mug/0", "captain_mug/0"]
-    assert "**all 2 runs** | 100.0 / 0.0" in pocket_subjects.table()
+    text = pocket_subjects.table()
+    assert "| | **all 2 runs** | bow_cat | captain_mug |" in text
+    assert "| subject hit | 100.0 / 0.0 (" in text
     setup = records.load(files / "runs.csv")[-1]["setup"]
     noted = json.loads((files / "setups.json").read_text())[setup]
     assert (noted["steps"], noted["captions"], noted["pictures"]) == (450, True, pocket_subjects.PICTURES)
+
+
+def test_times_of_a_run_can_be_taken_later(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "class-images").mkdir()  # which a run makes itself, and which takes time
+    adapter = files / "oft_adapter.safetensors"
+    adapter.write_bytes(bytes(800_000))
+
+    def trained(config: object) -> tuple[Path, float, float]:
+        assert not (files / "class-images").exists()
+        return adapter, 70.0, 80.0
+
+    monkeypatch.setattr(pocket_subjects, "trained", trained)
+    pocket_subjects.clock(files, "cpu", ["bow_cat"])
+    [row] = records.load(files / "runs.csv")
+    assert (row["group"], row["training"], row["wall"], row["megabytes"]) == ("bow_cat/0", "70.0", "80.0", "0.800")
 
 
 def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +158,7 @@ def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.Mo
     assert [(row["candidate"], row["seed"]) for row in rows] == [("one", "0"), ("one", "1"), ("two, no captions", "0")]
     assert [row["training"] == "nan" for row in rows] == [False, True, True]
     text = pocket_recipe.table()
-    assert len(text.splitlines()) == 4
+    assert len(text.splitlines()) == 7  # the second table is empty
     assert "| one | 0.0 \u00b1 0.0 |" in text
     assert "| dozy_house 2 |" in text
     assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))

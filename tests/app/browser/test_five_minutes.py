@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
-from oft_diffusion.evaluation.looks import reading_of
-from oft_diffusion.images import read_picture
 from oft_diffusion.pocket import SUBJECTS, subjects_path
-from oft_diffusion.pocket.classifier import load_classifier
-from tests.helpers.app_page import go_to, opened_part, number, text
+from tests.helpers.app_page import go_to, text
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
