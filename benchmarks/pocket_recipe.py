@@ -2,7 +2,7 @@
 
 python -m benchmarks.pocket_recipe            # measures what is not in benchmarks/data/pocket_recipe.csv yet
 python -m benchmarks.pocket_recipe --only "the chosen one" --seeds 0 1 2    # more seeds of some
-python -m benchmarks.pocket_recipe --table    # all settings that were tried, best first, as Markdown
+python -m benchmarks.pocket_recipe --table    # what was measured, best first, as Markdown
 
 Each candidate differs from train_scripts/configs/pocket.toml in what its name says; those called "ten twins, ..." were
 tried when that was the setting, and are compared with "ten twins". Training seeds differ more than
@@ -158,7 +158,7 @@ def table() -> str:
 
     A second table has what no candidate of today has for settings ("earlier"). Differences to the chosen one,
     or to ten twins where these were the setting, are taken on the runs that both have, subject by subject and seed by
-    seed.
+    seed. Those that were never asked long words come last, since words as long as the trigger leak most.
     """
     rows = load(FILE)
     # A run that was measured again, for a column that was added, counts once.
@@ -169,7 +169,7 @@ def table() -> str:
         standard: [row for row in rows if today.get(row["setup"]) == standard]
         for standard in ("the chosen one", "ten twins")
     }
-    ranked: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
+    ranked: dict[bool, list[tuple[tuple[bool, float], str]]] = {True: [], False: []}
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
         name = today.get(setup, own[0]["candidate"])
@@ -180,8 +180,10 @@ def table() -> str:
     return "\n".join([*head, *best[True], "", *head, *best[False]])
 
 
-def _line(name: str, own: Sequence[Mapping[str, str]], standard: Sequence[Mapping[str, str]]) -> tuple[float, str]:
-    """A candidate's score and its line."""
+def _line(
+    name: str, own: Sequence[Mapping[str, str]], standard: Sequence[Mapping[str, str]]
+) -> tuple[tuple[bool, float], str]:
+    """A candidate's rank, in which those that were asked everything come first, and its line."""
     hit, preserved, leaked, long = (
         _mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger", "leakage, long word")
     )
@@ -194,8 +196,9 @@ def _line(name: str, own: Sequence[Mapping[str, str]], standard: Sequence[Mappin
         _paired(own, standard) if standard else "",
         ", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())),
     ]
-    worst = leaked if math.isnan(long) else max(leaked, long)
-    return score(hit, share, preserved, worst), f"| {name} | {' | '.join(cells)} |"
+    complete = not math.isnan(long)
+    rank = complete, score(hit, share, preserved, max(leaked, long) if complete else leaked)
+    return rank, f"| {name} | {' | '.join(cells)} |"
 
 
 def _mean(rows: Sequence[Mapping[str, str]], key: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import estimates, pocket_base, pocket_recipe, pocket_subjects, records, swapping
+from benchmarks import estimates, pocket_base, pocket_look, pocket_recipe, pocket_subjects, records, swapping
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -61,17 +61,17 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     assert cells["| subject hit"][0].startswith("75.0 / 0.0 (")
     shown = {"subject hit": "75.0 / 0.0 |", "prompt fidelity": "100.0 / 100.0 |", "preservation": "-25.0 |"}
     assert {name: cells[f"| {name}"][1] for name in shown} == shown
-    told = text[text.index("") + 1 :]
-    assert len(told) == 9
-    assert "4 pairs" in told[1]
-    assert "spotted pattern: 1 lost, 0 won of 4" in told[2]
-    assert told[3] == (
-        "Attribute drift by the kind of another word: begins as the trigger does: +0.0 points, 4 pairs; "
-        "long: +0.0 points, 4 pairs."
-    )
-    assert "50 s of training, 60 s" in told[4]
-    assert told[6] == "| right, per cent | object | accent | face | hat | badge |"
-    assert told[8:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
+    pooled, attributes, words = "\n".join(text).split("\n\n")[1:]
+    assert "4 pairs" in pooled
+    assert "spotted pattern: 1 lost, 0 won of 4" in pooled
+    assert "50 s of training, 60 s" in pooled
+    assert attributes.splitlines()[0].startswith("| right, per cent | object | accent | face | hat | badge | colour |")
+    assert attributes.splitlines()[2:] == [f"| {name} | 100 |{' 0 |' * 7}" for name in ("bow_cat", "**all**")]
+    assert words.splitlines()[2:] == [
+        "| as long, begins alike | 4 | 0.0 / 0.0 (0.0 to 49.0) | +0.0 |",
+        "| as long, both | 8 | 0.0 / 0.0 (0.0 to 32.4) | +0.0 |",
+        "| as long, unrelated | 4 | 0.0 / 0.0 (0.0 to 49.0) | +0.0 |",
+    ]
 
 
 def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
@@ -164,6 +164,22 @@ def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.Mo
     assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))
 
 
+def test_eyes_and_judge_are_compared_where_eyes_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = "number,group,accent,face,hat,badge\n"
+    judged = ("gold,smile,beanie,ring", "gold,smile,beanie,ring", "gold,smile,crown,ring", "gold,smile,none,ring")
+    seen = ("gold,smile,beanie,ring", "gold,smile,bow,ring", "gold,smile,,ring", "lime,smile,none,ring")
+    for name, rows in (("BY_JUDGE", judged), ("BY_EYE", seen)):
+        file = tmp_path / f"{name}.csv"
+        file.write_text(head + "".join(f"{i + 1},winter_fish/0,{row}\n" for i, row in enumerate(rows)))
+        monkeypatch.setattr(pocket_look, name, file)
+    lines = pocket_look.table().splitlines()
+    assert [line.split(" (")[0] for line in lines[2:7]] == [
+        "| accent | 4 | 0 | 75", "| face | 4 | 0 | 100", "| hat | 4 | 1 | 67", "| badge | 4 | 0 | 100",
+        "| hit or not | 4 | 1 | 67",
+    ]  # fmt: skip
+    assert lines[-1] == "Of those 3 pictures 67 % are hits by the judge, 33 % by eye."
+
+
 def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:
     assert pocket_recipe.score(0.8, 1.2, -0.02, 0.05) == pytest.approx(0.9)
     assert pocket_recipe.score(0.8, 1.0, -0.12, 0.05) == pytest.approx(0.8)
@@ -216,10 +232,11 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
     [
         ("evaluation.md", pocket_subjects.table),
         ("evaluation.md", pocket_recipe.table),
+        ("evaluation.md", pocket_look.table),
         ("pocket.md", pocket_base.table),
         ("using.md", swapping.table),
     ],
-    ids=["subjects", "recipe", "base", "swapping"],
+    ids=["subjects", "recipe", "eyes", "base", "swapping"],
 )
 def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
