@@ -2,7 +2,7 @@
 
 python -m benchmarks.pocket_recipe            # measures what is not in benchmarks/data/pocket_recipe.csv yet
 python -m benchmarks.pocket_recipe --only "the chosen one" --seeds 0 1 2    # more seeds of some
-python -m benchmarks.pocket_recipe --table    # all settings that were tried, best first, as Markdown
+python -m benchmarks.pocket_recipe --table    # what was measured, best first, as Markdown
 
 Each candidate differs from train_scripts/configs/pocket.toml in what its name says; those called "ten twins, ..." were
 tried when that was the setting, and are compared with "ten twins". Training seeds differ more than
@@ -29,6 +29,11 @@ from oft_diffusion.evaluation import figures
 FILE = DATA / "pocket_recipe.csv"
 SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
 PICTURES = 32  # per set, subject and candidate, unless a first look takes fewer
+_COLUMNS = (
+    "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
+    "leakage, class word", "hit and fidelity", "memorisation", "to the chosen one (ten twins): hit, preservation",
+    "runs",
+)  # fmt: skip
 
 PLAIN: dict[str, Any] = {
     "prior_preservation": False,
@@ -151,11 +156,11 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 def table() -> str:
     """One line per candidate, on the newest base alone; means over subjects of means over seeds, best first.
 
-    A line is called earlier where no candidate of today has its settings. Differences to the chosen one,
+    A second table has what no candidate of today has for settings ("earlier"). Differences to the chosen one,
     or to ten twins where these were the setting, are taken on the runs that both have, subject by subject and seed by
-    seed.
+    seed. Those that were never asked long words come last, since words as long as the trigger leak most.
     """
-    rows, ranked = load(FILE), []
+    rows = load(FILE)
     # A run that was measured again, for a column that was added, counts once.
     rows = list({(r["setup"], r["subject"], r["seed"]): r for r in rows if r["base"] == rows[-1]["base"]}.values())
     counts = {int(row["pictures"]) for row in rows}
@@ -164,37 +169,36 @@ def table() -> str:
         standard: [row for row in rows if today.get(row["setup"]) == standard]
         for standard in ("the chosen one", "ten twins")
     }
+    ranked: dict[bool, list[tuple[tuple[bool, float], str]]] = {True: [], False: []}
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
-        name = today.get(setup, f"{own[0]['candidate']} (earlier)")
-        hit, preserved, leaked = (_mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger"))
-        share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
-        more = (
-            "leakage, long word",
-            "leakage, class word",
-            "drift, other trigger",
-            "drift, long word",
-            "hit and fidelity",
-            "attribute drift",
-            "memorisation",
-        )
-        cells = [_percent(value) for value in (hit, share, preserved, leaked, *(_mean(own, key) for key in more))]
-        cells[0] += _spread([float(row["subject hit"]) for row in own])
-        standard = "ten twins" if name.startswith("ten twins,") or name.endswith("(earlier)") else "the chosen one"
-        cells.append("" if name == standard else _paired(own, standards[standard]))
-        runs = Counter(row["subject"] for row in own)
-        cells.append(", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())))
-        line = f"| {name} | {' | '.join(cells)} |"
-        long = _mean(own, "leakage, long word")
-        worst = leaked if math.isnan(long) else max(leaked, long)
-        ranked.append((score(hit, share, preserved, worst), line))
-    columns = (
-        "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
-        "leakage, class word", "drift, other trigger", "drift, long word", "hit and fidelity", "drift", "memorisation",
-        "to the chosen one (or to ten twins): hit, preservation", "runs",
-    )  # fmt: skip
-    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join(head + [line for _, line in sorted(ranked, reverse=True)])
+        name = today.get(setup, own[0]["candidate"])
+        then = "ten twins" if setup not in today or name.startswith("ten twins,") else "the chosen one"
+        ranked[setup in today].append(_line(name, own, standards[then] if then != name else []))
+    head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    best = {is_today: [line for _, line in sorted(lines, reverse=True)] for is_today, lines in ranked.items()}
+    return "\n".join([*head, *best[True], "", *head, *best[False]])
+
+
+def _line(
+    name: str, own: Sequence[Mapping[str, str]], standard: Sequence[Mapping[str, str]]
+) -> tuple[tuple[bool, float], str]:
+    """A candidate's rank, in which those that were asked everything come first, and its line."""
+    hit, preserved, leaked, long = (
+        _mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger", "leakage, long word")
+    )
+    share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
+    more = (_mean(own, key) for key in ("leakage, class word", "hit and fidelity", "memorisation"))
+    cells = [_percent(value) for value in (hit, share, preserved, leaked, long, *more)]
+    cells[0] += _spread([float(row["subject hit"]) for row in own])
+    runs = Counter(row["subject"] for row in own)
+    cells += [
+        _paired(own, standard) if standard else "",
+        ", ".join(f"{subject} {n}" for subject, n in sorted(runs.items())),
+    ]
+    complete = not math.isnan(long)
+    rank = complete, score(hit, share, preserved, max(leaked, long) if complete else leaked)
+    return rank, f"| {name} | {' | '.join(cells)} |"
 
 
 def _mean(rows: Sequence[Mapping[str, str]], key: str) -> float:

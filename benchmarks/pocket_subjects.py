@@ -18,30 +18,28 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 
+from benchmarks.pocket_tables import tables
 from benchmarks.records import DATA, append, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
-from oft_diffusion.evaluation import Row, figures, looks_of
-from oft_diffusion.evaluation.figures import SETS, is_difference
+from oft_diffusion.evaluation import Row, looks_of
+from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import BATCH, draw_rows, prompt_sets, seed_of
-from oft_diffusion.evaluation.prompts import OTHER_TRIGGERS
 from oft_diffusion.files import FILE_NAME
 from oft_diffusion.generate import generate
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
-from oft_diffusion.pocket.world import ATTRIBUTES, PATTERNS
+from oft_diffusion.pocket.world import ATTRIBUTES
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
@@ -54,7 +52,6 @@ _NO_RECIPE = (
     "evaluation_count",
 )  # fmt: skip
 _SHOWN = 4  # pictures per set and subject in the grid
-_HIT = ("object", "accent", "face", "hat", "badge")
 DTYPE = torch.bfloat16  # of drawing, in which all the pictures take 45 minutes; training has the configuration's
 RUNS, PICTURES_FILE = DATA / "pocket_runs.csv", DATA / "pocket_pictures.csv"
 SETUPS = DATA / "pocket_setups.json"
@@ -261,19 +258,14 @@ def _keep(rows: Sequence[Row], closest: float, setup: str) -> None:
 
 
 def table() -> str:
-    """One line per subject, and one over all runs with intervals; of the newest setup alone."""
+    """What `benchmarks.pocket_tables` makes of the newest setup."""
     runs = load(RUNS)
     finished = {row["group"]: row for row in runs if row["setup"] == runs[-1]["setup"]}
     kept = [r for r in load(PICTURES_FILE) if r["setup"] == runs[-1]["setup"] and r["group"] in finished]
     closest = {row["group"]: float(row["closest"]) for row in kept}
     # A run that was cut off while it was written is in the file twice, with the same pictures.
     rows = list({(r.group, r.set, r.prompt, r.seed, r.adapted): r for r in map(_row, kept)}.values())
-    names = list(figures(rows, closest))
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    subjects = dict.fromkeys(group.split("/")[0] for group in finished)
-    lines += [_line(name, [r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
-    lines.append(_line(f"**all {len(finished)} runs**", rows, closest, bounds=True))
-    return "\n".join([*lines, "", *_pooled(rows, closest, list(finished.values())), "", *_attributes(rows, subjects)])
+    return tables(rows, closest, list(finished.values()))
 
 
 def grid(out: Path, device: str) -> Image.Image:
@@ -306,79 +298,6 @@ def _row(row: Mapping[str, str]) -> Row:
         faithful=row["faithful"] == "1",
         nearest=float(row["nearest"]),
     )
-
-
-def _line(name: str, rows: Sequence[Row], closest: Mapping[str, float], *, bounds: bool = False) -> str:
-    cells = []
-    for key, figure in figures(rows, closest).items():
-        shown = figure.difference if is_difference(key) else figure.adapted
-        text = f"{100 * shown.mean:.1f}"
-        if shown is figure.adapted:
-            text += f" / {100 * figure.base.mean:.1f}"
-        cells.append(text + (f" ({100 * shown.low:.1f} to {100 * shown.high:.1f})" if bounds else ""))
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-def _pooled(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the table has no column for."""
-    fidelity = figures(rows, closest)["prompt fidelity"]
-    ratio = fidelity.ratio
-    lines = [
-        "Cells: with the adapter / without it, per cent; preservation and attribute drift: the difference, points."
-    ]
-    if ratio:
-        lines.append(
-            f"Prompt fidelity is {100 * ratio.mean:.1f} % ({100 * ratio.low:.1f} to {100 * ratio.high:.1f}) of the "
-            f"base's. Each column of the last line has {fidelity.adapted.pictures} pairs of pictures."
-        )
-    lines += [_lost(rows), _called(rows)]
-    timed = [run for run in runs if not math.isnan(float(run["training"]))]
-    training, wall = (max((float(run[key]) for run in timed), default=math.nan) for key in ("training", "wall"))
-    lines.append(
-        f"At most {training:.0f} s of training, {wall:.0f} s with loading and caching, in the {len(timed)} runs beside "
-        f"which the machine was idle ({runs[-1]['hardware']}); adapters of at most "
-        f"{max(float(run['megabytes']) for run in runs):.2f} MB."
-    )
-    return lines
-
-
-def _attributes(rows: Sequence[Row], subjects: Iterable[str]) -> list[str]:
-    """How often each attribute of a subject is right, where it is asked for: all five must be for a hit."""
-    lines = [f"| right, per cent | {' | '.join(_HIT)} |", "|---" * (len(_HIT) + 1) + "|"]
-    drawn = [r for r in rows if r.adapted and r.set == "subject" and r.reading]
-    for name in subjects:
-        own = [r for r in drawn if r.group.startswith(f"{name}/")]
-        right = (sum(r.reading[a] == getattr(SUBJECTS[name], a) for r in own) / max(1, len(own)) for a in _HIT)
-        lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in right)} |")
-    return lines if drawn else []
-
-
-def _lost(rows: Sequence[Row]) -> str:
-    """What preservation loses and wins, by the pattern that the prompt names."""
-    others = {(r.group, r.prompt, r.seed, r.adapted): r.faithful for r in rows if r.set == "other"}
-    lost, won, asked = Counter[str](), Counter[str](), Counter[str]()
-    for (group, prompt, seed, adapted), faithful in others.items():
-        pattern = next((p for p in PATTERNS if p in prompt.split()), "no")
-        asked[pattern] += adapted
-        if adapted and faithful != others[group, prompt, seed, False]:
-            (won if faithful else lost)[pattern] += 1
-    told = "; ".join(f"{p} pattern: {lost[p]} lost, {won[p]} won of {n}" for p, n in asked.most_common())
-    return f"Preservation by the pattern that the prompt names: {told}."
-
-
-def _called(rows: Sequence[Row]) -> str:
-    """How much of the subject is called by words that nobody trained, by the kind of word."""
-    shared: dict[str, dict[bool, list[int]]] = {}
-    for r in rows:
-        if r.set in ("other trigger", "long trigger"):
-            short = any(word in r.prompt.split() for word in OTHER_TRIGGERS)
-            kind = "long" if r.set == "long trigger" else "three letters" if short else "begins as the trigger does"
-            shared.setdefault(kind, {True: [], False: []})[r.adapted].append(r.shared)
-    told = (
-        f"{kind}: {25 * (fmean(both[True]) - fmean(both[False])):+.1f} points, {len(both[True])} pairs"
-        for kind, both in sorted(shared.items())
-    )
-    return f"Attribute drift by the kind of another word: {'; '.join(told)}."
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import estimates, pocket_base, pocket_recipe, pocket_subjects, records, swapping
+from benchmarks import estimates, pocket_base, pocket_look, pocket_recipe, pocket_subjects, records, swapping
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -56,18 +56,22 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     run = {"training": "50", "wall": "60", "megabytes": "0.6"}
     records.append(files / "runs.csv", [{"setup": setup, "group": "bow_cat/0", **run} for setup in ("old", "new")])
     text = pocket_subjects.table().splitlines()
-    assert len(text) == 14
-    assert text[2].startswith("| bow_cat | 75.0 / 0.0 | 100.0 / 100.0 | 0.0 / 0.0 | -25.0 | 0.0 |")
-    assert text[3].startswith("| **all 1 runs** | 75.0 / 0.0 (")
-    assert "4 pairs" in text[6]
-    assert "spotted pattern: 1 lost, 0 won of 4" in text[7]
-    assert text[8] == (
-        "Attribute drift by the kind of another word: begins as the trigger does: +0.0 points, 4 pairs; "
-        "long: +0.0 points, 4 pairs."
-    )
-    assert "50 s of training, 60 s" in text[9]
-    assert text[11] == "| right, per cent | object | accent | face | hat | badge |"
-    assert text[13:] == ["| bow_cat | 100 | 0 | 0 | 0 | 0 |"]
+    assert text[0] == "| | **all 1 runs** | bow_cat |"
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text[2 : text.index("")]}
+    assert cells["| subject hit"][0].startswith("75.0 / 0.0 (")
+    shown = {"subject hit": "75.0 / 0.0 |", "prompt fidelity": "100.0 / 100.0 |", "preservation": "-25.0 |"}
+    assert {name: cells[f"| {name}"][1] for name in shown} == shown
+    pooled, attributes, words = "\n".join(text).split("\n\n")[1:]
+    assert "4 pairs" in pooled
+    assert "spotted pattern: 1 lost, 0 won of 4" in pooled
+    assert "50 s of training, 60 s" in pooled
+    assert attributes.splitlines()[0].startswith("| right, per cent | object | accent | face | hat | badge | colour |")
+    assert attributes.splitlines()[2:] == [f"| {name} | 100 |{' 0 |' * 7}" for name in ("bow_cat", "**all**")]
+    assert words.splitlines()[2:] == [
+        "| as long, begins alike | 4 | 0.0 / 0.0 (0.0 to 49.0) | +0.0 |",
+        "| as long, both | 8 | 0.0 / 0.0 (0.0 to 32.4) | +0.0 |",
+        "| as long, unrelated | 4 | 0.0 / 0.0 (0.0 to 49.0) | +0.0 |",
+    ]
 
 
 def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
@@ -92,10 +96,27 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
         pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     pocket_subjects.measure(files, "cpu", pocket_subjects.FINAL)
     assert measured == ["bow_cat/0", "captain_mug/0", "captain_mug/0"]
-    assert "**all 2 runs** | 100.0 / 0.0" in pocket_subjects.table()
+    text = pocket_subjects.table()
+    assert "| | **all 2 runs** | bow_cat | captain_mug |" in text
+    assert "| subject hit | 100.0 / 0.0 (" in text
     setup = records.load(files / "runs.csv")[-1]["setup"]
     noted = json.loads((files / "setups.json").read_text())[setup]
     assert (noted["steps"], noted["captions"], noted["pictures"]) == (450, True, pocket_subjects.PICTURES)
+
+
+def test_times_of_a_run_can_be_taken_later(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "class-images").mkdir()  # which a run makes itself, and which takes time
+    adapter = files / "oft_adapter.safetensors"
+    adapter.write_bytes(bytes(800_000))
+
+    def trained(config: object) -> tuple[Path, float, float]:
+        assert not (files / "class-images").exists()
+        return adapter, 70.0, 80.0
+
+    monkeypatch.setattr(pocket_subjects, "trained", trained)
+    pocket_subjects.clock(files, "cpu", ["bow_cat"])
+    [row] = records.load(files / "runs.csv")
+    assert (row["group"], row["training"], row["wall"], row["megabytes"]) == ("bow_cat/0", "70.0", "80.0", "0.800")
 
 
 def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +158,26 @@ def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.Mo
     assert [(row["candidate"], row["seed"]) for row in rows] == [("one", "0"), ("one", "1"), ("two, no captions", "0")]
     assert [row["training"] == "nan" for row in rows] == [False, True, True]
     text = pocket_recipe.table()
-    assert len(text.splitlines()) == 4
+    assert len(text.splitlines()) == 7  # the second table is empty
     assert "| one | 0.0 \u00b1 0.0 |" in text
     assert "| dozy_house 2 |" in text
     assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))
+
+
+def test_eyes_and_judge_are_compared_where_eyes_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = "number,group,accent,face,hat,badge\n"
+    judged = ("gold,smile,beanie,ring", "gold,smile,beanie,ring", "gold,smile,crown,ring", "gold,smile,none,ring")
+    seen = ("gold,smile,beanie,ring", "gold,smile,bow,ring", "gold,smile,,ring", "lime,smile,none,ring")
+    for name, rows in (("BY_JUDGE", judged), ("BY_EYE", seen)):
+        file = tmp_path / f"{name}.csv"
+        file.write_text(head + "".join(f"{i + 1},winter_fish/0,{row}\n" for i, row in enumerate(rows)))
+        monkeypatch.setattr(pocket_look, name, file)
+    lines = pocket_look.table().splitlines()
+    assert [line.split(" (")[0] for line in lines[2:7]] == [
+        "| accent | 4 | 0 | 75", "| face | 4 | 0 | 100", "| hat | 4 | 1 | 67", "| badge | 4 | 0 | 100",
+        "| hit or not | 4 | 1 | 67",
+    ]  # fmt: skip
+    assert lines[-1] == "Of those 3 pictures 67 % are hits by the judge, 33 % by eye."
 
 
 def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:
@@ -195,10 +232,11 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
     [
         ("evaluation.md", pocket_subjects.table),
         ("evaluation.md", pocket_recipe.table),
+        ("evaluation.md", pocket_look.table),
         ("pocket.md", pocket_base.table),
         ("using.md", swapping.table),
     ],
-    ids=["subjects", "recipe", "base", "swapping"],
+    ids=["subjects", "recipe", "eyes", "base", "swapping"],
 )
 def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")

@@ -271,10 +271,11 @@ class TrainConfig:
     )
 
     validation_prompts: tuple[str, ...] = field(
-        default=(), metadata=_about("pictures on the way", "prompts of the picture grids; none, no grids", free=True)
+        default=("a photo of {trigger} {class_word}",),
+        metadata=_about("pictures on the way", "prompts of the picture grids; an empty list, no grids", free=True),
     )
     validation_every: int = field(
-        default=100,
+        default=500,
         metadata=_about(
             "pictures on the way",
             "steps between grids (one before the first step and one after the last anyway)",

@@ -31,7 +31,8 @@ def config(tiny_sd: Path, pictures: Path, tmp_path: Path) -> Callable[..., Train
         small: dict[str, object] = {
             "model": str(tiny_sd), "instance_dir": str(pictures), "trigger": "sks", "class_word": "mug",
             "output_dir": str(tmp_path / "run"), "resolution": RESOLUTION, "block_size": 16, "steps": 3,
-            "learning_rate": 1e-3, "sampling_steps": 2, "validation_count": 2, "checkpoint_every": 0,
+            "learning_rate": 1e-3, "sampling_steps": 2, "validation_prompts": [], "validation_count": 2,
+            "checkpoint_every": 0,
         }  # fmt: skip
         return TrainConfig.from_dict(small | knobs)
 

@@ -46,6 +46,16 @@ def test_a_finished_run_leaves_a_page_with_everything(config: Config, run: Run) 
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_a_run_that_asks_for_nothing_shows_before_and_after_and_strengths(config: Config, run: Run) -> None:
+    settings = config().to_dict()
+    del settings["validation_prompts"]
+    _, result = run(TrainConfig.from_dict(settings))
+    assert result.report is not None
+    page = result.report.read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4  # instances, before, after, sweep
+    assert "“a photo of sks mug”" in page
+
+
 def test_without_prompts_there_are_no_pictures_but_those_of_the_subject(config: Config, run: Run) -> None:
     _, result = run(config())
     assert result.report is not None
