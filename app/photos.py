@@ -46,7 +46,7 @@ class Photos:
     """One person's pictures for the next training."""
 
     def __init__(self, workspace: Workspace, token: str) -> None:
-        self.folder = workspace.uploads(token)
+        self.owner, self.folder = workspace.person(token), workspace.uploads(token)
 
     def add(self, files: Iterable[Path]) -> list[str]:
         """Take pictures in; what could not be taken, in sentences. Texts beside pictures are their captions.

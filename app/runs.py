@@ -20,7 +20,7 @@ from oft_diffusion.training.checkpoint import list_checkpoints
 
 from .machine import Cancelled, Job
 from .photos import Photos
-from .shelf import Card, Shelf
+from .shelf import Card, Shelf, checked_name
 from .workspace import Workspace, new_id
 
 CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
@@ -56,6 +56,7 @@ class Earlier:
     Attributes:
         id: of its folder.
         name: of the adapter to be.
+        owner: who began it, as `Workspace.person` has it.
         step, steps: done, and of how many.
         done: whether its adapter is on the shelf, or it will never have one; if not, it can be gone on with.
         checkpoints: step to folder, in order; none where it was ended before its first.
@@ -63,6 +64,7 @@ class Earlier:
 
     id: str
     name: str
+    owner: str
     step: int
     steps: int
     done: bool
@@ -129,7 +131,8 @@ class Runs:
         photos.copy_to(folder / PHOTOS)
         config = self.config(wish, folder)
         write_atomically(folder / CONFIG, config.to_toml().encode())
-        self._note(run_id, {"name": wish.name.strip(), "step": 0, "steps": config.steps, "done": False})
+        begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
+        self._note(run_id, begun | {"done": False})
         return run_id
 
     def estimate(self, wish: Wish, photos: Photos, job: Job) -> None:
@@ -154,6 +157,7 @@ class Runs:
         for what, text in {"a name": wish.name, "a trigger": wish.trigger, "a class word": wish.class_word}.items():
             if not text.strip():
                 raise ConfigError(f"{what} is missing", expected="one", fix="fill it in")
+        checked_name(wish.name)
         if photos.count() < 2:
             raise ConfigError("fewer than two pictures", expected="3 to 8 of the subject", fix="drop some more")
         self.config(wish, self.workspace.temporary)
@@ -209,7 +213,13 @@ class Runs:
         for folder in sorted(self.workspace.runs.iterdir(), reverse=True):
             try:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                told = (str(state["name"]), int(state["step"]), int(state["steps"]), bool(state["done"]))
+                told = (
+                    str(state["name"]),
+                    str(state["owner"]),
+                    int(state["step"]),
+                    int(state["steps"]),
+                    bool(state["done"]),
+                )
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             checkpoints = {int(p.name.rpartition("-")[2]): p for p in list_checkpoints(folder / "run")}

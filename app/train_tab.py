@@ -16,7 +16,7 @@ from .machine import Busy, Job, Progress
 from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
-from .shelf import Card
+from .shelf import LONGEST_NAME, Card
 from .words import empty, explained, status_line, told
 
 # How long, as a share of the preset's steps.
@@ -61,7 +61,9 @@ class TrainTab:
 
     def _words(self) -> None:
         trigger = str(self.training.defaults()["trigger"])
-        self.name = gr.Textbox(label="Name of the adapter", max_lines=1, elem_id="run-name", placeholder="my mug")
+        self.name = gr.Textbox(
+            label="Name of the adapter", max_lines=1, max_length=LONGEST_NAME, elem_id="run-name", placeholder="my mug"
+        )
         with gr.Row():
             self.trigger = gr.Textbox(
                 value=trigger, label="Trigger", info="a word that means nothing yet: it will name the subject",
@@ -243,7 +245,7 @@ class TrainTab:
             yield from self.follow(job)
         else:
             skipped = [gr.skip()] * len(self.shown)
-            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier())
+            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier(person))
             yield tuple(skipped)
 
     def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
@@ -254,7 +256,6 @@ class TrainTab:
             grids = [(str(step.pictures), f"step {step.step}") for step in steps if step.pictures]
             fresh, seen = len(steps) != seen, len(steps)
             moved, drawn = len(grids) != drawn, len(grids)
-            busy = now.state == "working"
             yield (
                 status_line(now),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
@@ -262,8 +263,9 @@ class TrainTab:
                 gr.update(visible=True) if fresh else gr.skip(),
                 self.training.command(job) if fresh else gr.skip(),
                 gr.update(interactive=now.ended),
-                *[gr.update(interactive=busy)] * 4,
-                gr.update(choices=self._earlier()) if now.ended else gr.skip(),
+                *[gr.update(interactive=not now.ended)] * 2,
+                *[gr.update(interactive=now.state == "working")] * 2,
+                gr.update(choices=self._earlier(job.owner)) if now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
 
@@ -291,6 +293,6 @@ class TrainTab:
     def _problem(self, text: str) -> tuple[Any, ...]:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
-    def _earlier(self) -> list[tuple[str, str]]:
-        unfinished = self.training.unfinished()
+    def _earlier(self, person: str) -> list[tuple[str, str]]:
+        unfinished = self.training.unfinished(person)
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

@@ -123,16 +123,20 @@ class Training:
         """Go on with a run that was paused or cut off.
 
         Raises:
-            OFTError, Busy: there is no such run.
+            OFTError, Busy: there is no such run of this person.
         """
-        if run_id not in {run.id for run in self.unfinished()}:
+        if run_id not in {run.id for run in self.unfinished(person)}:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
         return self._start(person, run_id)
 
-    def unfinished(self) -> list[Earlier]:
-        """Runs that were paused, or cut off with the server, newest first."""
+    def unfinished(self, person: str) -> list[Earlier]:
+        """This person's runs that were paused, or cut off with the server, newest first.
+
+        Nobody else's: who goes on with a run can take its pictures along.
+        """
+        owner = self.workspace.person(person)
         jobs = {run: job for run, job in self._job_of.items() if not job.progress.ended}
-        return [run for run in self.runs.earlier() if not run.done and run.id not in jobs]
+        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in jobs]
 
     def stop(self, person: str, *, pause: bool) -> None:
         """End this person's run after its step; paused, it can be gone on with."""

@@ -79,6 +79,16 @@ class Workspace:
         """The folder of a training run."""
         return self.runs / _checked(run_id)
 
+    def person(self, token: str) -> str:
+        """What a person is called on disk. Not the token itself: paths are seen by more eyes than a browser's storage.
+
+        Raises:
+            DataError: this is no token.
+        """
+        if not is_token(token):
+            raise DataError("this browser has no token", expected="one that the page made", fix="reload the page")
+        return hashlib.sha256(token.encode()).hexdigest()[:32]
+
     def pictures(self, token: str) -> Path:
         """One person's pictures."""
         return self._of(token, "pictures")
@@ -105,10 +115,7 @@ class Workspace:
             _remove(left)
 
     def _of(self, token: str, kind: str) -> Path:
-        if not is_token(token):
-            raise DataError("this browser has no token", expected="one that the page made", fix="reload the page")
-        # Not the token itself: links to pictures are seen by more eyes than a browser's storage.
-        folder = self.people / hashlib.sha256(token.encode()).hexdigest()[:32] / kind
+        folder = self.people / self.person(token) / kind
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

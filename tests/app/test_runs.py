@@ -53,7 +53,7 @@ def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -
     assert card.cover is not None
     assert [c.id for c in filled.shelf.cards()] == [card.id]
     assert filled.fits(card) == ""
-    assert filled.training.unfinished() == []
+    assert filled.training.unfinished(person) == []
     command = filled.training.command(job)
     assert command.startswith("oft-diffusion train --config ")
     assert TrainConfig.from_toml(Path(command.split()[-1])).steps == 6
@@ -85,10 +85,10 @@ def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person:
     filled.training.stop(person, pause=True)
     assert ended(job).text.startswith("paused at step")
     assert filled.shelf.cards() == []
-    [run] = filled.training.unfinished()
+    [run] = filled.training.unfinished(person)
     assert (run.name, run.steps) == ("My thing", 400)
     again = Session(filled.workspace.root, str(model_folder))
-    [same] = again.training.unfinished()
+    [same] = again.training.unfinished(person)
     assert same == run
     going = again.training.resume(person, run.id)
     after(going, run.step + 1)
@@ -96,7 +96,7 @@ def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person:
     *steps, card = ended(going).found
     assert steps[0].step > run.step
     assert card.name == "My thing"
-    assert again.training.unfinished() == []
+    assert again.training.unfinished(person) == []
 
 
 @pytest.mark.parametrize("pause", [True, False])
@@ -104,7 +104,7 @@ def test_a_run_is_ended_while_its_class_images_are_made(
     filled: Session, person: str, busy: threading.Event, pause: bool
 ) -> None:
     job = filled.training.start(person, wish(num_class_images=8))
-    assert filled.training.unfinished() == []  # it is under way
+    assert filled.training.unfinished(person) == []  # it is under way
     told: list[str] = []
 
     def end(text: str) -> None:
@@ -119,18 +119,18 @@ def test_a_run_is_ended_while_its_class_images_are_made(
     assert last.state == "cancelled"
     assert last.text == f"{'paused' if pause else 'stopped'} before the first step"
     assert filled.shelf.cards() == []
-    left = filled.training.unfinished()
+    left = filled.training.unfinished(person)
     assert [(run.step, run.steps) for run in left] == [(0, 6)] * pause
     if left:
         assert ended(filled.training.resume(person, left[0].id)).found[-1].name == "My thing"
-        assert filled.training.unfinished() == []
+        assert filled.training.unfinished(person) == []
 
 
 def test_what_fails_at_once_is_not_to_be_gone_on_with(filled: Session, person: str) -> None:
     *_, last = filled.training.start(person, wish(learning_rate=-1.0)).watch(timeout=60)
     assert last.state == "failed"
     assert "learning_rate" in last.error
-    assert filled.training.unfinished() == []
+    assert filled.training.unfinished(person) == []
 
 
 def test_a_run_is_paused_as_the_server_ends(filled: Session, person: str, model_folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_run_is_paused_as_the_server_ends(filled: Session, person: str, model_
     filled.machine.stop()
     assert job.progress.text.startswith("paused at step")
     again = Session(filled.workspace.root, str(model_folder))
-    [run] = again.training.unfinished()
+    [run] = again.training.unfinished(person)
     assert 2 <= run.step < 400
     assert again.shelf.cards() == []
 
@@ -149,7 +149,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
 ) -> None:
     run_id = filled.training.runs.prepare(wish(), filled.training.photos(person))
     again = Session(filled.workspace.root, str(model_folder))
-    [run] = again.training.unfinished()
+    [run] = again.training.unfinished(person)
     assert (run.id, run.step, run.checkpoints) == (run_id, 0, {})
     assert again.training.runs.with_checkpoints() == []
     going = again.training.resume(person, run_id)
