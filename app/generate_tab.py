@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import DataError, OFTError
 
 from .drawing import MOST_PICTURES, MOST_STEPS, Request, seeds_from
 from .events import PRIVATE
 from .machine import Busy, Job
+from .photos import check_upload, uploaded
 from .session import Session
 from .shelf import Card
 from .words import explained, status_line
@@ -51,8 +53,14 @@ class GenerateTab:
                     self.settings = self._settings()
                 with gr.Accordion("Begin with a picture", open=False, visible=own.image):
                     self.image = gr.Image(
-                        label="A picture to begin with", type="pil", sources=["upload", "clipboard"], height=220
+                        label="A picture to begin with",
+                        type="filepath",
+                        sources=["upload", "clipboard"],
+                        height=220,
+                        elem_id="begin",
                     )
+                    # Gradio would decode whatever it is, and could not say what is wrong with it.
+                    self.image.preprocess = _as_it_came  # type: ignore[method-assign]
                     self.change = gr.Slider(
                         0.05, 1.0, 0.6, step=0.05, label="How much of it may change", elem_id="change"
                     )
@@ -155,6 +163,12 @@ class GenerateTab:
         )  # fmt: skip
         first = int(seed or 0) if fixed else random.randrange(2**31)
         try:
+            begin = uploaded(Path(image)) if image else None
+        except DataError as error:
+            problem = f"{Path(image).name} cannot be used: {error.problem}. Take it out, or choose another one"
+            yield (status_line(None, explained(ValueError(problem))), *[gr.skip()] * 6)
+            return
+        try:
             adapters = tuple(
                 (self.session.shelf.card(adapter), float(strength))
                 for adapter, strength in zip(slots[::2], slots[1::2], strict=True)
@@ -163,7 +177,7 @@ class GenerateTab:
             request = Request(
                 prompt=prompt or "", negative=negative or "", seeds=seeds_from(first, int(count)), steps=int(steps),
                 guidance=float(guidance), width=int(width), height=int(height), scheduler=scheduler or "",
-                adapters=adapters, image=image, change=float(change),
+                adapters=adapters, image=begin, change=float(change),
             )  # fmt: skip
             job = self.session.draw(person, request)
         except (OFTError, Busy, TypeError, ValueError) as error:
@@ -218,14 +232,12 @@ class GenerateTab:
 
     def take_over(self, path: str | None) -> tuple[Any, ...]:
         """Settings out of a dropped picture."""
-        from pathlib import Path
-
         count = 2 + 2 * SLOTS + 2 + 5
         if path is None:
             return (*[gr.skip()] * count, gr.skip())
         try:
-            request, notes = self.session.request_from(self.session.settings_in(Path(path)))
-        except (OFTError, TypeError, ValueError, KeyError, AttributeError) as error:
+            request, notes = self.session.request_from(self.session.settings_in(check_upload(Path(path))))
+        except (OFTError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             gr.Warning(explained(error) if isinstance(error, OFTError) else "That picture's settings make no sense.")
             return (*[gr.skip()] * count, None)
         for note in notes:
@@ -250,6 +262,11 @@ class GenerateTab:
 
     def _earlier(self, person: str) -> list[str]:
         return [str(path) for path in self.session.history(person)[:_HISTORY]]
+
+
+def _as_it_came(payload: Any) -> str | None:
+    """The path of an upload, which gradio has checked to be one."""
+    return None if payload is None else str(payload.path or "")
 
 
 def insert_phrase(prompt: str, phrase: str) -> str:

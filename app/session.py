@@ -162,7 +162,12 @@ class Session:
         return read_settings(path)
 
     def request_from(self, settings: dict[str, Any]) -> tuple[Request, list[str]]:
-        """The request that a picture's settings tell of, and sentences about what is not here any more."""
+        """The request that a picture's settings tell of, and sentences about what is not here any more.
+
+        Raises:
+            OFTError: they tell of what this app does not draw.
+            ValueError, TypeError, AttributeError, OverflowError: they make no sense.
+        """
         notes, adapters = [], []
         by_digest = {_digest(card): card for card in self.shelf.cards()}
         for told in settings.get("adapters") or ():
@@ -174,17 +179,20 @@ class Session:
             notes.append(f"the picture was drawn by {model}, and this is {self.abilities.model}")
         own = self.abilities
         scheduler = settings.get("scheduler", "")
-        return Request(
+        width, height = (settings.get(side) and int(settings[side]) for side in ("width", "height"))
+        request = Request(
             prompt=str(settings.get("prompt", "")),
             negative=str(settings.get("negative_prompt") or ""),
             seeds=(int(settings.get("seed", 0)),),
             steps=int(settings.get("steps", own.steps)),
             guidance=float(settings.get("guidance", own.guidance)),
-            width=settings.get("width"),
-            height=settings.get("height"),
+            width=width,
+            height=height,
             scheduler=scheduler if scheduler in own.schedulers else "",
             adapters=tuple(adapters),
-        ), notes
+        )
+        check(request, own)
+        return request, notes
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +223,7 @@ class Session:
         Raises:
             OFTError: it is broken, or cannot be used with this model.
         """
-        return self.shelf.take_in(path, self.model.parts(), path.stem[:60] or "adapter", component)
+        return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
     def combine(self, how: str, first: str, second: str, share: float) -> Card:
         """A new adapter of two: "interpolate" between them, or "compose" one after the other.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from app.runs import Wish
 from app.session import Session
 from app.workspace import new_token
 from oft_diffusion.errors import ConfigError
 from tests.app.test_photos import noise
-from tests.app.test_runs import QUICK, Wish, ended
+from tests.app.test_runs import QUICK, ended
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def filled(session: Session, person: str, tmp_path: Path) -> Session:
 def test_a_run_is_gone_on_with_by_whoever_began_it_alone(filled: Session, person: str) -> None:
     job = filled.training.start(person, Wish("Mine", "zwx", "thing", QUICK | {"steps": 60}))
     for now in job.watch(timeout=120):
-        if now.done >= 12:  # the first checkpoint
+        if now.found and now.found[-1].step >= 12:  # the first checkpoint
             filled.training.stop(person, pause=True)
             break
     *_, last = job.watch(timeout=120)

@@ -158,6 +158,22 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     assert ended(going).found[-1].name == "My thing"
 
 
+def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, busy: threading.Event) -> None:
+    other, training = new_token(), filled.training
+    job, asked = training.start(person, wish()), training.estimate(person, wish())
+    for pause in (True, False):
+        training.stop(other, pause=pause)
+    for kind in ("train", "estimate"):
+        filled.machine.cancel_newest(other, kind)
+        assert filled.machine.newest(other, kind) is None
+    assert not filled.machine.cancel(other, job.id)
+    assert training.photos(other).count() == 0
+    assert training.packed(other) is None
+    busy.set()
+    assert ended(job).found[-1].name == "My thing"
+    assert ended(asked).found
+
+
 def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
     job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
     after(job, 2)

@@ -107,6 +107,7 @@ def test_everyone_has_a_history_of_their_own_that_outlives_the_server(
         ({"width": 4096, "height": 8}, "4096 pixels of the width"),
         ({"scheduler": "os.system"}, "'os.system' is no scheduler"),
         ({"seeds": (-1,)}, "a seed out of range"),
+        ({"guidance": float("nan")}, "nan as guidance"),
     ],
 )
 def test_what_is_too_much_is_refused_at_once(session: Session, person: str, change: Any, words: str) -> None:
