@@ -90,8 +90,8 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
 
 
 def go_on(page: Any, run: Earlier) -> None:
-    """Go on with a run that was paused."""
-    opened_part(page, "Go on with a run")
+    """Go on with an earlier run"""
+    opened_part(page, "Go on with an earlier run")
     choose(page, "earlier", f"{run.name}: step {run.step} of {run.steps}")
     page.get_by_role("button", name="Go on", exact=True).click()
 
