@@ -15,6 +15,10 @@ from oft_diffusion.errors import ConfigError
 from .looks import CSS, HEAD, theme
 from .session import Session
 
+# How many events the page and programs may have going at once.
+QUEUE: dict[str, Any] = {"max_size": 256, "default_concurrency_limit": 16, "api_open": False}
+_THREADS = 512  # each event that looks on at a job holds one; gradio's 40 would leave none to cancel with
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`oft-diffusion app`.
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .page import build
 
     page = build(session)
-    page.queue(max_size=256, default_concurrency_limit=16, api_open=False)
+    page.queue(**QUEUE)
     try:
         page.launch(**served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
     finally:
@@ -56,8 +60,8 @@ def served(
     return {
         "server_name": host, "server_port": port, "auth": auth, "share": share, "show_error": False,
         "allowed_paths": [str(session.workspace.people), str(session.workspace.adapters)],
-        "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False, "footer_links": [],
-        "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
+        "max_threads": _THREADS, "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False,
+        "footer_links": [], "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
     }  # fmt: skip
 
 

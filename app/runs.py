@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import threading
 import time
 import zipfile
@@ -187,7 +188,7 @@ class Runs:
                         run.save()
                     if time.monotonic() - told > _TELL_EVERY or step.pictures or step.step == step.steps:
                         told = time.monotonic()
-                        _tell(job, step)
+                        _tell(job, self._for_page(run_id, step))
             self._finish(run_id, job, run.result, control)
         except BaseException:
             if not control.paused and not list_checkpoints(folder / "run"):
@@ -256,6 +257,14 @@ class Runs:
         card = self.cover(self.shelf.add(result.adapter, state["name"]))
         self._note(run_id, {"done": True})
         job.tell(card, text=f"the adapter {card.name} is on the shelf")
+
+    def _for_page(self, run_id: str, step: TrainStep) -> TrainStep:
+        """With its grid where the page may show it from: in a run's folder lie its pictures, too."""
+        if step.pictures is None:
+            return step
+        owner = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))["owner"]
+        shown = self.workspace.grids(owner) / f"{run_id}-{step.pictures.name}"
+        return replace(step, pictures=Path(shutil.copy(step.pictures, shown)))
 
     def _resumed(self, folder: Path) -> dict[str, Any]:
         begun = any((folder / "run").glob("checkpoint-*/state.json"))

@@ -93,6 +93,12 @@ class Workspace:
         """One person's pictures."""
         return self._of(token, "pictures")
 
+    def grids(self, person: str) -> Path:
+        """Pictures of one person's trainings that the page shows, with `person` as `Workspace.person` has it."""
+        folder = self.people / person / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def uploads(self, token: str) -> Path:
         """What one person has uploaded."""
         return self._of(token, "uploads")
@@ -106,11 +112,12 @@ class Workspace:
         return hmac.new(path.read_bytes(), user.encode(), "sha256").hexdigest()[:32]
 
     def clean(self) -> None:
-        """Remove uploads that are a day old, and gradio's copies."""
+        """Remove uploads and grids that are a day old, and gradio's copies."""
         limit = time.time() - _KEEP_UPLOADS
-        for folder in self.people.glob("*/uploads/*"):
-            if folder.stat().st_mtime < limit:
-                _remove(folder)
+        for kind in ("uploads", "grids"):
+            for left in self.people.glob(f"*/{kind}/*"):
+                if left.stat().st_mtime < limit:
+                    _remove(left)
         for left in self.temporary.iterdir():
             _remove(left)
 

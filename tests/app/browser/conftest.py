@@ -28,11 +28,11 @@ def served_session(session: Session, port: int | None = None) -> Iterator[str]:
     """The app on a port, or a free one: its address."""
     before = os.environ.get("GRADIO_TEMP_DIR", "")
     os.environ["GRADIO_TEMP_DIR"] = str(session.workspace.temporary)
-    from app.main import served
+    from app.main import QUEUE, served
     from app.page import build
 
     page = build(session)
-    page.queue(max_size=64, default_concurrency_limit=16, api_open=False)
+    page.queue(**QUEUE)
     _, url, _ = page.launch(**served(session, "127.0.0.1", port, None), prevent_thread_lock=True, quiet=True)
     _COPIES[url] = session.workspace.temporary
     try:
