@@ -97,9 +97,21 @@ def choose(page: Any, menu: str, name: str) -> None:
 
 
 def number(page: Any, field: str, value: float) -> None:
-    """A number into its field."""
-    page.locator(f"#{field} input").first.fill(str(value))
-    page.keyboard.press("Tab")
+    """A number into its field, again where a part that has just been opened puts its first values in late."""
+    inputs = page.locator(f"#{field} input")
+
+    def taken() -> bool:
+        return all(float(inputs.nth(i).input_value() or "nan") == value for i in range(inputs.count()))
+
+    for _ in range(20):
+        if not taken():
+            inputs.first.fill(str(value))
+            page.keyboard.press("Tab")
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        page.wait_for_timeout(50)
+        if taken():
+            return
+    raise AssertionError(f"{field} does not take {value}")
 
 
 def text(page: Any, field: str) -> Any:

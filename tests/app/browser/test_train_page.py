@@ -83,7 +83,9 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
     assert "Paused at step" in page.locator("#train-status").inner_text()
     [run] = [run for run in left_undone(session) if run.name == "Cat two"]
     go_on(page, run)
-    page.wait_for_selector("#train-status .working")
+    page.wait_for_function(  # while it prepares, Stop ends it without a step more
+        f"+(document.querySelector('#train-status').innerText.match(/tep (\\d+) of/) || [0, 0])[1] > {run.step}"
+    )
     page.locator("#train-stop:not([disabled])").click()
     page.wait_for_function("document.querySelector('#train-status').innerText.includes('Cat two is on the shelf')")
     assert run.id not in {left.id for left in left_undone(session)}
@@ -101,6 +103,7 @@ def go_on(page: Any, run: Earlier) -> None:
     page.get_by_role("button", name="Go on", exact=True).click()
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_server(opened: Any, model_folder: Path, tmp_path: Path) -> None:
     session = Session(tmp_path / "work", str(model_folder))
     with served_session(session) as url:
@@ -176,7 +179,7 @@ def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: An
     small = tmp_path / "small.png"
     Image.new("RGB", (8, 8), "red").save(small)
     page.locator("#photos-drop input[type=file]").set_input_files([fake, small])
-    page.wait_for_function("document.querySelector('#photos-note').innerText.includes('no picture')")
+    page.wait_for_function("document.querySelector('#photos-note').innerText.includes('no PNG, JPEG or WebP picture')")
     assert "smaller than" in page.locator("#photos-note").inner_text()
     page.get_by_role("button", name="Remove picture 1").click()
     page.wait_for_function("document.querySelectorAll('#photos img').length === 0")
