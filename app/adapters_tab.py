@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,50 @@ import gradio as gr
 
 from oft_diffusion.errors import OFTError
 
+from .events import PRIVATE
 from .session import EXPORTS, Session
+from .shelf import Card
 from .words import card_page, cards_page, explained, told
 
 # A card is a button; which one was clicked, its id tells.
 _CLICKED = """element.addEventListener('click', event => {
   const card = event.target.closest('[data-id]')
-  if (card) trigger('click', {id: card.dataset.id})
+  if (!card) return
+  trigger('click', {id: card.dataset.id})
+  const about = document.getElementById('shelf-adapter') // on a phone it lies below the cards
+  if (about.getBoundingClientRect().top > innerHeight) about.scrollIntoView({behavior: 'smooth'})
 })"""
+
+
+Cards = Sequence[tuple[Card, str]]  # adapters, and beside each why it cannot be used, or nothing
+Choices = list[tuple[str, str]]  # name and id
+
+
+def all_of(cards: Cards) -> Choices:
+    """Every adapter."""
+    return [(card.name, card.id) for card, _ in cards]
+
+
+def usable(cards: Cards) -> Choices:
+    """Those that can be used with this model."""
+    return [(card.name, card.id) for card, problem in cards if not problem]
 
 
 class AdaptersTab:
     """Its components, and what they do.
 
     Attributes:
-        menus: components whose choices are the adapters, here and in other tabs: `refresh` fills them.
+        menus: components whose choices depend on the adapters, here and in other tabs: `refresh` fills them.
     """
 
-    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[], Any]]]) -> None:
+    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[Cards], Choices]]]) -> None:
         self.session = session
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED)
+                self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED, apply_default_css=False)
             with gr.Column(scale=4, min_width=320):
                 self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
-                self.about = gr.HTML(elem_id="about")
+                self.about = gr.HTML(elem_id="about", apply_default_css=False)
                 self.note = gr.HTML(told(""), elem_id="shelf-note")
                 with gr.Accordion("Take in a file, of any tool", open=False):
                     self.file = gr.File(
@@ -49,7 +68,9 @@ class AdaptersTab:
                         [(text, key) for key, text in EXPORTS.items()], value="oft", label="As", elem_id="export-format"
                     )
                     self.export = gr.Button("Make the file", elem_id="export")
-                    self.made = gr.File(label="File", interactive=False, height=90, elem_id="exported")
+                    self.made = gr.File(
+                        label="File", interactive=False, height=90, visible=False, elem_id="exported"
+                    )  # fmt: skip
                 with gr.Accordion("One adapter of two", open=False):
                     self.second = gr.Dropdown([], label="And", elem_id="second")
                     self.share = gr.Slider(
@@ -64,44 +85,39 @@ class AdaptersTab:
                     self.rename = gr.Button("Rename", elem_id="rename")
                     self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
                     self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
-        self.menus = [(self.chosen, self.choices), (self.second, self.choices), *menus]
+        self.menus = [(self.chosen, all_of), (self.second, all_of), *menus]
 
     def wire(self) -> None:
         """Connect everything, once all menus are known."""
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
         look = [self.about, self.name]
-        self.all.click(self.choose, None, [self.chosen], queue=False, **private)
-        self.chosen.change(self.look, [self.chosen], look, queue=False, **private)
-        self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **private)
-        self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **private)
-        self.rename.click(self.call, [self.chosen, self.name], changed, **private).then(
-            self.look, [self.chosen], look, **private
+        self.all.click(self.choose, None, [self.chosen], queue=False, **PRIVATE)
+        self.chosen.change(self.look, [self.chosen], look, queue=False, **PRIVATE)
+        self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **PRIVATE)
+        self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **PRIVATE)
+        self.rename.click(self.call, [self.chosen, self.name], changed, **PRIVATE).then(
+            self.look, [self.chosen], look, **PRIVATE
         )
-        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **private)
+        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **PRIVATE)
         for button, how in ((self.interpolate, "interpolate"), (self.compose, "compose")):
             button.click(
                 lambda first, second, share, how=how: self.combine(how, first, second, share),
-                [self.chosen, self.second, self.share], changed, **private,
+                [self.chosen, self.second, self.share], changed, **PRIVATE,
             )  # fmt: skip
-        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **private)
+        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **PRIVATE)
         self.changed = changed
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def choices(self) -> list[tuple[str, str]]:
-        """Of this tab's menus."""
-        return [(card.name, card.id) for card in self.session.shelf.cards()]
-
     def refresh(self, *notes: str) -> tuple[Any, ...]:
         """Notes, the cards, and every menu of adapters."""
-        cards = [(card, self.session.fits(card)) for card in self.session.shelf.cards()]
-        return told(*notes), cards_page(cards), *(gr.update(choices=choices()) for _, choices in self.menus)
+        cards = self.session.cards()
+        return told(*notes), cards_page(cards), *(gr.update(choices=choices(cards)) for _, choices in self.menus)
 
     def choose(self, event: gr.EventData) -> Any:
         """The adapter whose card was clicked."""
         clicked = str(getattr(event, "id", ""))
-        return clicked if clicked in {card for _, card in self.choices()} else gr.skip()
+        return clicked if clicked in {card.id for card in self.session.shelf.cards()} else gr.skip()
 
     def look(self, adapter: str | None) -> tuple[str, str]:
         """What the chosen adapter is."""
@@ -109,7 +125,7 @@ class AdaptersTab:
             card = self.session.shelf.card(adapter or "")
         except OFTError:
             return "", ""
-        return card_page(card, self.session.fits(card)), card.name
+        return card_page(self.session.known(card), self.session.fits(card)), card.name
 
     def take_in(self, path: str | None, component: str) -> tuple[Any, ...]:
         """A file of any tool, and what is to be known of it."""
@@ -140,8 +156,8 @@ class AdaptersTab:
         try:
             path, notes = self.session.export(adapter, to)
         except OFTError as error:
-            return told(explained(error)), None
-        return told("Here it is", *notes), str(path)
+            return told(explained(error)), gr.update(value=None, visible=False)
+        return told("Here it is", *notes), gr.update(value=str(path), visible=True)
 
     def _done(self, act: Callable[[], object], note: str) -> tuple[Any, ...]:
         try:

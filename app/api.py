@@ -51,7 +51,7 @@ class Api:
                 prompt, (int(seed),), negative, int(steps) or own.steps,
                 float(guidance) if guidance >= 0 else own.guidance, adapters=cards,
             )  # fmt: skip
-            job = self.session.draw_for_program(str(request.session_hash if request else ""), asked)
+            job = self.session.draw_for_program(_caller(request), asked)
         except (OFTError, Busy, TypeError, ValueError) as error:
             raise gr.Error(explained(error), print_exception=False) from error
         *_, ended = job.watch()
@@ -59,3 +59,10 @@ class Api:
             raise gr.Error(ended.error or "cancelled", print_exception=False)
         [(path, _)] = ended.found
         return gr.FileData(path=str(path)), self.session.settings_in(path)
+
+
+def _caller(request: gr.Request | None) -> str:
+    """Whose turn a call takes: the user's, or that of the machine that it comes from. No name that a caller chooses."""
+    if request is None:
+        return ""
+    return str(request.username or (request.client.host if request.client else ""))

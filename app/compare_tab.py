@@ -11,9 +11,10 @@ import gradio as gr
 from oft_diffusion.errors import OFTError
 
 from .drawing import Request, seeds_from
+from .events import PRIVATE
 from .machine import Busy, Job
 from .session import Session
-from .words import explained, status_line
+from .words import empty, explained, status_line
 
 WAYS = {
     "with and without": "The base, and the base with the adapter, on the same seeds.",
@@ -35,7 +36,7 @@ class CompareTab:
             with gr.Column(scale=4, min_width=320):
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt")
                 self.way = gr.Radio(list(WAYS), value="with and without", label="Compare", elem_id="way")
-                self.about = gr.Markdown(WAYS["with and without"])
+                self.about = gr.Markdown(WAYS["with and without"], elem_classes="hint")
                 self.adapter = gr.Dropdown([], label="Adapter", elem_id="compare-adapter")
                 self.others = gr.Dropdown(
                     [], multiselect=True, label="Adapters", visible=False, elem_id="compare-adapters"
@@ -52,14 +53,17 @@ class CompareTab:
                     self.guidance = gr.Slider(0, 20, own.guidance, step=0.5, label="Guidance")
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
-                    self.go = gr.Button("Compare", variant="primary", elem_id="compare")
-                    self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="compare-cancel")
+                    self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
+                    self.cancel = gr.Button(
+                        "Cancel", variant="stop", interactive=False, elem_id="compare-cancel", min_width=120
+                    )  # fmt: skip
                 self.status = gr.HTML(status_line(None), elem_id="compare-status")
+                gr.HTML(empty("What is compared will be here."), elem_id="compare-empty")
                 self.slider = gr.ImageSlider(
-                    label="Left the base, right with the adapter", interactive=False, visible=False, max_height=520,
+                    label="Left without, right with the adapter", interactive=False, visible=False, max_height=520,
                     elem_id="slider", buttons=["fullscreen"],
                 )  # fmt: skip
-                self.which = gr.Slider(1, 2, 1, step=1, label="Which seed", visible=False, elem_id="which")
+                self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
                 self.sheet = gr.Image(
                     type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
                     alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
@@ -67,17 +71,16 @@ class CompareTab:
         self._wire()
 
     def _wire(self) -> None:
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asked = [
             self.person, self.way, self.prompt, self.adapter, self.others, self.run, self.strengths, self.seed,
             self.count, self.steps, self.guidance,
         ]  # fmt: skip
         self.shown = [self.status, self.slider, self.which, self.sheet, self.go, self.cancel]
-        self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **private)
-        self.cancel.click(self.stop, [self.person], None, queue=False, **private)
+        self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         asking = [self.about, self.adapter, self.others, self.run, self.strengths]
-        self.way.change(self.choose, [self.way], asking, queue=False, **private)
-        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **private)
+        self.way.change(self.choose, [self.way], asking, queue=False, **PRIVATE)
+        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
 
     def choose(self, way: str) -> tuple[Any, ...]:
         """Show what this way asks for."""
@@ -86,8 +89,8 @@ class CompareTab:
 
     def runs(self) -> list[tuple[str, str]]:
         """Those that have checkpoints, for the menu."""
-        earlier = self.session.training.runs.earlier()
-        return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in earlier]
+        runs = self.session.training.runs.with_checkpoints()
+        return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in runs]
 
     def compare(self, person: str, way: str, prompt: str, *asked: Any) -> Iterator[tuple[Any, ...]]:
         """Draw what is to be compared, and show how it goes."""

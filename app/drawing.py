@@ -89,6 +89,7 @@ def check(request: Request, abilities: Abilities) -> None:
         "steps": (request.steps, 1, MOST_STEPS),
         "letters of the prompt": (len(request.prompt), 0, LONGEST_PROMPT),
         "letters of the negative prompt": (len(request.negative), 0, LONGEST_PROMPT),
+        "as guidance": (request.guidance, 0, 100),
         "pixels of the width": (request.width or abilities.size, abilities.multiple, LARGEST),
         "pixels of the height": (request.height or abilities.size, abilities.multiple, LARGEST),
     }

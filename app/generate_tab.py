@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import DataError, OFTError
 
 from .drawing import MOST_PICTURES, MOST_STEPS, Request, seeds_from
-from .machine import Busy, Job, Progress
-from .session import Session, opened
+from .events import PRIVATE
+from .machine import Busy, Job
+from .photos import check_upload, uploaded
+from .session import Session
 from .shelf import Card
 from .words import explained, status_line
 
@@ -50,22 +53,30 @@ class GenerateTab:
                     self.settings = self._settings()
                 with gr.Accordion("Begin with a picture", open=False, visible=own.image):
                     self.image = gr.Image(
-                        label="A picture to begin with", type="pil", sources=["upload", "clipboard"], height=220
+                        label="A picture to begin with",
+                        type="filepath",
+                        sources=["upload", "clipboard"],
+                        height=220,
+                        elem_id="begin",
                     )
+                    # Gradio would decode whatever it is, and could not say what is wrong with it.
+                    self.image.preprocess = _as_it_came  # type: ignore[method-assign]
                     self.change = gr.Slider(
                         0.05, 1.0, 0.6, step=0.05, label="How much of it may change", elem_id="change"
                     )
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-                    self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+                    self.go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                    self.cancel = gr.Button(
+                        "Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120
+                    )  # fmt: skip
                 self.status = gr.HTML(status_line(None), elem_id="status")
                 self.preview = gr.Image(
                     label="Unfinished", visible=False, interactive=False, height=260, alt_text="The picture so far",
                     buttons=[], elem_id="preview",
                 )  # fmt: skip
                 self.pictures = gr.Gallery(
-                    label="Pictures", columns=2, object_fit="contain", height=460, interactive=False,
+                    label="Pictures", columns=2, object_fit="contain", height=680, interactive=False,
                     elem_id="pictures", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.recall = gr.File(
@@ -84,7 +95,7 @@ class GenerateTab:
     def _slot(self, index: int) -> tuple[gr.Dropdown, gr.Slider]:
         with gr.Row(equal_height=True):
             adapter = gr.Dropdown(
-                choices=[("none", NONE)], value=NONE, label=("Adapter", "then", "then")[index], scale=3, min_width=140,
+                choices=[("none", NONE)], value=NONE, label=("Adapter", "then", "then")[index], scale=3, min_width=160,
                 elem_id=f"adapter-{index}",
             )  # fmt: skip
             strength = gr.Slider(
@@ -95,8 +106,8 @@ class GenerateTab:
 
     def _seed(self) -> tuple[gr.Number, gr.Checkbox]:
         with gr.Row(equal_height=True):
-            seed = gr.Number(value=0, precision=0, minimum=0, label="Seed of the first picture", elem_id="seed")
-            fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed")
+            seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="seed", min_width=120)
+            fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed", min_width=120)
         return seed, fixed
 
     def _settings(self) -> dict[str, Any]:
@@ -125,23 +136,22 @@ class GenerateTab:
             self.change,
         ]  # fmt: skip
         shown = [self.status, self.preview, self.pictures, self.history, self.seed, self.go, self.cancel]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         for event in (self.go.click, self.prompt.submit):
-            event(self.draw, asked, shown, concurrency_limit=None, trigger_mode="once", **private)
-        self.cancel.click(self.stop, [self.person], None, queue=False, **private)
+            event(self.draw, asked, shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         chosen = [self.prompt, *(adapter for adapter, _ in self.slots)]
         for component in chosen:
             component.change(  # type: ignore[attr-defined]
-                self.look, chosen, [self.triggers, self.warning], queue=False, **private
+                self.look, chosen, [self.triggers, self.warning], queue=False, **PRIVATE
             )
         for adapter, strength in self.slots:
-            adapter.input(self.recommended, [adapter], [strength], queue=False, **private)
-        self.triggers.click(self.insert, [self.triggers, *chosen], [self.prompt], queue=False, **private)
+            adapter.input(self.recommended, [adapter], [strength], queue=False, **PRIVATE)
+        self.triggers.click(self.insert, [self.triggers, *chosen], [self.prompt], queue=False, **PRIVATE)
         taken = [
             self.prompt, self.negative, *slots, self.seed, self.fixed,
             *(self.settings[name] for name in ("steps", "guidance", "scheduler", "width", "height")), self.recall,
         ]  # fmt: skip
-        self.recall.upload(self.take_over, [self.recall], taken, **private)
+        self.recall.upload(self.take_over, [self.recall], taken, **PRIVATE)
         self.shown = shown
 
     # -- actions -----------------------------------------------------------------------------------------------------
@@ -153,6 +163,12 @@ class GenerateTab:
         )  # fmt: skip
         first = int(seed or 0) if fixed else random.randrange(2**31)
         try:
+            begin = uploaded(Path(image)) if image else None
+        except DataError as error:
+            problem = f"{Path(image).name} cannot be used: {error.problem}. Take it out, or choose another one"
+            yield (status_line(None, explained(ValueError(problem))), *[gr.skip()] * 6)
+            return
+        try:
             adapters = tuple(
                 (self.session.shelf.card(adapter), float(strength))
                 for adapter, strength in zip(slots[::2], slots[1::2], strict=True)
@@ -161,7 +177,7 @@ class GenerateTab:
             request = Request(
                 prompt=prompt or "", negative=negative or "", seeds=seeds_from(first, int(count)), steps=int(steps),
                 guidance=float(guidance), width=int(width), height=int(height), scheduler=scheduler or "",
-                adapters=adapters, image=image, change=float(change),
+                adapters=adapters, image=begin, change=float(change),
             )  # fmt: skip
             job = self.session.draw(person, request)
         except (OFTError, Busy, TypeError, ValueError) as error:
@@ -216,14 +232,12 @@ class GenerateTab:
 
     def take_over(self, path: str | None) -> tuple[Any, ...]:
         """Settings out of a dropped picture."""
-        from pathlib import Path
-
         count = 2 + 2 * SLOTS + 2 + 5
         if path is None:
             return (*[gr.skip()] * count, gr.skip())
         try:
-            request, notes = self.session.request_from(self.session.settings_in(Path(path)))
-        except (OFTError, TypeError, ValueError, KeyError, AttributeError) as error:
+            request, notes = self.session.request_from(self.session.settings_in(check_upload(Path(path))))
+        except (OFTError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             gr.Warning(explained(error) if isinstance(error, OFTError) else "That picture's settings make no sense.")
             return (*[gr.skip()] * count, None)
         for note in notes:
@@ -236,10 +250,6 @@ class GenerateTab:
             request.prompt, request.negative, *slots, request.seeds[0], True, request.steps, request.guidance,
             request.scheduler or own.schedulers[0], request.width or own.size, request.height or own.size, None,
         )  # fmt: skip
-
-    def choices(self) -> list[tuple[str, str]]:
-        """Of the adapter menus."""
-        return [("none", NONE), *((card.name, card.id) for card in self.session.fitting())]
 
     def _cards(self, adapters: Sequence[str]) -> list[Card]:
         cards = []
@@ -254,6 +264,11 @@ class GenerateTab:
         return [str(path) for path in self.session.history(person)[:_HISTORY]]
 
 
+def _as_it_came(payload: Any) -> str | None:
+    """The path of an upload, which gradio has checked to be one."""
+    return None if payload is None else str(payload.path or "")
+
+
 def insert_phrase(prompt: str, phrase: str) -> str:
     """A prompt that names the subject: in the class word's place where there is one, else in front."""
     trigger, _, class_word = phrase.partition(" ")
@@ -264,6 +279,3 @@ def insert_phrase(prompt: str, phrase: str) -> str:
         if class_word and word.strip(",.").lower() == class_word.lower():
             return " ".join([*words[:i], trigger, *words[i:]])
     return f"a {phrase} {prompt}".strip()
-
-
-__all__ = ["GenerateTab", "Progress", "insert_phrase", "opened"]

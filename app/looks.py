@@ -5,37 +5,73 @@ from __future__ import annotations
 from typing import Any
 
 CSS = """
-.gradio-container main { max-width: 1320px !important; margin: 0 auto; }
+.gradio-container main { width: 100%; max-width: 1320px !important; margin: 0 auto !important; }
 #title h1 { margin-bottom: 0; } #title p { color: var(--body-text-color-subdued); margin-top: 0.15rem; }
-.hint { color: var(--body-text-color-subdued); font-size: 0.92rem; }
-.status { padding: 0.5rem 0.75rem; border-radius: 10px; min-height: 3.1rem; }
-.status { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
-.status.problem { background: var(--error-background-fill); color: var(--error-text-color); }
+.hint, .hint * { color: var(--body-text-color-subdued); }
+.html-container { padding: 0 !important; }
+.status { padding: 0.5rem 0.75rem; border-radius: var(--block-radius); min-height: 3.1rem; }
+.status { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
+.status.problem { background: #fef2f2; color: #991b1b; border-color: #dc2626; }
+.dark .status.problem { background: #3b1518; color: #fecaca; border-color: #f87171; }
 .status .bar { height: 4px; margin-top: 0.4rem; border-radius: 2px; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.3s; }
 .status.problem .bar { visibility: hidden; }
 .note:not(:empty), #trigger-warning { padding: 0.4rem 0.75rem; border-left: 3px solid var(--color-accent); }
 .note ul { margin: 0; padding-left: 1.1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 0.75rem; }
-.card { display: flex; gap: 0.75rem; padding: 0.75rem; border-radius: 12px; text-align: left; cursor: pointer; }
-.card { background: var(--background-fill-primary); border: 1px solid var(--border-color-primary); }
-.card { overflow-wrap: anywhere; }
+.block:has(.note:empty) { margin-top: calc(-1 * var(--layout-gap)); }
+.empty { padding: 2.5rem 1rem; border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius); }
+.column:has(#sheet img) > #compare-empty, .column:has(#curve svg) > #train-empty { display: none; }
+.empty { text-align: center; color: var(--body-text-color-subdued); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 0.75rem; }
+.card { display: flex; gap: 0.75rem; padding: 0.75rem; border-radius: var(--block-radius); text-align: left; }
+.card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); cursor: pointer; }
+.card { line-height: 1.5; overflow-wrap: anywhere; }
 .card:hover, .card:focus-visible { border-color: var(--color-accent); }
-.card img, .card > span:first-child { width: 72px; height: 72px; border-radius: 8px; flex: none; object-fit: cover; }
+.card img, .card > span:first-child { width: 88px; height: 88px; border-radius: 8px; flex: none; object-fit: cover; }
 .card > span:first-child { background: var(--background-fill-secondary); }
-.card .misfit { color: var(--error-text-color); }
-.card small { color: var(--body-text-color-subdued); }
-.about { width: 100%; font-size: 0.92rem; }
-.about th { text-align: left; vertical-align: top; padding-right: 1rem; font-weight: 600; }
+.card b { font-size: 1.05rem; font-weight: 600; }
+.card .misfit { color: #991b1b; } .dark .card .misfit { color: #fecaca; }
+.card time { white-space: nowrap; }
+.card small { color: var(--body-text-color-subdued); font-size: 0.85rem; }
+#about:has(table) { padding: 0.35rem 0.75rem 0.6rem; border: 1px solid var(--border-color-primary); }
+#about:has(table) { border-radius: var(--block-radius); background: var(--block-background-fill); }
+#about:not(:has(table)) { margin-top: calc(-1 * var(--layout-gap)); }
+#about details { margin-top: 0.5rem; } #about details[open] { max-height: 24rem; overflow-y: auto; }
+#about summary { cursor: pointer; }
+.about { width: 100%; border-collapse: collapse; }
+.about th, .about td { padding: 0.4rem 0; text-align: left; vertical-align: top; }
+.about tr + tr > * { border-top: 1px solid var(--border-color-primary); }
+.about th { width: 1%; padding-right: 1.25rem; font-weight: 400; white-space: nowrap; }
+.about th { color: var(--body-text-color-subdued); }
 .about td { overflow-wrap: anywhere; }
+#about details th { white-space: normal; width: 45%; }
+#curve:not(:has(svg)) { margin-top: calc(-1 * var(--layout-gap)); }
 #curve { color: var(--body-text-color-subdued); font-size: 0.8rem; }
 #curve .dots, #curve .mean { stroke: var(--color-accent); }
+.dark #curve .dots, .dark #curve .mean { stroke: var(--primary-400); }
+#fixed { display: flex; flex-direction: column; justify-content: end; }
+#run-trigger label, #run-class label { display: flex; flex-direction: column; height: 100%; }
+#run-trigger label > :last-child, #run-class label > :last-child { margin-top: auto; }
+#photos-clear { align-self: center; }
+#photos:not(:has(*)) { margin-top: calc(-1 * var(--layout-gap)); }
 #photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .photo-tools { gap: 0.35rem; }
+.photo-tools label.float { font-size: 0.8rem; } .photo-tools label.float span { display: none; }
+.photo-tools label > [data-testid=block-info] { position: absolute; clip-path: inset(50%); } /* for those who listen */
+[data-testid=upload-icon] { display: none; } /* it lies under the label */
 .dark button[role=tab][aria-selected=true] { color: var(--primary-400); }
 footer { display: none !important; }
+@media (max-width: 640px) {
+  .tab-container button { padding-left: 0.55rem; padding-right: 0.55rem; } /* all four have room at 360 pixels */
+  label.float { font-size: 0.8rem; }
+  button.lg { padding-left: 0.5rem; padding-right: 0.5rem; font-size: 0.95rem; }
+  #pictures, #pictures .grid-wrap { height: auto !important; min-height: 320px; }
+  #pictures > .empty { min-height: 318px; }
+}
 """
-HEAD = """<meta name="description" content="Pictures of your own subjects, with OFT adapters">"""
+# Gradio confines CSS to what lies within the page; its own margins lie around it.
+HEAD = """<meta name="description" content="Pictures of your own subjects, with OFT adapters">
+<style>@media (max-width: 640px) { .gradio-container > .main.app { padding: 0.75rem; } }</style>"""
 
 
 def theme() -> Any:
@@ -54,10 +90,13 @@ def theme() -> Any:
         block_border_width="1px", body_background_fill="*neutral_100",
         button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
+        checkbox_border_color="*neutral_500", input_border_color="*neutral_300", input_border_width="1px",
         input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
         color_accent="*primary_700", link_text_color="*primary_700", link_text_color_dark="*primary_300",
+        button_secondary_background_fill_hover_dark="*neutral_600",
+        button_cancel_background_fill_hover_dark="*neutral_600", checkbox_label_background_fill_selected="*primary_100",
         checkbox_label_background_fill_selected_dark="*primary_800",
         checkbox_label_text_color="*body_text_color", checkbox_label_text_color_selected="*body_text_color",
     )  # fmt: skip

@@ -119,7 +119,10 @@ class Job:
 
 
 class Machine:
-    """Does one job at a time. Of those that wait, the next is of whoever has been served longest ago."""
+    """Does one job at a time. Of those that wait, the next is of whoever has been served longest ago.
+
+    Somebody new counts as served when they came, or a crowd of new names would always be first.
+    """
 
     def __init__(self, most_waiting: int = 64, most_of_one: int = 8) -> None:
         self.most_waiting, self.most_of_one = most_waiting, most_of_one
@@ -151,6 +154,7 @@ class Machine:
                     else f"{len(self._waiting)} jobs are waiting already"
                 )  # fmt: skip
             self._forget()
+            self._served.setdefault(owner, time.monotonic())
             self._jobs[job.id] = job
             self._waiting.append(job)
             self._tell_places()
@@ -239,7 +243,8 @@ class Machine:
         queues: dict[str, list[Job]] = {}
         for job in self._waiting:
             queues.setdefault(job.owner, []).append(job)
-        owners = sorted(queues, key=lambda owner: self._served.get(owner, 0.0))
+        served = self._working.owner if self._working is not None else None  # whose turn it is comes last
+        owners = sorted(queues, key=lambda owner: (owner == served, self._served[owner]))
         most = max(map(len, queues.values()), default=0)
         return [queues[owner][i] for i in range(most) for owner in owners if i < len(queues[owner])]
 
@@ -252,3 +257,5 @@ class Machine:
         ended = [job.id for job in self._jobs.values() if job.progress.ended]
         for job_id in ended[: max(0, len(ended) - _KEPT)]:
             del self._jobs[job_id]
+        known = {job.owner for job in self._jobs.values()}
+        self._served = {owner: when for owner, when in self._served.items() if owner in known}

@@ -15,6 +15,10 @@ from oft_diffusion.errors import ConfigError
 from .looks import CSS, HEAD, theme
 from .session import Session
 
+# How many events the page and programs may have going at once.
+QUEUE: dict[str, Any] = {"max_size": 256, "default_concurrency_limit": 16, "api_open": False}
+_THREADS = 512  # each event that looks on at a job holds one; gradio's 40 would leave none to cancel with
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`oft-diffusion app`.
@@ -22,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: the model cannot be loaded, or the options would open the app to everyone.
     """
-    options = _parser().parse_args(arguments)
-    auth = _auth(options)
+    options, auth = arguments_of(arguments)
     workspace = options.workspace.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "temporary")  # before gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -32,12 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .page import build
 
     page = build(session)
-    page.queue(max_size=256, default_concurrency_limit=16, api_open=False)
+    page.queue(**QUEUE)
     try:
         page.launch(**served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
     finally:
         session.machine.stop()
     return 0
+
+
+def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]] | None]:
+    """The options, and who may come in: everyone, where it is None.
+
+    Raises:
+        ConfigError: they would open the app to people without a password.
+    """
+    options = _parser().parse_args(arguments)
+    return options, _auth(options)
 
 
 def served(
@@ -47,8 +60,8 @@ def served(
     return {
         "server_name": host, "server_port": port, "auth": auth, "share": share, "show_error": False,
         "allowed_paths": [str(session.workspace.people), str(session.workspace.adapters)],
-        "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False, "footer_links": [],
-        "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
+        "max_threads": _THREADS, "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False,
+        "footer_links": [], "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
     }  # fmt: skip
 
 

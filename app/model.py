@@ -57,7 +57,9 @@ class Model:
             if self._studio is None:
                 pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
                 steps, guidance = (STEPS, GUIDANCE) if self.shipped else (25, 7.5)
-                self._studio = Studio(pipe, Path(self.name).name, steps, guidance)
+                self._studio = Studio(
+                    pipe, "the pocket base" if self.shipped else Path(self.name).name, steps, guidance
+                )
             return self._studio
 
     @property
@@ -70,7 +72,7 @@ class Model:
         return dict(modules_of(self.studio().pipe))
 
     def is_called(self, name: str) -> bool:
-        """Whether a picture that names its model means this one."""
+        """Whether a picture or an adapter that names its model means this one."""
         own = str(getattr(self.studio().pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
         return name in (self.name, own)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 
-from .adapters_tab import AdaptersTab
+from .adapters_tab import AdaptersTab, Cards, Choices, usable
 from .api import Api
 from .compare_tab import CompareTab
-from .generate_tab import GenerateTab
+from .events import PRIVATE
+from .generate_tab import NONE, GenerateTab
 from .session import Session
 from .train_tab import TrainTab
 from .workspace import is_token, new_token
@@ -22,7 +21,7 @@ def build(session: Session) -> gr.Blocks:
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
-            f"anywhere under *Generate*. Works on {session.model.device}.",
+            f"anywhere under *Generate*. {_where(session.model.device)}",
             elem_id="title",
         )
         with gr.Tab("Generate", id="generate"):
@@ -30,16 +29,14 @@ def build(session: Session) -> gr.Blocks:
         compare_place = gr.Tab("Compare", id="compare")
         train_place = gr.Tab("Train", id="train")
         with gr.Tab("Adapters", id="adapters"):
-            menus: list[Any] = [(menu, drawing.choices) for menu, _ in drawing.slots]
-            shelf = AdaptersTab(session, menus)
+            shelf = AdaptersTab(session, [(menu, _or_none) for menu, _ in drawing.slots])
         with compare_place:
             comparing = CompareTab(session, person)
-            shelf.menus += [(menu, lambda: drawing.choices()[1:]) for menu in (comparing.adapter, comparing.others)]
-            shelf.menus.append((comparing.run, comparing.runs))
+            shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
+            shelf.menus.append((comparing.run, lambda _: comparing.runs()))
         shelf.wire()
         with train_place:
             training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots[0][0])
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def who(token: object, request: gr.Request) -> str:
             """A user with a password is the same person in each browser; others are known by their browser."""
@@ -47,9 +44,18 @@ def build(session: Session) -> gr.Blocks:
                 return session.workspace.token_of(str(request.username))
             return str(token) if is_token(token) else new_token()
 
-        known = page.load(who, [person], [person], **private)
-        known.then(shelf.refresh, None, shelf.changed, **private)
-        known.then(training.look, [person], training.looked, **private)
-        known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **private)
-        known.then(training.again, [person], training.shown, concurrency_limit=None, **private)
+        known = page.load(who, [person], [person], **PRIVATE)
+        known.then(shelf.refresh, None, shelf.changed, **PRIVATE)
+        known.then(training.look, [person], training.looked, **PRIVATE)
+        known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **PRIVATE)
+        known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **PRIVATE)
+        known.then(training.again, [person], training.shown, concurrency_limit=None, **PRIVATE)
     return page
+
+
+def _or_none(cards: Cards) -> Choices:
+    return [("none", NONE), *usable(cards)]
+
+
+def _where(device: str) -> str:
+    return "Works on the processor." if device == "cpu" else f"Works on {device}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from PIL import Image
 
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import DataError
-from oft_diffusion.images import read_picture, save_png
+from oft_diffusion.images import FORMATS, IMAGE_KINDS, read_picture, save_png
 
 from .workspace import Workspace, new_id
 
 MOST, LARGEST_FILE, MOST_PIXELS = 40, 50_000_000, 40_000_000
 LONGEST_CAPTION = 500
 _SIDE = 2048  # of what is kept
+_DECODING = threading.Lock()  # one picture at a time: each may take some hundred megabytes
+_FULL = f"{MOST} pictures are the most"
 _BLURRED, _ALIKE = 25.0, 6  # variance of the Laplacian; differing bits of 64
 
 
@@ -46,7 +49,7 @@ class Photos:
     """One person's pictures for the next training."""
 
     def __init__(self, workspace: Workspace, token: str) -> None:
-        self.folder = workspace.uploads(token)
+        self.owner, self.folder = workspace.person(token), workspace.uploads(token)
 
     def add(self, files: Iterable[Path]) -> list[str]:
         """Take pictures in; what could not be taken, in sentences. Texts beside pictures are their captions.
@@ -56,10 +59,12 @@ class Photos:
         """
         problems, files = [], list(files)
         texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-        for path in (path for path in files if path.suffix.lower() != ".txt"):
-            if len(self._paths()) >= MOST:
-                problems.append(f"{path.name} was left out: {MOST} pictures are the most")
-                continue
+        pictures = [path for path in files if path.suffix.lower() != ".txt"]
+        for number, path in enumerate(pictures):
+            if self.count() >= MOST:
+                rest = len(pictures) - number
+                problems.append(f"{path.name} {f'and {rest - 1} more were' if rest > 1 else 'was'} left out: {_FULL}")
+                break
             try:
                 photo = self._take(path)
             except DataError as error:
@@ -119,32 +124,20 @@ class Photos:
         for path in self._paths():
             self.remove(path.stem)
 
-    def copy_to(self, folder: Path) -> int:
-        """Copy pictures and captions into a folder, numbered; how many there are."""
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._paths())
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy pictures and captions into a folder, numbered."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = self._paths()
-        for number, path in enumerate(paths, 1):
+        for number, path in enumerate(self._paths(), 1):
             for source in (path, path.with_suffix(".txt")):
                 if source.is_file():
                     shutil.copyfile(source, folder / f"{number:02d}{source.suffix}")
-        return len(paths)
 
     def _take(self, path: Path) -> str:
-        if path.stat().st_size > LARGEST_FILE:
-            raise DataError("it is larger than 50 MB", expected="a photograph", fix="shrink it")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            try:
-                with Image.open(path) as unread:  # its header alone
-                    pixels = unread.width * unread.height
-            except Image.DecompressionBombError as error:
-                raise DataError("it has too many pixels", expected="at most 40 million", fix="shrink it") from error
-            except (OSError, SyntaxError, ValueError) as error:
-                raise DataError("it is no picture", expected="PNG, JPEG or WebP", fix="leave it out") from error
-        if pixels > MOST_PIXELS:
-            raise DataError(f"it has {pixels:,} pixels", expected="at most 40 million", fix="shrink it")
-        picture = read_picture(path)
-        picture.thumbnail((_SIDE, _SIDE))
+        picture = uploaded(path)
         photo_id = new_id()
         save_png(picture, self.folder / f"{photo_id}.png")
         return photo_id
@@ -157,6 +150,41 @@ class Photos:
         if path is None:
             raise DataError("there is no such picture", expected="one of yours", fix="reload the page")
         return path
+
+
+def uploaded(path: Path) -> Image.Image:
+    """The pixels of a file that somebody sent, upright, at most 2048 a side.
+
+    Raises:
+        DataError: it is no picture, or a larger one than this machine should hold.
+    """
+    check_upload(path)
+    with _DECODING:
+        picture = read_picture(path)
+        picture.thumbnail((_SIDE, _SIDE))
+    return picture
+
+
+def check_upload(path: Path) -> Path:
+    """A file that somebody sent, unless it must not be decoded; its header tells.
+
+    Raises:
+        DataError: it is no picture, or a larger one than this machine should hold.
+    """
+    if path.stat().st_size > LARGEST_FILE:
+        raise DataError("it is larger than 50 MB", expected="a photograph", fix="shrink it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=FORMATS) as unread:
+                pixels = unread.width * unread.height
+        except Image.DecompressionBombError as error:
+            raise DataError("it has too many pixels", expected="at most 40 million", fix="shrink it") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"it is no {IMAGE_KINDS} picture", expected="one", fix="leave it out") from error
+    if pixels > MOST_PIXELS:
+        raise DataError(f"it has {pixels:,} pixels", expected="at most 40 million", fix="shrink it")
+    return path
 
 
 def _sharpness(gray: np.ndarray) -> float:

@@ -10,11 +10,10 @@ import gradio as gr
 
 from oft_diffusion.errors import OFTError
 
+from .events import PRIVATE
 from .photos import MOST, Photos
 from .training import Training
 from .words import explained, told
-
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class PhotosBox:
@@ -31,7 +30,7 @@ class PhotosBox:
             file_types=["image", ".txt"], height=160, elem_id="photos-drop",
         )  # fmt: skip
         examples = training.examples()
-        with gr.Row(visible=bool(examples), equal_height=True):
+        with gr.Row(visible=bool(examples)):
             self.example = gr.Dropdown(
                 [(name.replace("_", " "), name) for name in examples], value=None, scale=3, min_width=150,
                 label="Nothing at hand? Try an example", elem_id="photos-example",
@@ -40,14 +39,14 @@ class PhotosBox:
         self.note = gr.HTML(told(""), elem_id="photos-note")
         self.count = gr.State(0)  # counts changes, each of which lays the pictures out anew
         self.looked = [self.note, self.count]
-        self.drop.upload(self.add, [person, self.drop, self.count], [self.drop, *self.looked], **_PRIVATE)
-        self.clear.click(self.take_all_out, [person, self.count], self.looked, **_PRIVATE)
+        self.drop.upload(self.add, [person, self.drop, self.count], [self.drop, *self.looked], **PRIVATE)
+        self.clear.click(self.take_all_out, [person, self.count], self.looked, **PRIVATE)
         gr.render([person, self.count], queue=False, show_progress="hidden")(self._lay_out)
 
     def on_example(self, name: gr.Textbox, class_word: gr.Textbox) -> None:
         """Let an example fill in its words, too."""
         self.example.select(
-            self.take_example, [self.person, self.example, self.count], [name, class_word, *self.looked], **_PRIVATE
+            self.take_example, [self.person, self.example, self.count], [name, class_word, *self.looked], **PRIVATE
         )
 
     def _lay_out(self, person: str, count: int) -> None:
@@ -64,8 +63,8 @@ class PhotosBox:
                         placeholder="what it shows besides the subject: a red car in a room", interactive=True,
                     )  # fmt: skip
                     remove = gr.Button(f"Remove picture {number}", size="sm")
-                caption.change(self._describer(photo.id), [self.person, caption], None, queue=False, **_PRIVATE)
-                remove.click(self._remover(photo.id), [self.person, self.count], self.looked, **_PRIVATE)
+                caption.change(self._describer(photo.id), [self.person, caption], None, queue=False, **PRIVATE)
+                remove.click(self._remover(photo.id), [self.person, self.count], self.looked, **PRIVATE)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import threading
 import time
 import zipfile
@@ -14,16 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from oft_diffusion.disk import write_atomically
-from oft_diffusion.errors import ConfigError, OFTError
+from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, estimate, train
 from oft_diffusion.training.checkpoint import list_checkpoints
 
-from .machine import Job
+from .machine import Cancelled, Job
 from .photos import Photos
-from .shelf import Card, Shelf
+from .shelf import Card, Shelf, checked_name
 from .workspace import Workspace, new_id
 
-CONFIG, STATE = "config.toml", "state.json"
+CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
 _HERE = Path(__file__).parent
 PRESETS = next(p for p in (_HERE / "presets", _HERE.parent / "train_scripts" / "configs") if p.is_dir())  # of a wheel
 _TELL_EVERY = 0.3  # seconds between steps that are told one by one
@@ -51,18 +52,20 @@ class Wish:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A run that has left checkpoints.
+    """A run of before.
 
     Attributes:
         id: of its folder.
         name: of the adapter to be.
+        owner: who began it, as `Workspace.person` has it.
         step, steps: done, and of how many.
-        done: whether its adapter is on the shelf; if not, it can be gone on with.
-        checkpoints: step to folder, in order.
+        done: whether its adapter is on the shelf, or it will never have one; if not, it can be gone on with.
+        checkpoints: step to folder, in order; none where it was ended before its first.
     """
 
     id: str
     name: str
+    owner: str
     step: int
     steps: int
     done: bool
@@ -98,7 +101,7 @@ class Runs:
         # What a finished run of the page shows is drawn by the page; samples are for looking on.
         own = {
             "model": self.model,
-            "instance_dir": str(folder / "photos"),
+            "instance_dir": str(folder / PHOTOS),
             "output_dir": str(folder / "run"),
             "evaluation_count": 0,
         }
@@ -123,21 +126,31 @@ class Runs:
         Raises:
             ConfigError: something is not filled in, or a knob is unknown.
         """
+        self.check(wish, photos)
         run_id = new_id()
         folder = self.workspace.run(run_id)
-        config = self._filled(wish, photos, folder)
+        photos.copy_to(folder / PHOTOS)
+        config = self.config(wish, folder)
         write_atomically(folder / CONFIG, config.to_toml().encode())
-        self._note(run_id, {"name": wish.name.strip(), "step": 0, "steps": config.steps, "done": False})
+        begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
+        self._note(run_id, begun | {"done": False})
         return run_id
 
     def estimate(self, wish: Wish, photos: Photos, job: Job) -> None:
         """Measure how long a run would take and in how much memory: what the job finds is the `Estimate`."""
-        job.tell(text="measuring a few steps")
-        with TemporaryDirectory(dir=self.workspace.temporary) as folder:
-            job.tell(estimate(self._filled(wish, photos, Path(folder))), text="the estimate is made")
 
-    def _filled(self, wish: Wish, photos: Photos, folder: Path) -> TrainConfig:
-        """The configuration of a run in a folder that now has the pictures.
+        def tell(part: str) -> None:
+            job.check()
+            job.tell(text=f"measuring: {part}")
+
+        with TemporaryDirectory(dir=self.workspace.temporary) as folder:
+            photos.copy_to(Path(folder) / PHOTOS)
+            found = estimate(self.config(wish, Path(folder)), tell)
+        job.check()
+        job.tell(found)
+
+    def check(self, wish: Wish, photos: Photos) -> None:
+        """Refuse what cannot be trained.
 
         Raises:
             ConfigError: something is not filled in, or a knob is unknown.
@@ -145,9 +158,10 @@ class Runs:
         for what, text in {"a name": wish.name, "a trigger": wish.trigger, "a class word": wish.class_word}.items():
             if not text.strip():
                 raise ConfigError(f"{what} is missing", expected="one", fix="fill it in")
-        if photos.copy_to(folder / "photos") < 2:
+        checked_name(wish.name)
+        if photos.count() < 2:
             raise ConfigError("fewer than two pictures", expected="3 to 8 of the subject", fix="drop some more")
-        return self.config(wish, folder)
+        self.config(wish, self.workspace.temporary)
 
     def work(self, run_id: str, job: Job) -> None:
         """Train, or go on, telling the job of steps and pictures. What a job finds: `TrainStep`s, then the `Card`."""
@@ -155,9 +169,14 @@ class Runs:
         config = TrainConfig.from_toml(folder / CONFIG, self._resumed(folder))
         self._control[job.id] = control
         try:
-            with train(config, progress=False, on_note=lambda note: job.tell(text=note)) as run:
+            job.on_cancel = lambda: self.stop(job, pause=True)  # as the server ends
+            job.tell(text="preparing")
+            with train(
+                config, progress=False, on_note=lambda note: job.tell(text=note),
+                on_item=lambda *item: _prepare(job, control, *item),
+            ) as run:  # fmt: skip
                 control.stop_run = run.stop
-                job.on_cancel = run.stop
+                _end_early(job, control)
                 told = 0.0
                 for step in run:
                     self._note(run_id, {"step": step.step}) if step.checkpoint else None
@@ -169,15 +188,19 @@ class Runs:
                         run.save()
                     if time.monotonic() - told > _TELL_EVERY or step.pictures or step.step == step.steps:
                         told = time.monotonic()
-                        _tell(job, step)
+                        _tell(job, self._for_page(run_id, step))
             self._finish(run_id, job, run.result, control)
+        except BaseException:
+            if not control.paused and not list_checkpoints(folder / "run"):
+                self._note(run_id, {"done": True})
+            raise
         finally:
             del self._control[job.id]
 
     def stop(self, job: Job, *, pause: bool) -> None:
         """End a run after its step: paused, to be gone on with, or with the adapter as it is."""
         if (control := self._control.get(job.id)) is not None:
-            control.paused = pause
+            control.paused, control.ended = pause, True
             control.stop_run()
 
     def ask(self, job: Job, what: str) -> None:
@@ -186,21 +209,27 @@ class Runs:
             {"save": control.save, "sample": control.sample}[what].set()
 
     def earlier(self) -> list[Earlier]:
-        """Runs that have left checkpoints, newest first."""
+        """All runs, newest first."""
         found = []
         for folder in sorted(self.workspace.runs.iterdir(), reverse=True):
             try:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                told = (str(state["name"]), int(state["step"]), int(state["steps"]), bool(state["done"]))
+                told = (
+                    str(state["name"]),
+                    str(state["owner"]),
+                    int(state["step"]),
+                    int(state["steps"]),
+                    bool(state["done"]),
+                )
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if checkpoints := {int(p.name.rpartition("-")[2]): p for p in list_checkpoints(folder / "run")}:
-                found.append(Earlier(folder.name, *told, checkpoints))
+            checkpoints = {int(p.name.rpartition("-")[2]): p for p in list_checkpoints(folder / "run")}
+            found.append(Earlier(folder.name, *told, checkpoints))
         return found
 
-    def unfinished(self) -> list[Earlier]:
-        """Runs that were paused, or cut off with the server, newest first."""
-        return [run for run in self.earlier() if not run.done]
+    def with_checkpoints(self) -> list[Earlier]:
+        """Those that have any to compare, newest first."""
+        return [run for run in self.earlier() if run.checkpoints]
 
     def command(self, run_id: str) -> str:
         """The command line that trains the same on this machine."""
@@ -211,11 +240,11 @@ class Runs:
         source, folder = self.workspace.run(run_id), self.workspace.temporary / new_id()
         folder.mkdir()
         config = TrainConfig.from_toml(source / CONFIG)
-        moved = replace(config, instance_dir="photos", output_dir="run", model=self.moved_model)
+        moved = replace(config, instance_dir=PHOTOS, output_dir="run", model=self.moved_model)
         with zipfile.ZipFile(folder / "training.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(CONFIG, f"{_UNPACK}\n{moved.to_toml()}")
-            for path in sorted((source / "photos").iterdir()):
-                archive.write(path, f"photos/{path.name}")
+            for path in sorted((source / PHOTOS).iterdir()):
+                archive.write(path, f"{PHOTOS}/{path.name}")
         return folder / "training.zip"
 
     def _finish(self, run_id: str, job: Job, result: TrainResult, control: Control) -> None:
@@ -228,6 +257,14 @@ class Runs:
         card = self.cover(self.shelf.add(result.adapter, state["name"]))
         self._note(run_id, {"done": True})
         job.tell(card, text=f"the adapter {card.name} is on the shelf")
+
+    def _for_page(self, run_id: str, step: TrainStep) -> TrainStep:
+        """With its grid where the page may show it from: in a run's folder lie its pictures, too."""
+        if step.pictures is None:
+            return step
+        owner = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))["owner"]
+        shown = self.workspace.grids(owner) / f"{run_id}-{step.pictures.name}"
+        return replace(step, pictures=Path(shutil.copy(step.pictures, shown)))
 
     def _resumed(self, folder: Path) -> dict[str, Any]:
         begun = any((folder / "run").glob("checkpoint-*/state.json"))
@@ -246,15 +283,23 @@ class Control:
     """What can be asked of a run from outside."""
 
     def __init__(self) -> None:
-        self.paused = False
+        self.paused = self.ended = False
         self.save, self.sample = threading.Event(), threading.Event()
         self.stop_run: Any = lambda: None
+
+
+def _prepare(job: Job, control: Control, what: str, done: int, total: int) -> None:
+    _end_early(job, control)
+    job.tell(text=f"preparing {what}, {done} of {total}", done=done, total=total)
+
+
+def _end_early(job: Job, control: Control) -> None:
+    if control.ended:
+        job.tell(text=f"{'paused' if control.paused else 'stopped'} before the first step")
+        raise Cancelled
 
 
 def _tell(job: Job, step: TrainStep) -> None:
     job.tell(
         step, text=f"step {step.step} of {step.steps}", done=step.step, total=step.steps, seconds_left=step.seconds_left
     )
-
-
-__all__ = ["Card", "Earlier", "OFTError", "Runs", "Wish"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from oft_diffusion.arithmetic import compose, interpolate
 from oft_diffusion.convert import convert
@@ -19,7 +18,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
 from oft_diffusion.generate import Picture
 from oft_diffusion.images import labelled_grid, read_settings, save_png
 
-from .drawing import Abilities, Request, check, newest_first, seeds_from
+from .drawing import Abilities, Request, check, newest_first
 from .machine import Job, Machine
 from .model import Model
 from .shelf import Card, Shelf, read_card
@@ -108,7 +107,7 @@ class Session:
         Raises:
             OFTError, Busy: there is no such run, or it makes too many pictures.
         """
-        run = next((run for run in self.training.runs.earlier() if run.id == run_id), None)
+        run = next((run for run in self.training.runs.with_checkpoints() if run.id == run_id), None)
         if run is None:
             raise ConfigError("there is no such run", expected="one with checkpoints", fix="choose one")
         rows, labels = [], []
@@ -136,7 +135,7 @@ class Session:
             grid = labelled_grid(images, row_labels=list(labels), column_labels=seeds)
             told = {"prompt": rows[0].prompt, "rows": list(labels), "seeds": list(rows[0].seeds)}
             job.tell(*(zip(*drawn, strict=True) if pairs else ()))
-            job.tell(save_png(grid, folder / f"{new_id()}.png", told))
+            job.tell(save_png(grid, folder / f"{new_id()}.png", told), text=f"compared {cells} pictures")
 
         return self.machine.start(person, "compare", work)
 
@@ -163,7 +162,12 @@ class Session:
         return read_settings(path)
 
     def request_from(self, settings: dict[str, Any]) -> tuple[Request, list[str]]:
-        """The request that a picture's settings tell of, and sentences about what is not here any more."""
+        """The request that a picture's settings tell of, and sentences about what is not here any more.
+
+        Raises:
+            OFTError: they tell of what this app does not draw.
+            ValueError, TypeError, AttributeError, OverflowError: they make no sense.
+        """
         notes, adapters = [], []
         by_digest = {_digest(card): card for card in self.shelf.cards()}
         for told in settings.get("adapters") or ():
@@ -175,17 +179,20 @@ class Session:
             notes.append(f"the picture was drawn by {model}, and this is {self.abilities.model}")
         own = self.abilities
         scheduler = settings.get("scheduler", "")
-        return Request(
+        width, height = (settings.get(side) and int(settings[side]) for side in ("width", "height"))
+        request = Request(
             prompt=str(settings.get("prompt", "")),
             negative=str(settings.get("negative_prompt") or ""),
             seeds=(int(settings.get("seed", 0)),),
             steps=int(settings.get("steps", own.steps)),
             guidance=float(settings.get("guidance", own.guidance)),
-            width=settings.get("width"),
-            height=settings.get("height"),
+            width=width,
+            height=height,
             scheduler=scheduler if scheduler in own.schedulers else "",
             adapters=tuple(adapters),
-        ), notes
+        )
+        check(request, own)
+        return request, notes
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
@@ -198,9 +205,17 @@ class Session:
         """Why an adapter cannot be used here; empty where it can."""
         return self.shelf.fits(card, self.model.parts())
 
+    def known(self, card: Card) -> Card:
+        """The card, with this model's name where it was trained on this one: its folder's says little."""
+        return dataclasses.replace(card, base=self.abilities.model) if self.model.is_called(card.base) else card
+
+    def cards(self) -> list[tuple[Card, str]]:
+        """All adapters, newest first; beside each why it cannot be used here, or nothing."""
+        return [(self.known(card), self.fits(card)) for card in self.shelf.cards()]
+
     def fitting(self) -> list[Card]:
         """The adapters that can be used here, newest first."""
-        return [card for card in self.shelf.cards() if not self.fits(card)]
+        return [card for card, problem in self.cards() if not problem]
 
     def take_in(self, path: Path, component: str | None = None) -> tuple[Card, list[str]]:
         """A file of any tool onto the shelf; the card, and what a user should know.
@@ -208,7 +223,7 @@ class Session:
         Raises:
             OFTError: it is broken, or cannot be used with this model.
         """
-        return self.shelf.take_in(path, self.model.parts(), path.stem[:60] or "adapter", component)
+        return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
     def combine(self, how: str, first: str, second: str, share: float) -> Card:
         """A new adapter of two: "interpolate" between them, or "compose" one after the other.
@@ -290,12 +305,3 @@ def _digest(card: Card) -> str | None:
         return load_adapter_file(card.file).metadata.sha256
     except OFTError:
         return None
-
-
-def opened(path: Path) -> Image.Image:
-    """A picture in memory."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-__all__ = ["Session", "opened", "seeds_from"]

@@ -16,6 +16,7 @@ from oft_diffusion.disk import has_metadata, write_atomically
 from oft_diffusion.errors import AdapterFileError, ConfigError, OFTError
 from oft_diffusion.files import FILE_NAME, AdapterFile, load_adapter_file, save_adapter_file
 from oft_diffusion.formats import read
+from oft_diffusion.formats.writing import check_fit
 from oft_diffusion.images import save_png
 from oft_diffusion.inject import KEY_SUFFIX
 from oft_diffusion.metadata import HEADER_KEY
@@ -25,7 +26,7 @@ from .workspace import Workspace, new_id
 
 COVER = "cover.png"
 _LABEL = "label.json"
-_LONGEST_NAME = 60
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Shelf:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._known: dict[tuple[Path, int], Card] = {}  # by file and time of change
+        self._fits: dict[tuple[Any, ...], str] = {}  # by file, which never changes, and model
 
     def cards(self) -> list[Card]:
         """All that can be read, newest first."""
@@ -113,8 +115,12 @@ class Shelf:
         return self.put(loaded, name)
 
     def put(self, file: AdapterFile, name: str) -> Card:
-        """Write an adapter that is in memory."""
-        adapter_id = new_id()
+        """Write an adapter that is in memory.
+
+        Raises:
+            ConfigError: the name is empty or too long.
+        """
+        name, adapter_id = checked_name(name), new_id()
         folder = self.workspace.adapter(adapter_id)
         save_adapter_file(folder / FILE_NAME, file.components, file.metadata)
         self.rename(adapter_id, name)
@@ -131,10 +137,12 @@ class Shelf:
         """Take in a file of any tool, and say what a user should know of it.
 
         Raises:
-            OFTError: it is broken, cannot be represented, or is for another architecture.
+            OFTError: it is broken, cannot be represented, or is for another base.
         """
         if has_metadata(file, HEADER_KEY):
-            card = self.add(file, name)
+            own = load_adapter_file(file)
+            check_fit(own, parts)
+            card = self.put(own, name)
             return card, [f"{card.layers} layers, a file of oft-diffusion"]
         imported = read(file, parts, component=component)
         card = self.put(imported.file, name)
@@ -146,11 +154,7 @@ class Shelf:
         Raises:
             ConfigError: it is empty or too long.
         """
-        name = " ".join(name.split())
-        if not 0 < len(name) <= _LONGEST_NAME:
-            raise ConfigError(
-                f"a name of {len(name)} letters", expected=f"1 to {_LONGEST_NAME}", fix="choose another name"
-            )
+        name = checked_name(name)
         folder = self.workspace.adapter(adapter_id)
         if not (folder / FILE_NAME).is_file():
             raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
@@ -168,7 +172,26 @@ class Shelf:
             if here != wanted:
                 has = f"its {part} is a {here}" if here else f"it has no {part}"
                 return f"{card.name} was trained on a {wanted}; of this model {has}"
-        return ""
+        key = (card.file, *(id(module) for module in parts.values()))
+        if key not in self._fits:
+            try:
+                check_fit(load_adapter_file(card.file), parts)
+                self._fits[key] = ""
+            except OFTError as error:
+                self._fits[key] = error.problem
+        return self._fits[key]
+
+
+def checked_name(name: str) -> str:
+    """The name of an adapter, without spaces too many.
+
+    Raises:
+        ConfigError: it is empty or too long.
+    """
+    name = " ".join(name.split())
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise ConfigError(f"a name of {len(name)} letters", expected=f"1 to {LONGEST_NAME}", fix="choose another name")
+    return name
 
 
 def read_card(adapter_id: str, file: AdapterFile) -> Card:

@@ -11,12 +11,13 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
+from .events import PRIVATE
 from .machine import Busy, Job, Progress
 from .photos_box import PhotosBox
 from .runs import Wish
 from .session import Session
-from .shelf import Card
-from .words import estimate_line, explained, status_line, told
+from .shelf import LONGEST_NAME, Card
+from .words import empty, explained, status_line, told
 
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
@@ -51,6 +52,7 @@ class TrainTab:
                 self._words()
                 with gr.Accordion("Settings", open=False):
                     self._settings()
+                self._estimate()
             with gr.Column(scale=5, min_width=320):
                 self._progress()
         self._wire()
@@ -59,7 +61,9 @@ class TrainTab:
 
     def _words(self) -> None:
         trigger = str(self.training.defaults()["trigger"])
-        self.name = gr.Textbox(label="Name of the adapter", max_lines=1, elem_id="run-name", placeholder="my mug")
+        self.name = gr.Textbox(
+            label="Name of the adapter", max_lines=1, max_length=LONGEST_NAME, elem_id="run-name", placeholder="my mug"
+        )
         with gr.Row():
             self.trigger = gr.Textbox(
                 value=trigger, label="Trigger", info="a word that means nothing yet: it will name the subject",
@@ -100,17 +104,25 @@ class TrainTab:
             label="Prompts to look at while it trains, one per line",
         )  # fmt: skip
 
+    def _estimate(self) -> None:
+        with gr.Row():
+            self.ask = gr.Button("How long will it take?", elem_id="estimate", size="sm", min_width=120)
+            self.cancel_ask = gr.Button(
+                "Cancel", variant="stop", interactive=False, elem_id="estimate-cancel", size="sm", min_width=90
+            )
+        self.estimated = gr.HTML(visible=False, elem_id="estimated")
+
     def _progress(self) -> None:
         with gr.Row():
-            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=120)
-            self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=120)
-            self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=120)
+            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=90)
+            self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=90)
+            self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=90)
         with gr.Row():
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
-            self.ask = gr.Button("How long will it take?", elem_id="train-estimate", **small)
         self.status = gr.HTML(status_line(None), elem_id="train-status")
+        gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
         self.curve = gr.HTML(elem_id="curve")
         self.grids = gr.Gallery(
             show_label=False, columns=3, height=420, object_fit="contain", interactive=False,
@@ -122,19 +134,18 @@ class TrainTab:
             self.packed = gr.File(
                 label="Unpack it there", interactive=False, height=90, visible=False, elem_id="packed"
             )
-        with gr.Accordion("Go on with a run that was paused or cut off", open=False):
+        with gr.Accordion("Go on with an earlier run", open=False):
             self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
             self.resume = gr.Button("Go on", elem_id="train-resume")
 
     def _wire(self) -> None:
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         words = [self.trigger, self.class_word]
         for box in words:
-            box.change(self.check_words, words, [self.words_note], queue=False, **private)
+            box.change(self.check_words, words, [self.words_note], queue=False, **PRIVATE)
         self.photos.on_example(self.name, self.class_word)
         for control in (self.preset, self.length):
             control.input(
-                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **private
+                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **PRIVATE
             )
         asked = [
             self.person, self.name, self.trigger, self.class_word, self.preset, self.steps, self.rate, self.block,
@@ -146,9 +157,11 @@ class TrainTab:
             self.status, self.curve, self.grids, self.elsewhere, self.command, self.go, self.stop, self.pause,
             self.sample, self.save, self.earlier, *self.changed,
         ]  # fmt: skip
-        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **private}
+        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
         self.go.click(self.train, asked, self.shown, **going)
-        self.ask.click(self.estimate, asked, [self.status], **going)
+        self.measured = [self.estimated, self.ask, self.cancel_ask]
+        self.ask.click(self.estimate, asked, self.measured, **going)
+        self.cancel_ask.click(self.stop_estimate, [self.person], None, queue=False, **PRIVATE)
         self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
             (self.stop, lambda person: self.training.stop(person, pause=False)),
@@ -156,8 +169,8 @@ class TrainTab:
             (self.sample, lambda person: self.training.ask(person, "sample")),
             (self.save, lambda person: self.training.ask(person, "save")),
         ):
-            button.click(act, [self.person], None, queue=False, **private)
-        self.pack.click(self.take_along, [self.person], [self.packed], **private)
+            button.click(act, [self.person], None, queue=False, **PRIVATE)
+        self.pack.click(self.take_along, [self.person], [self.packed], **PRIVATE)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -187,15 +200,35 @@ class TrainTab:
 
     def estimate(
         self, person: str, name: str, trigger: str, class_word: str, *knobs: Any
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """What it would take, measured."""
         try:
-            job = self.training.estimate(person, self._wish(name or "a name", trigger, class_word, *knobs))
+            job = self.training.estimate(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, Busy, TypeError, ValueError) as error:
-            yield status_line(None, explained(error))
+            yield gr.update(value=status_line(None, explained(error)), visible=True), gr.skip(), gr.skip()
             return
+        yield from self._follow_estimate(job)
+
+    def estimate_again(self, person: str) -> Iterator[tuple[Any, ...]]:
+        """After a reload: the estimate that is being made."""
+        job = self.machine.newest(person, "estimate")
+        if job is None or job.progress.ended:
+            yield (gr.skip(),) * len(self.measured)  # of no answer, gradio would make empty ones
+        else:
+            yield from self._follow_estimate(job)
+
+    def _follow_estimate(self, job: Job) -> Iterator[tuple[Any, ...]]:
         for now in job.watch(timeout=15):
-            yield estimate_line(now.found[-1]) if now.state == "done" else status_line(now)
+            ended = now.ended
+            yield (
+                gr.update(value=status_line(now), visible=True),
+                gr.update(interactive=ended),
+                gr.update(interactive=not ended),
+            )
+
+    def stop_estimate(self, person: str) -> None:
+        """Cancel this person's estimate."""
+        self.machine.cancel_newest(person, "estimate")
 
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""
@@ -212,7 +245,7 @@ class TrainTab:
             yield from self.follow(job)
         else:
             skipped = [gr.skip()] * len(self.shown)
-            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier())
+            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier(person))
             yield tuple(skipped)
 
     def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
@@ -223,7 +256,6 @@ class TrainTab:
             grids = [(str(step.pictures), f"step {step.step}") for step in steps if step.pictures]
             fresh, seen = len(steps) != seen, len(steps)
             moved, drawn = len(grids) != drawn, len(grids)
-            busy = now.state == "working"
             yield (
                 status_line(now),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
@@ -231,8 +263,9 @@ class TrainTab:
                 gr.update(visible=True) if fresh else gr.skip(),
                 self.training.command(job) if fresh else gr.skip(),
                 gr.update(interactive=now.ended),
-                *[gr.update(interactive=busy)] * 4,
-                gr.update(choices=self._earlier()) if now.ended else gr.skip(),
+                *[gr.update(interactive=not now.ended)] * 2,
+                *[gr.update(interactive=now.state == "working")] * 2,
+                gr.update(choices=self._earlier(job.owner)) if now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
 
@@ -260,6 +293,6 @@ class TrainTab:
     def _problem(self, text: str) -> tuple[Any, ...]:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
-    def _earlier(self) -> list[tuple[str, str]]:
-        unfinished = self.training.runs.unfinished()
+    def _earlier(self, person: str) -> list[tuple[str, str]]:
+        unfinished = self.training.unfinished(person)
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

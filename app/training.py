@@ -18,7 +18,7 @@ from .drawing import Request
 from .machine import Job, Machine
 from .model import Model
 from .photos import Photos
-from .runs import Runs, Wish
+from .runs import Earlier, Runs, Wish
 from .shelf import Card, Shelf
 from .workspace import Workspace
 
@@ -31,6 +31,7 @@ class Training:
     def __init__(self, workspace: Workspace, shelf: Shelf, machine: Machine, model: Model) -> None:
         self.workspace, self.shelf, self.machine, self.model = workspace, shelf, machine, model
         self._run_of: dict[str, str] = {}  # job to run
+        self._job_of: dict[str, Job] = {}  # run to its last job
         self._taking = threading.Lock()
 
     @cached_property
@@ -109,23 +110,33 @@ class Training:
         return self._start(person, self.runs.prepare(wish, self.photos(person)))
 
     def estimate(self, person: str, wish: Wish) -> Job:
-        """Measure what that training would take; the job finds an `Estimate`.
+        """Measure what that training would take, named or not; the job finds an `Estimate`.
 
         Raises:
-            Busy: too much waits already.
+            OFTError, Busy: before anyone waits, where something is missing or wrong.
         """
-        photos = self.photos(person)
+        photos, wish = self.photos(person), dataclasses.replace(wish, name=wish.name or "nameless")
+        self.runs.check(wish, photos)
         return self.machine.start(person, "estimate", lambda job: self.runs.estimate(wish, photos, job))
 
     def resume(self, person: str, run_id: str) -> Job:
         """Go on with a run that was paused or cut off.
 
         Raises:
-            OFTError, Busy: there is no such run.
+            OFTError, Busy: there is no such run of this person.
         """
-        if run_id not in {run.id for run in self.runs.unfinished()}:
+        if run_id not in {run.id for run in self.unfinished(person)}:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
         return self._start(person, run_id)
+
+    def unfinished(self, person: str) -> list[Earlier]:
+        """This person's runs that were paused, or cut off with the server, newest first.
+
+        Nobody else's: who goes on with a run can take its pictures along.
+        """
+        owner = self.workspace.person(person)
+        jobs = {run: job for run, job in self._job_of.items() if not job.progress.ended}
+        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in jobs]
 
     def stop(self, person: str, *, pause: bool) -> None:
         """End this person's run after its step; paused, it can be gone on with."""
@@ -157,5 +168,5 @@ class Training:
 
     def _start(self, person: str, run_id: str) -> Job:
         job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))
-        self._run_of[job.id] = run_id
+        self._run_of[job.id], self._job_of[run_id] = run_id, job
         return job

@@ -22,7 +22,20 @@ def explained(error: BaseException) -> str:
 def duration(seconds: float) -> str:
     """`75` as "1 min 15 s"."""
     whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def roughly(seconds: float) -> str:
+    """A duration that was measured by a small part of it: `75` as "1 minute"."""
+    if seconds < 55:
+        return f"{max(10, round(seconds, -1)):.0f} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return _several(minutes, "minute")
+    rest = f" {minutes % 60} min" if minutes < 600 else ""  # nobody plans a night by the minute
+    return f"{minutes // 60} h{rest}"
 
 
 def status_line(now: Progress | None, problem: str = "") -> str:
@@ -31,6 +44,8 @@ def status_line(now: Progress | None, problem: str = "") -> str:
         return _line(problem, "problem", 0)
     if now is None:
         return _line("Ready.", "ready", 0)
+    if now.found and isinstance(now.found[-1], Estimate):
+        return _estimate_line(now.found[-1])
     if now.state == "waiting":
         others = "one other job" if now.ahead == 1 else f"{now.ahead} other jobs"
         return _line(f"Waiting for {others}." if now.ahead else "Starting.", "waiting", 0)
@@ -39,22 +54,24 @@ def status_line(now: Progress | None, problem: str = "") -> str:
         return _line(f"{_sentence(now.text or 'working').rstrip('.')}{left}.", "working", now.done / max(1, now.total))
     if now.state == "failed":
         return _line(_sentence(now.error), "problem", 0)
-    if now.text.startswith(("the adapter", "paused")):
+    if now.text.startswith(("the adapter", "paused", "stopped", "compared")):
         return _line(_sentence(now.text), now.state, 1)
-    made = len(now.found)
-    what = f"{made} picture{'' if made == 1 else 's'}"
+    what = _several(len(now.found), "picture")
+    if now.state == "cancelled" and not now.found:
+        return _line("Cancelled.", now.state, 1)
     return _line(f"Cancelled after {what}." if now.state == "cancelled" else f"Done: {what}.", now.state, 1)
 
 
-def estimate_line(found: Estimate) -> str:
+def _estimate_line(found: Estimate) -> str:
     """What a training would take."""
+    pictures = found.class_images + found.pictures
+    time = f"About {roughly(found.seconds)}, for {_several(found.steps, 'step')} and {_several(pictures, 'picture')}."
     needed = f"{found.memory.peak / 1e9:.1f} GB of memory"
-    free = "" if found.free is None else f", of which {found.free / 1e9:.1f} are free"
-    text = (
-        f"About {duration(found.seconds)} for {found.steps} steps and {found.class_images + found.pictures} pictures; "
-        f"{needed}{free}; an adapter of {found.file_bytes / 1e6:.1f} MB"
-    )
-    return _line(_sentence(text), "done", 0)
+    if found.fits is False:
+        short = f"It will not fit: it takes {needed}, and {(found.free or 0) / 1e9:.1f} GB are free."
+        return _line(f"{short} Close other programs, or choose settings for less memory. {time}", "problem", 0)
+    free = "" if found.free is None else f", and {found.free / 1e9:.1f} GB are free"
+    return _line(f"{time} It takes {needed}{free}. The adapter has {found.file_bytes / 1e6:.1f} MB.", "done", 0)
 
 
 def _line(text: str, kind: str, share: float) -> str:
@@ -67,9 +84,13 @@ def _line(text: str, kind: str, share: float) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    if text.partition(" ")[0].isalpha():  # not a file's name, nor a knob's
+    if text.partition(" ")[0].rstrip(":").isalpha():  # not a file's name, nor a knob's
         text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def told(*notes: str) -> str:
@@ -80,10 +101,15 @@ def told(*notes: str) -> str:
     return f'<div class="note" role="status">{text}</div>'
 
 
+def empty(text: str) -> str:
+    """In the place of what is not there yet."""
+    return f'<p class="empty">{escape(text)}</p>'
+
+
 def cards_page(cards: Sequence[tuple[Card, str]]) -> str:
     """All adapters, as cards; beside each why it cannot be used here, or nothing."""
     if not cards:
-        return '<p class="empty">No adapters yet: train one, or take in a file.</p>'
+        return empty("No adapters yet: train one, or take in a file.")
     return f'<div class="cards">{"".join(_card(card, problem) for card, problem in cards)}</div>'
 
 
@@ -95,10 +121,11 @@ def card_page(card: Card, problem: str) -> str:
         "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
         "Orthogonality error": f"{card.error:.0e}",
         "Recommended strength": f"{card.strength:g}",
-        "File": f"{card.bytes / 1e6:.2f} MB, {card.created[:16].replace('T', ' ')}",
+        "File": f"{card.bytes / 1e6:.2f} MB",
+        "Made": card.created[:16].replace("T", " "),
     }
     warning = f'<p class="status problem">{escape(_sentence(problem))}</p>' if problem else ""
-    settings = {name.replace("_", " "): _shown(value) for name, value in card.training.items()}
+    settings = {name.replace("_", " "): text for name, value in card.training.items() if (text := _shown(value))}
     more = f"<details><summary>How it was trained</summary>{_table(settings)}</details>" if settings else ""
     return f"{warning}{_table(rows)}{more}"
 
@@ -111,7 +138,8 @@ def _table(rows: Mapping[str, str]) -> str:
 def _card(card: Card, problem: str) -> str:
     cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
-    sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {escape(card.created[:10])}"
+    made = f"<time>{escape(card.created[:10])}</time>"
+    sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"
     misfit = f'<br><span class="misfit">{escape(problem)}</span>' if problem else ""
     return (
         f'<button type="button" class="card" data-id="{escape(card.id)}">{cover}<span><b>{escape(card.name)}</b><br>'
@@ -120,5 +148,8 @@ def _card(card: Card, problem: str) -> str:
 
 
 def _shown(value: object) -> str:
+    """Empty where there is nothing."""
+    if value is None:
+        return ""
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 200 else f"{text[:199]}…"

@@ -79,9 +79,25 @@ class Workspace:
         """The folder of a training run."""
         return self.runs / _checked(run_id)
 
+    def person(self, token: str) -> str:
+        """What a person is called on disk. Not the token itself: paths are seen by more eyes than a browser's storage.
+
+        Raises:
+            DataError: this is no token.
+        """
+        if not is_token(token):
+            raise DataError("this browser has no token", expected="one that the page made", fix="reload the page")
+        return hashlib.sha256(token.encode()).hexdigest()[:32]
+
     def pictures(self, token: str) -> Path:
         """One person's pictures."""
         return self._of(token, "pictures")
+
+    def grids(self, person: str) -> Path:
+        """Pictures of one person's trainings that the page shows, with `person` as `Workspace.person` has it."""
+        folder = self.people / person / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def uploads(self, token: str) -> Path:
         """What one person has uploaded."""
@@ -96,19 +112,17 @@ class Workspace:
         return hmac.new(path.read_bytes(), user.encode(), "sha256").hexdigest()[:32]
 
     def clean(self) -> None:
-        """Remove uploads that are a day old, and gradio's copies."""
+        """Remove uploads and grids that are a day old, and gradio's copies."""
         limit = time.time() - _KEEP_UPLOADS
-        for folder in self.people.glob("*/uploads/*"):
-            if folder.stat().st_mtime < limit:
-                _remove(folder)
+        for kind in ("uploads", "grids"):
+            for left in self.people.glob(f"*/{kind}/*"):
+                if left.stat().st_mtime < limit:
+                    _remove(left)
         for left in self.temporary.iterdir():
             _remove(left)
 
     def _of(self, token: str, kind: str) -> Path:
-        if not is_token(token):
-            raise DataError("this browser has no token", expected="one that the page made", fix="reload the page")
-        # Not the token itself: links to pictures are seen by more eyes than a browser's storage.
-        folder = self.people / hashlib.sha256(token.encode()).hexdigest()[:32] / kind
+        folder = self.people / self.person(token) / kind
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

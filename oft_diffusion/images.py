@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import DataError, OFTError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_KINDS = "PNG, JPEG or WebP"
+FORMATS = ("PNG", "JPEG", "WEBP")  # of Pillow; it knows more, and for one of them runs another program
 
 _KEY = "oft_diffusion"
 _PAPER, _INK, _GAP = (255, 255, 255), (24, 24, 27), 6
@@ -48,7 +49,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 file.load()
                 image = ImageOps.exif_transpose(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -149,12 +150,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         OFTError: the picture has none, or cannot be read.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             picture.load()
             text = picture.info.get(_KEY) if isinstance(picture, PngImagePlugin.PngImageFile) else None
         settings = json.loads(text) if text else None
     except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
-        raise OFTError(f"{path} cannot be read ({error})", expected="a PNG picture", fix="check the file") from error
+        # Pillow's own words for what it does not know have the whole path in them.
+        why = (
+            "it is no picture" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", 0) or error
+        )
+        raise OFTError(
+            f"{Path(path).name} cannot be read ({why})", expected="a PNG picture", fix="check the file"
+        ) from error
     if not isinstance(settings, dict):
         raise OFTError(
             f"{Path(path).name} holds no oft-diffusion settings",

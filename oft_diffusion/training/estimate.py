@@ -9,7 +9,7 @@ files take no time, and that nothing else comes to use the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Literal
@@ -177,13 +177,20 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(config: TrainConfig) -> Estimate:
+def _silent(_: str) -> None: ...
+
+
+def estimate(config: TrainConfig, on_part: Callable[[str], object] = _silent) -> Estimate:
     """Say what a run would take, from counted parameters and a timed step (see above).
 
     The base is loaded, cached for a few batches, adapted and trained for a few steps as by `train`, and thrown away: no
     file is written (a hub model is downloaded), and random states are as before. Class images that are missing are not
     made: a call of the pipeline is timed for them, as for the pictures of grids, and in the timed steps instance images
     stand for them. May be called from any thread, while none trains or draws.
+
+    Args:
+        config: the run's.
+        on_part: told, before each part and within long ones, what is measured; what it raises ends the estimate there.
 
     Raises:
         OFTError: what would stop the run, as it would; or the memory does not suffice even for finding out.
@@ -198,29 +205,42 @@ def estimate(config: TrainConfig) -> Estimate:
                 f"{_size(least)} without activations", meter.free, _savings(config, "loading", meter.device)
             )
         try:
-            return _measure(config, plan, counts, accelerator, meter)
+            return _measure(config, plan, counts, accelerator, meter, on_part)
         except torch.OutOfMemoryError as error:
             fixes = _savings(config, "steps", meter.device)
             raise _too_large("more, as a few steps showed", meter.free or 0, fixes) from error
 
 
-def _measure(config: TrainConfig, plan: Plan, counts: Counts, accelerator: Accelerator, meter: Meter) -> Estimate:
+def _measure(
+    config: TrainConfig,
+    plan: Plan,
+    counts: Counts,
+    accelerator: Accelerator,
+    meter: Meter,
+    on_part: Callable[[str], object],
+) -> Estimate:
     device, images, notes = accelerator.device, plan.class_images, list(plan.notes)
     done = int(read_state(plan.resume_from)["step"]) if plan.resume_from is not None else 0
+    on_part("loading the base")
     started = now(device)
     family = load_family(config, plan.base, device)
     loading = now(device) - started
     pictures = pictures_of(config, plan)
+    on_part("encoding pictures and prompts")
     caches = caching(config, Batches(config, family, pictures, device), meter)
     missing = [images.prompts[i] for i in images.missing] if images is not None else []
-    classes = drawing(config, family, missing[:AT_ONCE], len(missing), meter)
+    classes = drawing(
+        config, family, missing[:AT_ONCE], len(missing), meter, lambda: on_part("drawing class images")
+    )  # fmt: skip
     numbers = batch_numbers(config, done)
     parts = _assemble(config, plan, family, pictures, accelerator, list(chain(*numbers)))
     if plan.resume_from is not None and not missing:  # instance images stand for those, and are not the checkpoint's
         resume(parts, accelerator, plan.resume_from)
-    step = stepping(Stepper(config, parts, accelerator, notes.append), numbers, meter)
+    step = stepping(Stepper(config, parts, accelerator, notes.append), numbers, meter, on_part)
     drawn = _pictures_after(done, config)
-    shown = drawing(config, family, _prompts_at_once(config), drawn, meter)
+    shown = drawing(
+        config, family, _prompts_at_once(config), drawn, meter, lambda: on_part("drawing pictures")
+    )  # fmt: skip
 
     modules = [family.module(name) for name in plan.base.modules]
     parked = bytes_of(module for module in modules if next(module.parameters()).device.type != device.type)

@@ -41,6 +41,7 @@ def train(
     *,
     progress: bool = True,
     on_note: Callable[[str], None] | None = None,
+    on_item: Callable[[str, int, int], object] | None = None,
     program: str = "oft-diffusion train",
     sections: Callable[[TrainResult], Sequence[Section]] | None = None,
 ) -> TrainingRun:
@@ -57,6 +58,8 @@ def train(
         config: the settings.
         progress: whether to draw bars and print notes on the terminal.
         on_note: called with each note instead of printing it.
+        on_item: called before each item of what takes long besides training (class images, caches), with what they are,
+            how many are done and how many there are. What it raises ends the run.
         program: how the command that resumes this run begins.
         sections: makes more sections for the run's page from its result, once training is over.
 
@@ -66,7 +69,7 @@ def train(
     Raises:
         OFTError: one problem, or all of them in one message. Nothing has been loaded or written then.
     """
-    return TrainingRun(config, preflight(config), Console(progress, on_note), program, sections)
+    return TrainingRun(config, preflight(config), Console(progress, on_note, on_item), program, sections)
 
 
 class TrainingRun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,15 @@ class History:
 class Console:
     """Progress bars and notes on the terminal, or silence."""
 
-    def __init__(self, shown: bool, on_note: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        shown: bool,
+        on_note: Callable[[str], None] | None = None,
+        on_item: Callable[[str, int, int], object] | None = None,
+    ) -> None:
         self.shown = shown
         self.notes: list[str] = []
-        self._on_note = on_note
+        self._on_note, self._on_item = on_note, on_item
         self._bar: tqdm[Any] | None = None
 
     def say(self, note: str) -> None:
@@ -128,7 +133,16 @@ class Console:
     def track(self, items: Iterable[Any], title: str) -> Iterable[Any]:
         """The items, with a bar of their own while they pass."""
         kept: Sequence[Any] = list(items)
-        return tqdm(kept, desc=title, disable=not self.shown or not kept, leave=False)
+        bar = tqdm(kept, desc=title, disable=not self.shown or not kept, leave=False)
+        return bar if self._on_item is None else self._told(bar, title, len(kept), self._on_item)
+
+    @staticmethod
+    def _told(
+        items: Iterable[Any], title: str, count: int, on_item: Callable[[str, int, int], object]
+    ) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            on_item(title, index, count)
+            yield item
 
     def start(self, step: int, steps: int) -> None:
         """Begin the bar of the run."""

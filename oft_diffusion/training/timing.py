@@ -74,11 +74,19 @@ def _encoding(encode: Callable[[int], Any], count: int, meter: Meter) -> Cost:
     return Cost(count * statistics.median(seconds), count * held, growth)
 
 
-def drawing(config: TrainConfig, family: Family, prompts: Sequence[str], count: int, meter: Meter) -> Cost:
+def drawing(
+    config: TrainConfig,
+    family: Family,
+    prompts: Sequence[str],
+    count: int,
+    meter: Meter,
+    on_step: Callable[[], object] = lambda: None,
+) -> Cost:
     """Of `count` pictures, drawn as many at once as there are prompts here; nothing where there are none.
 
     One call of the pipeline with a few denoising steps is timed. What is between its first and last call of a denoiser
-    takes the longer, the more steps there are; the rest (prompts, decoding) is as it is.
+    takes the longer, the more steps there are; the rest (prompts, decoding) is as it is. `on_step` is called before
+    each call of a denoiser.
     """
     if not count:
         return Cost()
@@ -87,15 +95,16 @@ def drawing(config: TrainConfig, family: Family, prompts: Sequence[str], count: 
     def draw() -> None:
         family.sample(prompts, range(len(prompts)), config.resolution, few, config.guidance_scale)
 
-    growth = meter.growth(draw)  # and warms up
     marks: list[float] = []
 
     def mark(*_: object) -> None:
         marks.append(now(meter.device))
 
     denoisers = [family.module(name) for name in family.base.denoisers]
-    hooks = [hook for d in denoisers for hook in (d.register_forward_pre_hook(mark), d.register_forward_hook(mark))]
+    hooks = [d.register_forward_pre_hook(lambda *_: (on_step(), None)[1]) for d in denoisers]
     try:
+        growth = meter.growth(draw)  # and warms up
+        hooks += [h for d in denoisers for h in (d.register_forward_pre_hook(mark), d.register_forward_hook(mark))]
         mark()
         draw()
         mark()
@@ -114,13 +123,16 @@ def batch_numbers(config: TrainConfig, done: int) -> list[list[int]]:
     return [[(done + turn) * config.accumulation + i for i in forwards] for turn in range(STEPS)]
 
 
-def stepping(stepper: Stepper, numbers: Sequence[Sequence[int]], meter: Meter) -> Cost:
+def stepping(
+    stepper: Stepper, numbers: Sequence[Sequence[int]], meter: Meter, on_part: Callable[[str], object]
+) -> Cost:
     """Of one optimizer step, by the run's own; the median of all but two.
 
     Args:
         stepper: of freshly prepared parts, which learn here.
         numbers: from `batch_numbers`.
         meter: of the device.
+        on_part: told of each step before it is taken.
 
     Raises:
         TrainingError: what would end the run in these steps.
@@ -128,6 +140,7 @@ def stepping(stepper: Stepper, numbers: Sequence[Sequence[int]], meter: Meter) -
 
     def step(turn: int) -> tuple[list[float], float]:
         """Seconds of each forward and backward, and of the descent."""
+        on_part(f"step {turn + 1} of {len(numbers)}")
         totals = torch.zeros(3, device=meter.device)
         learned, started = [], now(meter.device)
         for number in numbers[turn]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from app.session import Session
 from app.shelf import Card
 from app.workspace import new_token
 from oft_diffusion import OFTConfig
+from tests.helpers.app_page import occupied
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import Maker
 
@@ -30,6 +32,13 @@ def session(model_folder: Path, tmp_path: Path) -> Iterator[Session]:
     session = Session(tmp_path / "work", str(model_folder))
     yield session
     session.machine.stop()
+
+
+@pytest.fixture
+def busy(session: Session) -> Iterator[threading.Event]:
+    """Somebody else's work, that goes on until the event is set."""
+    with occupied(session.machine) as free:
+        yield free
 
 
 @pytest.fixture

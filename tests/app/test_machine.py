@@ -127,3 +127,15 @@ def test_who_comes_later_sees_where_a_job_is(machine: Machine, held: tuple[Job, 
     assert end(job).found == ("a picture",)
     assert machine.newest("first", "train") is None
     assert machine.newest("ada", "draw") is None
+
+
+def test_new_names_do_not_come_before_those_who_wait(machine: Machine, held: tuple[Job, threading.Event]) -> None:
+    order: list[str] = []
+
+    def note(name: str) -> Callable[[Job], None]:
+        return lambda job: order.append(name)
+
+    jobs = [machine.start(name, "draw", note(name)) for name in ("ada", "eve 1", "eve 2", "eve 3")]
+    held[1].set()
+    assert {end(job).state for job in jobs} == {"done"}
+    assert order[0] == "ada"

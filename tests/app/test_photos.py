@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from PIL import Image
 from app.photos import MOST, Photos
 from app.workspace import Workspace, new_token
 from oft_diffusion.errors import DataError
+from tests.helpers.hostile_files import hostile_pictures
 
 
 @pytest.fixture
@@ -55,7 +54,8 @@ def test_captions_come_with_files_and_are_edited(photos: Photos, tmp_path: Path)
     photos.describe(second.id, "<script>")
     photos.describe(first.id, "  ")
     assert [photo.caption for photo in photos.look(16)] == ["", "<script>"]
-    assert photos.copy_to(tmp_path / "copy") == 2
+    assert photos.count() == 2
+    photos.copy_to(tmp_path / "copy")
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["01.png", "02.png", "02.txt"]
     photos.remove(first.id)
     assert [photo.id for photo in photos.look(16)] == [second.id]
@@ -80,45 +80,20 @@ def test_small_blurred_and_doubled_ones_are_noticed(photos: Photos, tmp_path: Pa
     assert "nearly the same as picture 1" in notes[2]
 
 
-def bomb(path: Path) -> Path:
-    """A PNG of a few kilobytes that says it has 30,000 x 30,000 pixels."""
-    Image.new("1", (30_000, 30_000)).save(path)
-    return path
-
-
-def zipped(path: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("../../evil.txt", "x" * 1000)
-    return path
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 def test_what_is_no_picture_is_left_out(photos: Photos, tmp_path: Path) -> None:
-    cut = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(cut, "PNG")
-    files = [
-        bomb(tmp_path / "bomb.png"),
-        zipped(tmp_path / "zip.png"),
-        written(tmp_path / "pickle.png", b"\x80\x04cos\nsystem\n"),
-        written(tmp_path / "page.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
-        written(tmp_path / "cut.png", cut.getvalue()[:60]),
-        written(tmp_path / "empty.png", b""),
-        noise(tmp_path / "good.png"),
-    ]
-    problems = photos.add(files)
-    assert len(problems) == 6
-    assert all(" was left out: " in problem for problem in problems)
+    files = hostile_pictures(tmp_path)
+    problems = photos.add([*files, noise(tmp_path / "good.png")])
+    assert [problem.partition(" was left out: ")[0] for problem in problems] == [path.name for path in files]
     assert "too many pixels" in problems[0]
+    assert "bomb.png was left out: it has 81,000,000 pixels" in problems
+    assert "script.jpg was left out: it is no PNG, JPEG or WebP picture" in problems
     assert len(photos.look(16)) == 1
     assert {path.suffix for path in photos.folder.iterdir()} == {".png"}
 
 
 def test_there_is_a_most(photos: Photos, tmp_path: Path) -> None:
     path = noise(tmp_path / "a.png", (16, 16))
-    problems = photos.add([path] * (MOST + 2))
-    assert len(problems) == 2
+    [problem] = photos.add([path] * (MOST + 3))
+    assert problem == f"a.png and 2 more were left out: {MOST} pictures are the most"
+    assert photos.add([path]) == [f"a.png was left out: {MOST} pictures are the most"]
     assert len(photos.look(16)) == MOST

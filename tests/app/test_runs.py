@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ def filled(session: Session, person: str, tmp_path: Path) -> Session:
     return session
 
 
-def wish(**settings: Any) -> Wish:
-    return Wish("My thing", "zwx", "thing", QUICK | settings)
+def wish(name: str = "My thing", **settings: Any) -> Wish:
+    return Wish(name, "zwx", "thing", QUICK | settings)
 
 
 def ended(job: Job) -> Any:
@@ -51,10 +53,22 @@ def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -
     assert card.cover is not None
     assert [c.id for c in filled.shelf.cards()] == [card.id]
     assert filled.fits(card) == ""
-    assert filled.training.runs.unfinished() == []
+    assert filled.training.unfinished(person) == []
     command = filled.training.command(job)
     assert command.startswith("oft-diffusion train --config ")
     assert TrainConfig.from_toml(Path(command.split()[-1])).steps == 6
+
+
+def listened(job: Job, listen: Callable[[str], object]) -> Job:
+    """A job that waits, whose texts are listened to."""
+    tell = job.tell
+
+    def tell_both(*found: Any, **changes: Any) -> None:
+        tell(*found, **changes)
+        listen(changes.get("text", ""))
+
+    job.tell = tell_both  # type: ignore[method-assign]
+    return job
 
 
 def after(job: Job, step: int) -> None:
@@ -71,10 +85,10 @@ def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person:
     filled.training.stop(person, pause=True)
     assert ended(job).text.startswith("paused at step")
     assert filled.shelf.cards() == []
-    [run] = filled.training.runs.unfinished()
+    [run] = filled.training.unfinished(person)
     assert (run.name, run.steps) == ("My thing", 400)
     again = Session(filled.workspace.root, str(model_folder))
-    [same] = again.training.runs.unfinished()
+    [same] = again.training.unfinished(person)
     assert same == run
     going = again.training.resume(person, run.id)
     after(going, run.step + 1)
@@ -82,7 +96,82 @@ def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person:
     *steps, card = ended(going).found
     assert steps[0].step > run.step
     assert card.name == "My thing"
-    assert again.training.runs.unfinished() == []
+    assert again.training.unfinished(person) == []
+
+
+@pytest.mark.parametrize("pause", [True, False])
+def test_a_run_is_ended_while_its_class_images_are_made(
+    filled: Session, person: str, busy: threading.Event, pause: bool
+) -> None:
+    job = filled.training.start(person, wish(num_class_images=8))
+    assert filled.training.unfinished(person) == []  # it is under way
+    told: list[str] = []
+
+    def end(text: str) -> None:
+        told.append(text)
+        if text == "preparing class images, 0 of 2":
+            filled.training.stop(person, pause=pause)
+
+    listened(job, end)
+    busy.set()
+    *_, last = job.watch(timeout=120)
+    assert "preparing class images, 1 of 2" not in told
+    assert last.state == "cancelled"
+    assert last.text == f"{'paused' if pause else 'stopped'} before the first step"
+    assert filled.shelf.cards() == []
+    left = filled.training.unfinished(person)
+    assert [(run.step, run.steps) for run in left] == [(0, 6)] * pause
+    if left:
+        assert ended(filled.training.resume(person, left[0].id)).found[-1].name == "My thing"
+        assert filled.training.unfinished(person) == []
+
+
+def test_what_fails_at_once_is_not_to_be_gone_on_with(filled: Session, person: str) -> None:
+    *_, last = filled.training.start(person, wish(learning_rate=-1.0)).watch(timeout=60)
+    assert last.state == "failed"
+    assert "learning_rate" in last.error
+    assert filled.training.unfinished(person) == []
+
+
+def test_a_run_is_paused_as_the_server_ends(filled: Session, person: str, model_folder: Path) -> None:
+    job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
+    after(job, 2)
+    filled.machine.stop()
+    assert job.progress.text.startswith("paused at step")
+    again = Session(filled.workspace.root, str(model_folder))
+    [run] = again.training.unfinished(person)
+    assert 2 <= run.step < 400
+    assert again.shelf.cards() == []
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    filled: Session, person: str, model_folder: Path
+) -> None:
+    run_id = filled.training.runs.prepare(wish(), filled.training.photos(person))
+    again = Session(filled.workspace.root, str(model_folder))
+    [run] = again.training.unfinished(person)
+    assert (run.id, run.step, run.checkpoints) == (run_id, 0, {})
+    assert again.training.runs.with_checkpoints() == []
+    going = again.training.resume(person, run_id)
+    with pytest.raises(ConfigError, match="no such run"):  # a second click
+        again.training.resume(person, run_id)
+    assert ended(going).found[-1].name == "My thing"
+
+
+def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, busy: threading.Event) -> None:
+    other, training = new_token(), filled.training
+    job, asked = training.start(person, wish()), training.estimate(person, wish())
+    for pause in (True, False):
+        training.stop(other, pause=pause)
+    for kind in ("train", "estimate"):
+        filled.machine.cancel_newest(other, kind)
+        assert filled.machine.newest(other, kind) is None
+    assert not filled.machine.cancel(other, job.id)
+    assert training.photos(other).count() == 0
+    assert training.packed(other) is None
+    busy.set()
+    assert ended(job).found[-1].name == "My thing"
+    assert ended(asked).found
 
 
 def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
@@ -118,13 +207,6 @@ def test_without_pictures_there_is_no_run(session: Session, person: str) -> None
     for run in ("", "../x", "0" * 16):
         with pytest.raises(OFTError):
             session.training.resume(person, run)
-
-
-def test_settings_that_cannot_be_are_told_in_words(filled: Session, person: str) -> None:
-    job = filled.training.start(person, wish(learning_rate=-1.0))
-    *_, last = job.watch(timeout=60)
-    assert last.state == "failed"
-    assert "learning_rate" in last.error
 
 
 def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> None:

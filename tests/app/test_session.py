@@ -14,6 +14,7 @@ from app.drawing import Request
 from app.machine import Job
 from app.session import Session
 from app.shelf import Card
+from app.words import status_line
 from app.workspace import new_token
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import ConfigError, DataError
@@ -106,6 +107,7 @@ def test_everyone_has_a_history_of_their_own_that_outlives_the_server(
         ({"width": 4096, "height": 8}, "4096 pixels of the width"),
         ({"scheduler": "os.system"}, "'os.system' is no scheduler"),
         ({"seeds": (-1,)}, "a seed out of range"),
+        ({"guidance": float("nan")}, "nan as guidance"),
     ],
 )
 def test_what_is_too_much_is_refused_at_once(session: Session, person: str, change: Any, words: str) -> None:
@@ -132,7 +134,9 @@ def test_previews_come_and_go(session: Session, person: str) -> None:
 
 
 def test_before_and_after_are_of_the_same_seeds(session: Session, person: str, mug: Card) -> None:
-    *found, sheet = ended(session.before_and_after(person, asked((mug, 1.0)))).found
+    compared = ended(session.before_and_after(person, asked((mug, 1.0))))
+    *found, sheet = compared.found
+    assert "Compared 4 pictures." in status_line(compared)
     assert session.settings_in(sheet)["rows"] == ["the base", "My mug at 1"]
     assert len(found) == 2
     for (before, after), seed in zip(found, (3, 4), strict=True):
@@ -150,6 +154,17 @@ def test_sheets_of_strengths_and_of_adapters(session: Session, person: str, mug:
     assert session.settings_in(sheet)["rows"] == ["My mug", "A style"]
     with pytest.raises(DataError, match="a sheet of 96 pictures"):
         session.sweep(person, asked((mug, 1.0), seeds=tuple(range(16))))
+
+
+def test_adapters_of_this_model_are_told_by_its_name(session: Session, mug: Card, style: Card) -> None:
+    studio = session.model.studio()
+    studio.abilities = dataclasses.replace(studio.abilities, model="the model at hand")
+    assert [(card.id, card.base, problem) for card, problem in session.cards()] == [
+        (card.id, "the model at hand", "") for card in (style, mug)
+    ]
+    other = dataclasses.replace(mug, base="another one", classes={"transformer": "FluxTransformer2DModel"})
+    assert session.known(other).base == "another one"
+    assert "FluxTransformer2DModel" in session.fits(other)
 
 
 def test_a_prompt_that_lacks_the_trigger_is_noticed(session: Session, mug: Card, style: Card) -> None:

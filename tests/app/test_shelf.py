@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from app.session import Session
 from app.shelf import Card
 from app.workspace import new_id
 from oft_diffusion.errors import OFTError
 from oft_diffusion.formats.components import modules_of
+from tests.library.support import Maker
 from tests.peers import peft_oft
 
 
@@ -46,6 +48,19 @@ def test_files_of_other_tools_are_taken_in(session: Session, tmp_path: Path) -> 
     card, told = session.shelf.take_in(folder / "adapter_model.safetensors", parts, "from PEFT", "unet")
     assert told[0] == f"{len(layers)} layers, a file of PEFT"
     assert session.fits(card) == ""
+
+
+def test_an_adapter_for_another_base_of_the_same_classes_is_refused(session: Session, tmp_path: Path) -> None:
+    wider = StableDiffusionPipeline.from_pretrained(session.model.source)
+    wider.unet = UNet2DConditionModel.from_config({**wider.unet.config, "cross_attention_dim": 64})
+    (tmp_path / "wider").mkdir()
+    file = Maker(wider, tmp_path / "wider")("other", parts=("unet",))
+    with pytest.raises(OFTError, match="64"):
+        session.shelf.take_in(file, modules_of(session.model.studio().pipe), "for a wider one")
+    assert session.shelf.cards() == []
+    card = session.shelf.add(file, "for a wider one")  # as a workspace has it that was used with the other base
+    assert "64" in session.fits(card)
+    assert session.fitting() == []
 
 
 def test_broken_files_are_passed_over_and_refused(session: Session, mug: Card, tmp_path: Path) -> None:

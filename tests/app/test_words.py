@@ -6,8 +6,10 @@ import pytest
 
 from app.generate_tab import insert_phrase
 from app.machine import Progress
-from app.words import duration, explained, status_line, told
+from app.words import duration, explained, roughly, status_line, told
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.training import Estimate
+from oft_diffusion.training.estimate import Memory, Times
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,8 @@ from oft_diffusion.errors import ConfigError
         (Progress("working", text="step 2 of 4", done=1, total=2, seconds_left=75.2), "Step 2 of 4, 1 min 15 s left."),
         (Progress("done", found=(1,)), "Done: 1 picture."),
         (Progress("cancelled", found=(1, 2)), "Cancelled after 2 pictures."),
+        (Progress("cancelled"), "Cancelled."),
+        (Progress("cancelled", text="stopped before the first step"), "Stopped before the first step."),
         (Progress("failed", error="no paint"), "No paint."),
     ],
 )
@@ -42,6 +46,34 @@ def test_errors_are_told_with_what_was_expected_and_the_fix() -> None:
 
 def test_times_are_read_easily() -> None:
     assert [duration(seconds) for seconds in (-1, 0.4, 59.6, 61)] == ["0 s", "0 s", "1 min 0 s", "1 min 1 s"]
+    assert [duration(seconds) for seconds in (3599, 3600, 7505)] == ["59 min 59 s", "1 h 0 min", "2 h 5 min"]
+    assert [roughly(seconds) for seconds in (0, 44, 57, 560)] == ["10 seconds", "40 seconds", "1 minute", "9 minutes"]
+    assert [roughly(seconds) for seconds in (3600, 5400, 90_000)] == ["1 h 0 min", "1 h 30 min", "25 h"]
+
+
+GB = 10**9
+
+
+def found(free: int | None) -> Estimate:
+    """An estimate of nine minutes and two gigabytes."""
+    memory = Memory(GB, 0, 0, 0, 0, GB, 0, 0)
+    times = Times(1.0, 60.0, 9.0, 450.0, 40.0)
+    return Estimate("a processor", 450, 1.0, times, memory, free, 10, 100, 760_000, 44, 1, (), ())
+
+
+@pytest.mark.parametrize(
+    ("free", "text"),
+    [
+        (8 * GB, "It takes 2.0 GB of memory, and 8.0 GB are free. The adapter has 0.8 MB."),
+        (None, "It takes 2.0 GB of memory. The adapter has 0.8 MB."),
+        (GB, "It will not fit: it takes 2.0 GB of memory, and 1.0 GB are free."),
+    ],
+)
+def test_an_estimate_is_read_easily(free: int | None, text: str) -> None:
+    told = status_line(Progress("done", found=(found(free),)))
+    assert "About 9 minutes, for 450 steps and 45 pictures." in told
+    assert text in told
+    assert ('role="alert"' in told) is (free == GB)
 
 
 @pytest.mark.parametrize(

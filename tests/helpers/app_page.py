@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from app.machine import Job, Machine
 
 TABS = ("Generate", "Compare", "Train", "Adapters")
 
@@ -22,13 +28,66 @@ def go_to(page: Any, tab: str) -> None:
     page.wait_for_timeout(300)
 
 
-def reload(page: Any) -> None:
-    """Load the page anew; what gradio's client logs of requests that are cut off by it is no error of ours."""
+_QUIET = 0.4  # seconds without a request, after which a page has all it asked for
+
+
+def open_app(page: Any, url: str) -> None:
+    """Load the app, and wait until it has what it asks for at the beginning: menus, pictures, jobs."""
+    page.asked = set()
+    page.on("request", lambda request: page.asked.add(request) if "/gradio_api/" in request.url else None)
+    for end in ("requestfinished", "requestfailed"):
+        page.on(end, lambda request: page.asked.discard(request))
+    page.goto(url)
+    _wait_until_settled(page, ("/heartbeat/",))
+
+
+def reload(page: Any, *, working: bool = False) -> None:
+    """Load the page anew; what gradio's client logs of requests that are cut off by it is no error of ours.
+
+    Args:
+        page: which `open_app` has opened.
+        working: whether a job of this person goes on, of which there is no end of news.
+    """
     page.leaving = True
+    page.asked.clear()
     page.reload()
-    page.wait_for_selector("#generate")
-    page.wait_for_timeout(2000)
+    _wait_until_settled(page, ("/heartbeat/", "/queue/data") if working else ("/heartbeat/",))
     page.leaving = False
+
+
+def _wait_until_settled(page: Any, endless: tuple[str, ...]) -> None:
+    page.wait_for_selector("#generate")
+    page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < _QUIET:
+        page.wait_for_timeout(50)
+        if any(not any(part in request.url for part in endless) for request in list(page.asked)):
+            quiet_since = time.monotonic()
+
+
+@contextmanager
+def occupied(machine: Machine) -> Iterator[threading.Event]:
+    """Somebody else's work, that goes on until the event is set, or to the end of the block."""
+    free, begun = threading.Event(), threading.Event()
+
+    def work(_: Job) -> None:
+        begun.set()
+        free.wait(120)
+
+    machine.start("somebody else", "draw", work)
+    assert begun.wait(60)
+    try:
+        yield free
+    finally:
+        free.set()
+
+
+def until(true: Callable[[], Any]) -> None:
+    """Wait for what the server does, a minute at most."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def choose(page: Any, menu: str, name: str) -> None:
@@ -38,9 +97,21 @@ def choose(page: Any, menu: str, name: str) -> None:
 
 
 def number(page: Any, field: str, value: float) -> None:
-    """A number into its field."""
-    page.locator(f"#{field} input").first.fill(str(value))
-    page.keyboard.press("Tab")
+    """A number into its field, again where a part that has just been opened puts its first values in late."""
+    inputs = page.locator(f"#{field} input")
+
+    def taken() -> bool:
+        return all(float(inputs.nth(i).input_value() or "nan") == value for i in range(inputs.count()))
+
+    for _ in range(20):
+        if not taken():
+            inputs.first.fill(str(value))
+            page.keyboard.press("Tab")
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        page.wait_for_timeout(50)
+        if taken():
+            return
+    raise AssertionError(f"{field} does not take {value}")
 
 
 def text(page: Any, field: str) -> Any:
@@ -63,10 +134,10 @@ def quick(page: Any, steps: int = 3) -> None:
 def draw(page: Any, prompt: str) -> None:
     """Draw, and wait for the end."""
     text(page, "prompt").fill(prompt)
-    page.locator("#generate").click()
-    page.wait_for_selector("#cancel:not([disabled])")
+    page.evaluate("document.querySelector('#status .status').dataset.before = 1")  # of an earlier drawing
+    page.locator("#generate:not([disabled])").click()
+    page.wait_for_selector("#status .done:not([data-before])")
     page.wait_for_selector("#generate:not([disabled])")
-    page.wait_for_selector("#status .done")
 
 
 def pixels(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The estimate counts and measures the run itself, changes nothing, and refuses what the run refuses."""
+"""The estimate counts and measures the run itself, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from oft_diffusion.errors import OFTError, TrainingError
-from oft_diffusion.training import Estimate, TrainConfig, estimate, memory, timing, train
+from oft_diffusion.training import Estimate, TrainConfig, estimate, timing, train
 from oft_diffusion.training.batches import Batch, Batches
-from oft_diffusion.training.command import main
 from oft_diffusion.training.count import bytes_of
 from oft_diffusion.training.estimate import Memory
 from oft_diffusion.training.families import Family
 from oft_diffusion.training.memory import Meter, tensor_bytes
 from oft_diffusion.training.step import Stepper
-from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import folder_bytes
 from tests.training.conftest import Run
 from tests.training.test_loop import tensors
-from tests.training.test_trouble import zero_layers
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -269,6 +265,27 @@ def test_training_afterwards_is_as_without(config: Config, run: Run, tmp_path: P
     assert found[0].fits is not False
 
 
+class Enough(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("part", ["loading", "encoding", "class images", "step 1 ", "step 6 ", "drawing pictures"])
+def test_what_is_raised_between_parts_ends_it_without_a_trace(part: str, config: Config, tmp_path: Path) -> None:
+    settings = config(validation_prompts=["a dog"], **PRIOR)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+
+    def end(told: str) -> None:
+        if part in told:
+            raise Enough
+
+    with pytest.raises(Enough):
+        estimate(settings, end)
+    assert torch.get_rng_state().equal(state)
+    assert not AcceleratorState._shared_state
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_class_images_are_stood_for_by_instance_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(**PRIOR, batch_size=2, class_prompts=["a dog", "a red mug"])
     original = Batches.at
@@ -283,141 +300,3 @@ def test_missing_class_images_are_stood_for_by_instance_images(config: Config, m
     monkeypatch.setattr(Batches, "at", at)
     estimate(settings)
     assert told == {"a dog", "a red mug"}
-
-
-# -- what it refuses ---------------------------------------------------------------------------------------------------
-
-
-def refusal(ask: Callable[[TrainConfig], object], config: TrainConfig) -> str:
-    with pytest.raises(OFTError) as caught:
-        ask(config)
-    return f"{type(caught.value).__name__}: {caught.value}"
-
-
-def to_the_end(config: TrainConfig) -> None:
-    with train(config, progress=False) as run:
-        list(run)
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"steps": 0, "trigger": "dog", "block_size": 24},
-        {"resolution": 17},
-        {"mixed_precision": "fp16"},
-        {"targets": "nothing"},
-        {"resume": "latest"},
-    ],
-    ids=lambda knobs: next(iter(knobs)),
-)
-def test_what_a_run_refuses(knobs: dict[str, object], config: Config) -> None:
-    assert refusal(estimate, config(**knobs)) == refusal(to_the_end, config(**knobs))
-
-
-def test_what_a_run_finds_in_its_first_steps(config: Config, tmp_path: Path) -> None:
-    model = write_tiny_sd(tmp_path)
-    zero_layers(model, ".to_out.0.weight")
-    settings = config(model=str(model))
-    assert refusal(estimate, settings) == refusal(to_the_end, settings)
-    other = write_tiny_sd(tmp_path / "other")
-    zero_layers(other, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.weight")
-    assert any("4 layers had no gradient" in note for note in estimate(config(model=str(other))).notes)
-
-
-def test_a_resume_has_the_rest_to_do(config: Config, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(steps=4, validation_prompts=["a dog"], validation_every=2, **PRIOR)
-    run(settings)
-    longer = replace(settings, steps=10, resume="latest")
-    asked: list[int] = []
-    original = Batches.at
-
-    def at(self: Batches, number: int, *which: int) -> Batch:
-        asked.append(number)
-        return original(self, number, *which)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "at", at)
-        found = estimate(longer)
-    assert found.steps == 6
-    assert found.class_images == 0
-    assert found.pictures == 3 * 2 + 6 * 2  # grids after 6, 8 and 10, and the report's strengths
-    assert min(asked) == 4
-    faster = replace(longer, learning_rate=1.0)
-    assert refusal(estimate, faster) == refusal(to_the_end, faster)
-    picture = next(Path(settings.instance_dir).glob("*.png"))
-    other = Path(settings.output_dir).parent / "other"
-    other.mkdir()
-    for path in Path(settings.instance_dir).glob("*.png"):
-        (other / path.name).write_bytes(picture.read_bytes())
-    moved = replace(longer, instance_dir=str(other))
-    assert "these changed: instance images" in refusal(estimate, moved)
-    assert refusal(estimate, moved) == refusal(to_the_end, moved)
-
-
-def test_what_does_not_fit_is_said_with_what_helps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(batch_size=2, accumulation=3, **PRIOR)
-    found = estimate(settings)
-    assert found.fits in (True, None)
-    assert "does not fit" not in found.summary()
-    held = found.memory.base + found.memory.adapter + found.memory.training
-    monkeypatch.setattr(memory, "_free", lambda _: held)
-    tight = estimate(settings)
-    assert tight.fits is False
-    assert "This does not fit" in tight.summary()
-    helps = tight.summary().split("What would help")[1]
-    for knob in (
-        "mixed_precision",
-        "gradient_checkpointing",
-        "batch_size = 1 with accumulation = 6",
-        "class_batch_size",
-    ):
-        assert knob in helps
-    assert "cache" not in helps  # which would free nothing on a processor
-    monkeypatch.setattr(memory, "_free", lambda _: held - 1)
-    with pytest.raises(TrainingError, match=r'does not fit.*mixed_precision = "bf16", or a smaller base'):
-        estimate(settings)
-    monkeypatch.setattr(memory, "_free", lambda _: None)
-    assert estimate(settings).fits is None
-
-
-def test_running_out_of_memory_is_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Stepper, "learn", full)
-    with pytest.raises(TrainingError, match=r"does not fit.*gradient_checkpointing"):
-        estimate(config())
-
-
-# -- the command line --------------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_says_it(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = config(validation_prompts=["a dog"], neumann_order=3, **PRIOR)
-    (tmp_path / "c.toml").write_text(settings.to_toml())
-    assert main(["--config", str(tmp_path / "c.toml"), "--estimate"]) == 0
-    shown = capsys.readouterr().out
-    found = estimate(settings)
-    capsys.readouterr()
-    assert [note for note in found.notes if note not in shown] == []
-    assert f"{found.trained:,} parameters" in shown
-    assert "3 steps" in shown
-    assert "5 class images" in shown
-    assert not Path(settings.output_dir).exists()
-    assert main(["--config", str(tmp_path / "c.toml"), "--estimate", "--resolution", "17"]) == 1
-    estimated = capsys.readouterr()
-    assert main(["--config", str(tmp_path / "c.toml"), "--resolution", "17"]) == 1
-    assert capsys.readouterr() == estimated
-
-
-def test_an_interrupted_estimate_says_so(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    (tmp_path / "c.toml").write_text(config().to_toml())
-    monkeypatch.setattr(Stepper, "learn", interrupted)
-    assert main(["--config", str(tmp_path / "c.toml"), "--estimate"]) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n")
-    assert not AcceleratorState._shared_state

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from app.session import Session
 from oft_diffusion.pocket import pocket_path
+from tests.helpers.app_page import open_app
 from tests.helpers.browser import open_browser
 from tests.library.support import Maker
 
@@ -23,24 +24,30 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served_session(session: Session) -> Iterator[str]:
-    """The app on a free port: its address."""
+def served_session(session: Session, port: int | None = None) -> Iterator[str]:
+    """The app on a port, or a free one: its address."""
+    before = os.environ.get("GRADIO_TEMP_DIR", "")
     os.environ["GRADIO_TEMP_DIR"] = str(session.workspace.temporary)
-    from app.main import served
+    from app.main import QUEUE, served
     from app.page import build
 
     page = build(session)
-    page.queue(max_size=64, default_concurrency_limit=16, api_open=False)
-    _, url, _ = page.launch(**served(session, "127.0.0.1", None, None), prevent_thread_lock=True, quiet=True)
+    page.queue(**QUEUE)
+    _, url, _ = page.launch(**served(session, "127.0.0.1", port, None), prevent_thread_lock=True, quiet=True)
+    _COPIES[url] = session.workspace.temporary
     try:
         yield url
     finally:
         session.machine.stop()
         page.close()
+        os.environ["GRADIO_TEMP_DIR"] = before
+
+
+_COPIES: dict[str, Path] = {}  # by address; gradio looks for uploads in one folder of the whole process
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Session, str]]:
+def pocket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Session, str]]:
     """The app on the pocket base, with one adapter on the shelf: the session, and the address."""
     session = Session(tmp_path_factory.mktemp("workspace"))
     pipe = StableDiffusionPipeline.from_pretrained(pocket_path())
@@ -58,12 +65,22 @@ def small_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield session, url
 
 
-_LEFT = re.compile("AbortError|BodyStreamBuffer was aborted|Connection errored out")  # see `reload`
+@pytest.fixture
+def server(pocket_server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) -> tuple[Session, str]:
+    """The app on the pocket base, with one adapter on the shelf: the session, and the address."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES[pocket_server[1]]))
+    return pocket_server
+
+
+# Of a page that is left (`reload`), and of a server that ends.
+_LEFT = re.compile(
+    "AbortError|BodyStreamBuffer was aborted|Connection errored out|Server stopped unexpectedly|ERR_CONN"
+)
 Opened = Callable[..., Any]
 
 
 @pytest.fixture
-def opened(browser: Any, server: tuple[Session, str]) -> Iterator[Opened]:
+def opened(browser: Any, server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
     """Opens the app in a browser of its own; any error that it logs fails the test.
 
     But for what gradio's client logs where a page is left while it listens (`reload`).
@@ -72,6 +89,7 @@ def opened(browser: Any, server: tuple[Session, str]) -> Iterator[Opened]:
     contexts = []
 
     def open_page(url: str = server[1], **options: Any) -> Any:
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES[url]))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -83,9 +101,7 @@ def opened(browser: Any, server: tuple[Session, str]) -> Iterator[Opened]:
 
         page.on("console", lambda message: note(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: note(str(error)))
-        page.goto(url)
-        page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
-        page.wait_for_timeout(1500)  # menus are filled after the page is there
+        open_app(page, url)
         return page
 
     yield open_page

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from app.workspace import new_id, new_token
+from tests.helpers.app_page import occupied, until
 
 OUTSIDE = Path(__file__)  # a file that nobody may read
 SECRET = "that nobody may read"
@@ -49,6 +53,26 @@ def test_no_file_outside_is_handed_out(client: httpx.Client, server: tuple[Any, 
     serves(client)
 
 
+PERSON = object()
+
+
+def pressed(config: Any, button: str) -> tuple[int, list[Any]]:
+    """The function behind a button, and what the page shows at first for its inputs; `PERSON` for who asks."""
+    components = {c["id"]: c for c in config["components"]}
+    [function] = [
+        d
+        for d in config["dependencies"]
+        if any(i in components and components[i]["props"].get("elem_id") == button for i, _ in d["targets"])
+    ]
+    return function["id"], values_of(config, function)
+
+
+def values_of(config: Any, function: Any) -> list[Any]:
+    components = {c["id"]: c for c in config["components"]}
+    inputs = [components[i] for i in function["inputs"]]
+    return [PERSON if c["type"] == "browserstate" else c.get("props", {}).get("value") for c in inputs]
+
+
 def call(client: httpx.Client, index: int, data: list[Any]) -> str:
     """What the server answers to a call of a function, by its number, that no page would make."""
     session_hash = uuid.uuid4().hex
@@ -65,21 +89,60 @@ def call(client: httpx.Client, index: int, data: list[Any]) -> str:
     return "\n".join(told)
 
 
-def test_every_function_withstands_what_no_page_would_send(client: httpx.Client, server: tuple[Any, str]) -> None:
-    session, _ = server
+def test_every_input_of_every_function_withstands_what_no_page_would_send(small_server: tuple[Any, str]) -> None:
+    """One input is hostile, the others are what the page shows at first, and the person is somebody."""
+    session, url = small_server
     around = sorted(path.name for path in session.workspace.root.parent.iterdir())
-    config = client.get("/config").json()
-    functions = [d for d in config["dependencies"] if d.get("backend_fn")]
-    assert len(functions) > 20
-    for function in functions:
-        for word in WORDS[:: max(1, len(WORDS) // 4)]:
-            told = call(client, function["id"], [word] * len(function["inputs"]))
-            assert "root:x" not in told
-            assert SECRET not in told
-            assert "Traceback" not in told
+    words, person = cycle(WORDS), new_token()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        config = client.get("/config").json()
+        functions = [d for d in config["dependencies"] if d.get("backend_fn")]
+        assert len(functions) > 20
+        for function in functions:
+            sound = [person if value is PERSON else value for value in values_of(config, function)]
+            for index in range(len(sound)):
+                told = call(client, function["id"], [*sound[:index], next(words), *sound[index + 1 :]])
+                assert "root:x" not in told
+                assert SECRET not in told
+                assert "Traceback" not in told
+        serves(client)
     assert sorted(path.name for path in session.workspace.root.parent.iterdir()) == around
     assert not list(session.workspace.root.rglob("evil*"))
-    serves(client)
+
+
+def test_what_lies_in_the_workspace_but_is_nobodys_business_is_not_handed_out(
+    client: httpx.Client, server: tuple[Any, str]
+) -> None:
+    session, _ = server
+    session.workspace.token_of("ada")
+    run = session.workspace.run(new_id())
+    (run / "photos").mkdir(parents=True)
+    (run / "photos" / "01.png").write_bytes(b"private")
+    for path in (session.workspace.root / "secret", run / "photos" / "01.png"):
+        assert path.is_file()
+        for route in ("/gradio_api/file=", "/file="):
+            assert client.get(f"{route}{path}").status_code in (403, 404)
+
+
+def test_those_who_look_on_keep_nobody_from_acting(small_server: tuple[Any, str]) -> None:
+    """Sixty browsers wait for pictures, more than gradio has threads by itself; Cancel works all the same."""
+    session, url = small_server
+    with httpx.Client(base_url=url, timeout=60) as client, occupied(session.machine):
+        config = client.get("/config").json()
+        draw, values = pressed(config, "generate")
+        people = [new_token() for _ in range(60)]
+        for person in people:
+            data = [person if value is PERSON else value for value in values]
+            body = {"fn_index": draw, "data": data, "session_hash": uuid.uuid4().hex}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+        until(lambda: all(session.machine.newest(person, "draw") for person in people))
+        cancel, _ = pressed(config, "cancel")
+        call(client, cancel, people[:1])
+        job = session.machine.newest(people[0], "draw")
+        assert job is not None
+        until(lambda: job.progress.state == "cancelled")
+        for person in people:
+            session.machine.cancel_newest(person, "draw")
 
 
 def test_uploads_of_any_name_stay_in_the_workspace(client: httpx.Client, server: tuple[Any, str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gradio_client import Client
 
 from oft_diffusion.images import read_settings
-from tests.helpers.app_page import pixels
+from tests.helpers.app_page import occupied, pixels, until
 
 
 def test_a_program_draws_with_an_adapter(server: Any, tmp_path: Path) -> None:
@@ -41,6 +41,17 @@ def test_what_is_wrong_is_said_in_words(server: Any, asked: dict[str, Any], word
     client = Client(server[1], verbose=False)
     with pytest.raises(Exception, match=words):
         client.predict(prompt="a mug", api_name="/draw", **asked)
+
+
+def test_a_program_that_asks_without_end_is_refused(server: Any) -> None:
+    session, url = server
+    with occupied(session.machine):
+        clients = [Client(url, verbose=False) for _ in range(10)]  # each with a name of its own for itself
+        calls = [client.submit(prompt="a mug", steps=1, api_name="/draw") for client in clients]
+        until(lambda: sum(call.done() for call in calls) == 2)
+        refused = [str(call.exception()) for call in calls if call.done()]
+    assert all("8 of your jobs are waiting already" in words for words in refused), refused
+    assert all(call.result()[1]["prompt"] == "a mug" for call in calls if not call.done() or not call.exception())
 
 
 def test_nothing_else_has_a_name(server: Any) -> None:

@@ -72,6 +72,30 @@ def test_cancelling(opened: Any, pictures: Any) -> None:
     page.wait_for_selector("#generate:not([disabled])")
 
 
+def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: Any) -> None:
+    page = opened()
+    quick(page, steps=150)
+    number(page, "count", 16)
+    text(page, "prompt").fill("a cat")
+    page.locator("#generate").click()
+    page.wait_for_selector("#preview img")
+    reload(page, working=True)
+    page.wait_for_selector("#status .working")
+    page.wait_for_selector("#preview img")
+    assert page.locator("#generate").is_disabled()
+    page.locator("#cancel:not([disabled])").click()
+    page.wait_for_selector("#status .cancelled")
+    page.wait_for_selector("#preview img", state="detached")
+    before = len(pictures())
+    quick(page, steps=2)
+    draw(page, "a mug")
+    assert len(pictures()) == before + 1
+    assert read_settings(pictures()[-1])["steps"] == 2
+    reload(page)
+    assert "1 picture" in page.locator("#status").inner_text()
+    page.wait_for_selector("#pictures img")
+
+
 def test_two_people_do_not_meet(opened: Any) -> None:
     one, two = opened(), opened()
     quick(one, steps=150)

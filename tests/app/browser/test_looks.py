@@ -26,6 +26,27 @@ def test_every_tab_can_be_read(opened: Any, width: str, scheme: Any) -> None:
         assert unnamed == 0, tab
 
 
+def test_a_phone_shows_all_tabs(opened: Any) -> None:
+    page = opened(viewport={"width": WIDTHS["narrow"], "height": 800})
+    for tab in TABS:
+        assert page.get_by_role("tab", name=tab).is_visible(), tab
+        go_to(page, tab)
+        assert not page.locator(".overflow-menu").is_visible()
+
+
+@pytest.mark.parametrize("width", [360, 1280, 1920])
+def test_the_page_stays_in_its_place_from_tab_to_tab(opened: Any, width: int) -> None:
+    page = opened(viewport={"width": width, "height": 800})
+    places = set()
+    for tab in TABS:
+        go_to(page, tab)
+        box = page.locator("main").bounding_box()
+        places.add((round(box["x"]), round(box["width"])))
+    [(left, wide)] = places
+    assert wide >= min(width - 64, 1320)
+    assert abs(width - 2 * left - wide) <= 16  # in the middle, but for a scroll bar
+
+
 def test_without_a_mouse(opened: Any, pictures: Any) -> None:
     page = opened()
     quick(page, steps=1)

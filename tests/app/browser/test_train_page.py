@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from app.runs import Earlier
+from app.session import Session
 from oft_diffusion.pocket import subjects_path
-from tests.helpers.app_page import choose, go_to, number, opened_part, text
+from tests.app.browser.conftest import served_session
+from tests.helpers.app_page import choose, go_to, number, occupied, opened_part, reload, text, until
 
 pytestmark = pytest.mark.browser
 PICTURES = sorted(subjects_path("bow_cat").iterdir())
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what the server does, half a minute at most."""
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def filled(page: Any, name: str, steps: int) -> None:
@@ -70,6 +63,110 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     assert session.settings_in(newest)["adapters"][0]["name"] == "Cat one"
 
 
+def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any, small_server: Any) -> None:
+    session, url = small_server
+    page = opened(url)
+    filled(page, "Cat two", 3000)
+    page.locator("#train").click()
+    page.wait_for_selector("#curve .dots", state="attached")
+    reload(page, working=True)
+    go_to(page, "Train")
+    page.wait_for_selector("#train-status .working")
+    page.wait_for_selector("#curve .dots", state="attached")
+    page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
+    assert page.locator("#train").is_disabled()
+    shown = page.locator("#train-grids img").count()
+    page.locator("#train-sample:not([disabled])").click()
+    page.wait_for_function(f"document.querySelectorAll('#train-grids img').length > {shown}")
+    page.locator("#train-pause:not([disabled])").click()
+    page.wait_for_selector("#train-status .done")
+    assert "Paused at step" in page.locator("#train-status").inner_text()
+    [run] = [run for run in left_undone(session) if run.name == "Cat two"]
+    go_on(page, run)
+    page.wait_for_function(  # while it prepares, Stop ends it without a step more
+        f"+(document.querySelector('#train-status').innerText.match(/tep (\\d+) of/) || [0, 0])[1] > {run.step}"
+    )
+    page.locator("#train-stop:not([disabled])").click()
+    page.wait_for_function("document.querySelector('#train-status').innerText.includes('Cat two is on the shelf')")
+    assert run.id not in {left.id for left in left_undone(session)}
+
+
+def left_undone(session: Session) -> list[Earlier]:
+    """Everybody's: only the browser knows who it is."""
+    return [run for run in session.training.runs.earlier() if not run.done]
+
+
+def go_on(page: Any, run: Earlier) -> None:
+    """Go on with a run that was paused."""
+    opened_part(page, "Go on with an earlier run")
+    choose(page, "earlier", f"{run.name}: step {run.step} of {run.steps}")
+    page.get_by_role("button", name="Go on", exact=True).click()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_server(opened: Any, model_folder: Path, tmp_path: Path) -> None:
+    session = Session(tmp_path / "work", str(model_folder))
+    with served_session(session) as url:
+        page = opened(url)
+        filled(page, "Cat three", 3000)
+        page.locator("#train").click()
+        page.wait_for_selector("#curve .dots", state="attached")
+        page.leaving = True  # for the server does
+    again = Session(tmp_path / "work", str(model_folder))
+    [run] = left_undone(again)
+    assert 0 < run.step < 3000
+    with served_session(again, int(url.rstrip("/").rpartition(":")[2])):
+        reload(page)
+        go_to(page, "Train")
+        page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
+        go_on(page, run)
+        page.wait_for_selector("#train-status .working")
+        page.wait_for_selector("#curve .dots", state="attached")
+        page.locator("#train-stop:not([disabled])").click()
+        page.wait_for_function(
+            "document.querySelector('#train-status').innerText.includes('Cat three is on the shelf')"
+        )
+        page.leaving = True
+    [card] = again.shelf.cards()
+    assert card.name == "Cat three"
+    assert int(card.training["steps"]) == 3000
+    assert left_undone(again) == []
+
+
+def test_what_training_takes_is_told_before_it_starts(opened: Any, small_server: Any) -> None:
+    session, url = small_server
+    runs = sorted(session.workspace.runs.iterdir())
+    page = opened(url)
+    filled(page, "", 6)
+    page.locator("#estimate").click()
+    page.wait_for_selector("#estimated .done")
+    told = page.locator("#estimated").inner_text()
+    for words in ("About ", "6 steps", "GB of memory", "The adapter has"):
+        assert words in told
+    assert sorted(session.workspace.runs.iterdir()) == runs
+    text(page, "run-class").fill("")
+    page.locator("#estimate:not([disabled])").click()
+    page.wait_for_selector("#estimated .problem")
+    assert "A class word is missing" in page.locator("#estimated").inner_text()
+
+
+def test_an_estimate_that_waits_is_found_after_a_reload_and_cancelled(opened: Any, small_server: Any) -> None:
+    session, url = small_server
+    page = opened(url)
+    filled(page, "", 6)
+    with occupied(session.machine):
+        page.locator("#estimate").click()
+        page.wait_for_selector("#estimated .waiting")
+        assert "one other job" in page.locator("#estimated").inner_text()
+        reload(page, working=True)
+        go_to(page, "Train")
+        page.wait_for_selector("#estimated .waiting")
+        assert page.locator("#estimate").is_disabled()
+        page.locator("#estimate-cancel:not([disabled])").click()
+        page.wait_for_selector("#estimated .cancelled")
+    page.wait_for_selector("#estimate:not([disabled])")
+
+
 def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: Any, tmp_path: Path) -> None:
     _, url = small_server
     page = opened(url)
@@ -82,7 +179,7 @@ def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: An
     small = tmp_path / "small.png"
     Image.new("RGB", (8, 8), "red").save(small)
     page.locator("#photos-drop input[type=file]").set_input_files([fake, small])
-    page.wait_for_function("document.querySelector('#photos-note').innerText.includes('no picture')")
+    page.wait_for_function("document.querySelector('#photos-note').innerText.includes('no PNG, JPEG or WebP picture')")
     assert "smaller than" in page.locator("#photos-note").inner_text()
     page.get_by_role("button", name="Remove picture 1").click()
     page.wait_for_function("document.querySelectorAll('#photos img').length === 0")

@@ -1,0 +1,133 @@
+"""Pictures of every tab of the app with something in it: light, dark and on a phone, in docs/images/app/.
+
+python -m benchmarks.app_screenshots
+python -m benchmarks.app_screenshots --steps 20 --adapter "Tired robot=runs/robot/oft_adapter.safetensors"
+
+Everything is done through the page, in a workspace that is thrown away: five pictures of an example subject are trained
+on, four are drawn, an adapter is compared with the base. Adapters that are given fill the shelf, and the first of them
+is drawn with, so that few steps will do; without any, the trained one is, after as many steps as the preset has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from app.drawing import Request
+from app.machine import Job
+from app.session import Session
+from app.shelf import Card, Shelf
+from app.workspace import Workspace
+from tests.helpers.app_command import APP, free_port, started
+from tests.helpers.app_page import TABS, choose, draw, go_to, number, opened_part, text
+from tests.helpers.browser import WIDTHS, open_browser
+
+OUT = Path(__file__).parent.parent / "docs" / "images" / "app"
+EXAMPLE = "captain mug"
+MANY = 200  # pixels of one colour
+TALLEST = 2400  # pixels of a picture; a phone's page is longer
+# What each is called, the window's width, and whether the page is dark.
+LOOKS = (("light", WIDTHS["wide"], False), ("dark", WIDTHS["wide"], True), ("narrow", WIDTHS["narrow"], False))
+
+
+def fill_shelf(workspace: Path, adapters: Sequence[str]) -> list[Card]:
+    """Adapters given as NAME=FILE, each with a cover that it draws."""
+    session = Session(workspace)
+    cards = []
+    for given in adapters:
+        name, _, file = given.rpartition("=")
+        card = session.shelf.add(Path(file), name or Path(file).parent.name)
+        drawn: list[Any] = []
+        own = session.abilities
+        asked = Request(f"a {card.phrase}", (1,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
+        session.model.studio().draw(asked, Job("the server", "cover"), drawn.append)
+        cards.append(session.shelf.give_cover(card, drawn[0].image))
+    return cards
+
+
+def train(page: Any, steps: int | None) -> None:
+    """A run on an example's pictures, to its end."""
+    go_to(page, "Train")
+    choose(page, "photos-example", EXAMPLE)
+    page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
+    text(page, "run-name").fill(EXAMPLE.capitalize())
+    if steps is not None:
+        opened_part(page, "Settings")
+        number(page, "run-steps", steps)
+        opened_part(page, "Settings")
+    page.locator("#train").click()
+    page.wait_for_selector("#train-status .done", timeout=3_600_000)
+
+
+def use(page: Any, card: Card) -> None:
+    """Pictures, a comparison, and what is known of the adapter."""
+    go_to(page, "Generate")
+    choose(page, "adapter-0", card.name)
+    page.get_by_label("Keep this seed").check()
+    draw(page, f"a {card.phrase} on the beach")
+    go_to(page, "Compare")
+    choose(page, "compare-adapter", card.name)
+    text(page, "compare-prompt").fill(f"a {card.phrase} in the snow")
+    page.locator("#compare").click()
+    page.wait_for_selector("#sheet img", timeout=600_000)
+    page.wait_for_selector("#compare-status .done")
+    go_to(page, "Adapters")
+    page.locator("#cards .card", has_text=card.name).first.click()
+    page.wait_for_selector("#about table")
+
+
+def take(page: Any, out: Path) -> None:
+    """Each tab in each look, as a small PNG."""
+    for look, width, dark in LOOKS:
+        page.set_viewport_size({"width": width, "height": 800})
+        page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+        for tab in TABS:
+            page.evaluate("window.scrollTo(0, 0)")
+            go_to(page, tab)
+            page.mouse.move(0, 0)
+            page.wait_for_timeout(700)  # for what moves
+            with Image.open(BytesIO(page.screenshot(full_page=True))) as shot:
+                whole = shot.convert("RGB").crop((0, 0, shot.width, min(shot.height, TALLEST)))
+            small(whole).save(out / f"{tab.lower()}-{look}.png", optimize=True)
+
+
+def small(picture: Image.Image) -> Image.Image:
+    """With the page's own colours to the bit, which are those of many pixels, and the others to five bits."""
+    values = np.asarray(picture)
+    _, which, counts = np.unique(values.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    frequent = (counts[which.ravel()] > MANY).reshape(*values.shape[:2], 1)
+    rounded = np.minimum((values.astype(int) + 4) // 8 * 8, 255)
+    return Image.fromarray(np.where(frequent, values, rounded).astype(np.uint8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the pictures (default: docs/images/app)")
+    parser.add_argument("--steps", type=int, help="of the training (default: the preset's)")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        given, port = fill_shelf(Path(folder), options.adapter), free_port()
+        with started([*APP, "--workspace", folder, "--port", str(port)], port) as url, open_browser() as browser:
+            page = browser.new_page(viewport={"width": WIDTHS["wide"], "height": 800}, color_scheme="light")
+            page.set_default_timeout(120_000)
+            page.goto(url)
+            page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
+            page.wait_for_timeout(2000)
+            train(page, options.steps)
+            use(page, (given or Shelf(Workspace(Path(folder))).cards())[0])
+            take(page, options.out)
+    for path in sorted(options.out.glob("*.png")):
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
