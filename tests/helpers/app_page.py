@@ -29,14 +29,20 @@ def go_to(page: Any, tab: str) -> None:
 
 
 _QUIET = 0.4  # seconds without a request, after which a page has all it asked for
+_ENDLESS = 10.0  # seconds after which a request is none that ends, or was lost with the page that asked
 
 
 def open_app(page: Any, url: str) -> None:
     """Load the app, and wait until it has what it asks for at the beginning: menus, pictures, jobs."""
-    page.asked = set()
-    page.on("request", lambda request: page.asked.add(request) if "/gradio_api/" in request.url else None)
+    page.asked = {}  # request to when
+
+    def note(request: Any) -> None:
+        if "/gradio_api/" in request.url:
+            page.asked[request] = time.monotonic()
+
+    page.on("request", note)
     for end in ("requestfinished", "requestfailed"):
-        page.on(end, lambda request: page.asked.discard(request))
+        page.on(end, lambda request: page.asked.pop(request, None))
     page.goto(url)
     _wait_until_settled(page, ("/heartbeat/",))
 
@@ -61,8 +67,12 @@ def _wait_until_settled(page: Any, endless: tuple[str, ...]) -> None:
     quiet_since = time.monotonic()
     while time.monotonic() - quiet_since < _QUIET:
         page.wait_for_timeout(50)
-        if any(not any(part in request.url for part in endless) for request in list(page.asked)):
-            quiet_since = time.monotonic()
+        now = time.monotonic()
+        if any(
+            now - since < _ENDLESS and not any(part in request.url for part in endless)
+            for request, since in list(page.asked.items())
+        ):
+            quiet_since = now
 
 
 @contextmanager

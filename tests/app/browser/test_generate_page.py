@@ -72,6 +72,7 @@ def test_cancelling(opened: Any, pictures: Any) -> None:
     page.wait_for_selector("#generate:not([disabled])")
 
 
+@pytest.mark.slow
 def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: Any) -> None:
     page = opened()
     quick(page, steps=150)

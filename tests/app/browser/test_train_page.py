@@ -63,6 +63,7 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     assert session.settings_in(newest)["adapters"][0]["name"] == "Cat one"
 
 
+@pytest.mark.slow
 def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any, small_server: Any) -> None:
     session, url = small_server
     page = opened(url)
@@ -150,6 +151,7 @@ def test_what_training_takes_is_told_before_it_starts(opened: Any, small_server:
     assert "A class word is missing" in page.locator("#estimated").inner_text()
 
 
+@pytest.mark.slow
 def test_an_estimate_that_waits_is_found_after_a_reload_and_cancelled(opened: Any, small_server: Any) -> None:
     session, url = small_server
     page = opened(url)
