@@ -34,7 +34,7 @@ def test_a_fixed_batch_is_learned_and_the_adapter_travels(
         {"model": str(folder_of(name)), "instance_dir": str(instances), "trigger": "sks", "class_word": "mug",
          "output_dir": str(tmp_path / "run"), "resolution": side_of(name), "block_size": 8, "targets": "all-linear",
          "text_encoder": text_encoder, "text_encoder_learning_rate": 2e-2 if text_encoder else None,
-         "learning_rate": 0.1, "steps": 20, "batch_size": 2}
+         "learning_rate": 0.1, "steps": 20, "batch_size": 2, "validation_prompts": []}
     )  # fmt: skip
     with train(config, progress=False) as run:
         parts = run.parts
@@ -108,6 +108,7 @@ def test_no_text_encoder_is_asked_once_embeddings_are_cached(
     config = TrainConfig(
         model=str(folder_of(name)), instance_dir=str(instances), trigger="sks", class_word="mug", steps=1, block_size=8,
         output_dir=str(tmp_path / "run"), resolution=side_of(name), cache_text_embeddings=True,
+        validation_prompts=(),
     )  # fmt: skip
     with train(config, progress=False) as run:
         assert all(step.applied for step in run)
