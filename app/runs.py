@@ -213,7 +213,7 @@ class Runs:
         found = []
         for folder in sorted(self.workspace.runs.iterdir(), reverse=True):
             try:
-                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                state = self._state(folder.name)
                 told = (
                     str(state["name"]),
                     str(state["owner"]),
@@ -252,9 +252,8 @@ class Runs:
         if control.paused:
             job.tell(text=f"paused at step {result.steps}")
             return
-        state = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))
         job.tell(text="drawing a cover")
-        card = self.cover(self.shelf.add(result.adapter, state["name"]))
+        card = self.cover(self.shelf.add(result.adapter, self._state(run_id)["name"]))
         self._note(run_id, {"done": True})
         job.tell(card, text=f"the adapter {card.name} is on the shelf")
 
@@ -262,21 +261,22 @@ class Runs:
         """With its grid where the page may show it from: in a run's folder lie its pictures, too."""
         if step.pictures is None:
             return step
-        owner = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))["owner"]
-        shown = self.workspace.grids(owner) / f"{run_id}-{step.pictures.name}"
+        shown = self.workspace.grids(self._state(run_id)["owner"]) / f"{run_id}-{step.pictures.name}"
         return replace(step, pictures=Path(shutil.copy(step.pictures, shown)))
 
     def _resumed(self, folder: Path) -> dict[str, Any]:
-        begun = any((folder / "run").glob("checkpoint-*/state.json"))
-        return {"resume": "latest"} if begun else {"overwrite": True}
+        return {"resume": "latest"} if list_checkpoints(folder / "run") else {"overwrite": True}
+
+    def _state(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.workspace.run(run_id) / STATE).read_text(encoding="utf-8"))
+        return found
 
     def _note(self, run_id: str, changes: dict[str, Any]) -> None:
-        path = self.workspace.run(run_id) / STATE
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = self._state(run_id)
         except (OSError, ValueError):
             state = {}
-        write_atomically(path, json.dumps(state | changes).encode())
+        write_atomically(self.workspace.run(run_id) / STATE, json.dumps(state | changes).encode())
 
 
 class Control:

@@ -174,6 +174,27 @@ def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, b
     assert ended(asked).found
 
 
+def test_a_run_is_gone_on_with_by_whoever_began_it_alone(filled: Session, person: str) -> None:
+    job = filled.training.start(person, wish("Mine", steps=60))
+    after(job, 12)  # the first checkpoint
+    filled.training.stop(person, pause=True)
+    ended(job)
+    [run] = filled.training.unfinished(person)
+    other = new_token()
+    assert filled.training.unfinished(other) == []
+    with pytest.raises(ConfigError, match="no such run"):
+        filled.training.resume(other, run.id)
+    assert filled.training.packed(other) is None
+    assert ended(filled.training.resume(person, run.id)).found[-1].name == "Mine"
+
+
+def test_a_name_that_no_adapter_can_have_is_refused_before_anything_is_trained(filled: Session, person: str) -> None:
+    with pytest.raises(ConfigError, match="a name of 61 letters"):
+        filled.training.start(person, wish("x" * 61))
+    assert filled.training.runs.earlier() == []
+    assert filled.shelf.cards() == []
+
+
 def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
     job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
     after(job, 2)
