@@ -24,7 +24,7 @@ from oft_diffusion.kernels.tiles import DTYPES, SIZES, tile_of
 # Bytes of shared memory that one program can have.
 SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Tensor cores of Hopper, of other cards, no tensor cores; atomic additions.
-INSTRUCTIONS = ("wgmma", "mma.sync", "fma.rn.f32", "red.global")
+INSTRUCTIONS = {"wgmma": "wgmma", "mma": "mma.sync", "fma": "fma.rn.f32", "atomics": "(red|atom).global"}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     for capability in options.capabilities:
         for what, kernel in compiled(capability, options.sizes, options.dtypes):
             shared, assembly = kernel.metadata.shared, kernel.asm["ptx"]
-            instructions = " ".join(name for name in INSTRUCTIONS if re.search(rf"\b{re.escape(name)}", assembly))
+            instructions = " ".join(name for name, spelt in INSTRUCTIONS.items() if re.search(rf"\b{spelt}", assembly))
             print(f"sm_{capability} {what}: {shared} bytes shared, cubin {len(kernel.asm['cubin'])}, {instructions}")
             if shared > SHARED[capability]:
                 too_large.append(f"sm_{capability} {what}")
