@@ -18,6 +18,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; read when triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.helpers.browser import NAMES
 
 torch.set_num_threads(1)

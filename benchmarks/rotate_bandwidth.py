@@ -1,0 +1,108 @@
+"""How near the rotation kernel comes to a plain copy: benchmarks/data/rotate_bandwidth.csv. Needs a CUDA card.
+
+python -m benchmarks.rotate_bandwidth            # measures and appends
+python -m benchmarks.rotate_bandwidth --table    # the newest run as Markdown
+
+A rotation reads x once and writes it once, as `copy_` does; dD reads two tensors and is counted so. Ways are taken in
+turn, figures are medians. The aim is 80 % of the copy's bandwidth. Not run yet: there
+is no file until a card was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.records import DATA, append, load
+from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels.block_rotate import triton_kernels
+
+FILE = DATA / "rotate_bandwidth.csv"
+# (rows, columns) of what is rotated in one image of 1024 x 1024 pixels.
+SHAPES = {
+    "SDXL, 64 x 64": (4096, 640),
+    "SDXL, 32 x 32": (1024, 1280),
+    "SDXL, 32 x 32, batch 8": (8192, 1280),
+    "Flux.1, image and text": (4608, 3072),
+    "Flux.1, batch 4": (18432, 3072),
+    "Flux.1, out of a single block": (4608, 15360),
+}
+SIZES = (16, 32, 64)
+
+
+def measure(repeats: int) -> None:
+    """Append one run."""
+    from triton.testing import do_bench
+
+    if triton_kernels() is None:
+        raise SystemExit("no Triton, or no C compiler: there is no kernel to measure")
+    rows = []
+    for shape, (n, columns) in SHAPES.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            x, grad = (torch.randn(n, columns, device="cuda").to(dtype) for _ in range(2))
+            for size in SIZES:
+                delta = torch.zeros(columns // size, size, size, device="cuda", dtype=dtype)
+                ways = _ways(x, grad, delta)
+                times: dict[str, list[float]] = {way: [] for way in ways}
+                for _ in range(repeats):
+                    for way, call in ways.items():
+                        times[way].append(do_bench(call, warmup=5, rep=20, return_mode="median"))
+                moved = 2 * x.numel() * x.element_size()
+                rows += [
+                    {
+                        "shape": shape, "rows": n, "columns": columns, "dtype": str(dtype).removeprefix("torch."),
+                        "block_size": size, "way": way, "repeats": repeats,
+                        "gigabytes_per_second": f"{moved / statistics.median(took) / 1e6:.1f}",
+                        "of_copy": f"{statistics.median(times['copy']) / statistics.median(took):.3f}",
+                    }
+                    for way, took in times.items()
+                ]  # fmt: skip
+    append(FILE, rows, "cuda")
+
+
+def _ways(x: Tensor, grad: Tensor, delta: Tensor) -> dict[str, Callable[[], object]]:
+    out, shape = torch.empty_like(x), list(delta.shape)
+    return {
+        "copy": lambda: out.copy_(x),
+        "rotate": lambda: block_rotate(x, delta),
+        "dx": lambda: block_rotate(x, delta.transpose(1, 2)),
+        "dD": lambda: torch.ops.oft_diffusion.block_rotate_delta_grad.default(x, grad, shape),
+    }
+
+
+def table() -> str:
+    """The newest run."""
+    rows = load(FILE)
+    if not rows:
+        return "Not measured yet: no card was there."
+    newest = [row for row in rows if (row["date"], row["hardware"]) == (rows[-1]["date"], rows[-1]["hardware"])]
+    figures = {(row["shape"], row["dtype"], row["block_size"], row["way"]): row for row in newest}
+    ways = ("copy", "rotate", "dx", "dD")
+    lines = ["| | dtype | b | copy, GB/s | " + " | ".join(f"{way}, of it" for way in ways[1:]) + " |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for shape, dtype, size in dict.fromkeys(key[:3] for key in figures):
+        copy, *others = (figures[shape, dtype, size, way] for way in ways)
+        shares = " | ".join(f"{100 * float(row['of_copy']):.0f} %" for row in others)
+        lines.append(f"| {shape} | {dtype} | {size} | {float(copy['gigabytes_per_second']):.0f} | {shares} |")
+    lines += ["", f"{newest[-1]['hardware']}, torch {newest[-1]['torch']}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
+    options = parser.parse_args()
+    if not options.table:
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device: this measures a card")
+        measure(options.repeats)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Choose the tiles of the rotation kernels on this machine's card: oft_diffusion/kernels/tiles.json.
+
+python -m benchmarks.tune_rotate            # measures, prints what it would choose
+python -m benchmarks.tune_rotate --write    # and writes the table
+
+Not run yet on any card: the committed table says `"tuned_on": ""`, and holds first choices, by reasoning and by what
+the compiler says of registers and shared memory (`tests/helpers/compile_kernels.py`). Times are medians of Triton's own
+`do_bench`, which empties the cache between calls; the form to beat, batched products of torch, is printed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+import torch
+
+from oft_diffusion.kernels.tiles import DTYPES, FILE, SIZES, Kernel, Tile, table, tile_of
+
+# What SDXL's widest attention and Flux's blocks rotate: (rows, columns).
+SHAPE = (4096, 3072)
+
+
+def candidates(kernel: Kernel, size: int) -> Iterator[Tile]:
+    """Every tile worth trying: up to 16,384 numbers of x at once, one to four blocks side by side."""
+    widths = [width for width in (size, 2 * size, 4 * size) if 16 <= width <= 128]
+    for rows, steps, width, warps, stages in itertools.product(
+        (16, 32, 64, 128, 256), (1, 4, 16), widths, (2, 4, 8), (1, 2, 3)
+    ):
+        if rows * width <= 16384:
+            yield Tile(rows, steps, width, warps, stages)
+
+
+def fastest(kernel: Kernel, size: int, dtype: torch.dtype) -> tuple[Tile, float, float]:
+    """(tile, its milliseconds, those of the pure-torch form)."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    from oft_diffusion.kernels import triton_rotate
+    from oft_diffusion.kernels.block_rotate import delta_grad_in_torch, rotate_in_torch
+
+    rows, columns = SHAPE
+    x, grad = (torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(2))
+    delta = torch.zeros(columns // size, size, size, device="cuda", dtype=dtype)
+    shape = list(delta.shape)
+    ways: dict[Kernel, tuple[Callable[[Tile], object], Callable[[], object]]] = {
+        "rotate": (
+            lambda tile: triton_rotate.rotate(x, delta, tile),
+            lambda: rotate_in_torch(x, delta),
+        ),
+        "delta_grad": (
+            lambda tile: triton_rotate.delta_grad(x, grad, shape, tile),
+            lambda: delta_grad_in_torch(x, grad, shape),
+        ),
+    }
+    ours, torchs = ways[kernel]
+    best, least = tile_of(kernel, size, dtype), float("inf")
+    for tile in candidates(kernel, size):
+        try:
+            took = do_bench(lambda tile=tile: ours(tile), warmup=5, rep=20, return_mode="median")
+        except OutOfResources:
+            continue
+        if took < least:
+            best, least = tile, took
+    return best, least, do_bench(torchs, warmup=5, rep=20, return_mode="median")
+
+
+def tuned_on() -> str:
+    """The card that the committed table was measured on; empty: none."""
+    return json.loads(FILE.read_text(encoding="utf-8"))["tuned_on"]
+
+
+def written(rows: Mapping[str, Mapping[str, list[int]]], card: str) -> str:
+    """The table as a file, one line per tile."""
+    lines = [
+        "{",
+        f'  "tuned_on": {json.dumps(card)},',
+        f'  "columns": {json.dumps(list(Tile._fields))},',
+        '  "tiles": {',
+    ]
+    kernels = []
+    for kernel, of in rows.items():
+        body = ",\n".join(f'      "{key}": {json.dumps(list(tile))}' for key, tile in of.items())
+        kernels.append(f'    "{kernel}": {{\n{body}\n    }}')
+    return "\n".join([*lines, ",\n".join(kernels), "  }", "}", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
+    parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=SIZES, help="block sizes (default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="default: all")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: tiles are chosen on a card")
+    rows: dict[str, dict[str, Any]] = {kernel: dict(of) for kernel, of in table().items()}
+    for kernel, size, name in itertools.product(get_args(Kernel), options.sizes, options.dtypes):
+        tile, took, torchs = fastest(kernel, size, DTYPES[name])
+        rows[kernel][f"{size} {name}"] = list(tile)
+        print(f"{kernel} {size} {name}: {tile}, {took:.4f} ms; torch {torchs:.4f} ms", flush=True)
+    if options.write:
+        FILE.write_text(written(rows, torch.cuda.get_device_name()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

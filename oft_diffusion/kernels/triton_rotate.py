@@ -1,0 +1,248 @@
+"""The block rotation (arXiv 2506.19847, section 3.2) as Triton kernels: x is read once and written once.
+
+Imported only where it is to run: nothing else of the package needs Triton. Under `TRITON_INTERPRET=1` the same kernels
+run on the CPU, which is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
+
+INTERPRETED: bool = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+# Rows are summed in at most so many parts, which bounds the partial buffer: 32 r b^2 floats, beside x's r b per row.
+PARTS = 32
+
+
+class Rows(NamedTuple):
+    """Where the rows of one group lie: row i at `(i // inner) * outer_stride + (i % inner) * inner_stride`."""
+
+    tensor: Tensor
+    group_stride: int
+    outer_stride: int
+    inner: int
+    inner_stride: int
+
+
+def fits(x: Tensor, block_size: int) -> bool:
+    """Whether the kernels can take it: b in 8 ... 128, x in float32, bfloat16 or float16, below 2^31 rows.
+
+    Not on cards before Ampere, whose tensor cores know no bfloat16 and which Triton no longer tests.
+    """
+    if x.is_cuda and _capability(x.device.index) < (8, 0):
+        return False
+    rows = x.numel() // max(x.shape[-1], 1)
+    return block_size in SIZES and x.dtype in DTYPES.values() and rows < 2**31
+
+
+def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
+    """`x + x blockdiag(D)`, summed in float32 and rounded once.
+
+    Args:
+        x: `(..., r * b)`. Read where it lies if its last axis is contiguous and its leading axes are at most two
+            levels of strides (a slice, an expanded or a transposed tensor); copied otherwise.
+        delta: `(r, b, b)` or `(g, r, b, b)`, x's dtype, any strides: a transposed D costs nothing.
+        tile: instead of the committed one, for tuning.
+
+    Returns:
+        x's shape and dtype, contiguous.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not x.numel():
+        return out
+    delta = delta.unsqueeze(0) if delta.dim() == 3 else delta
+    groups, blocks, block_size, _ = delta.shape
+    tile = tile or tile_of("rotate", block_size, x.dtype)
+    rows = x.numel() // x.shape[-1] // groups
+    lie = _rows(x, groups)
+    row_programs = triton.cdiv(rows, tile.rows * tile.steps)
+    with _device_of(x):
+        _rotate_kernel[(groups * row_programs * triton.cdiv(blocks, tile.width // block_size),)](
+            lie.tensor, delta, out, rows, blocks, row_programs,
+            lie.group_stride, lie.outer_stride, lie.inner, lie.inner_stride, *delta.stride(),
+            SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
+            PRECISION=_precision(x), UPCAST=_upcast(x), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = None) -> Tensor:
+    """`dD`: per block `x_i^T g_i` over all rows, summed in float32.
+
+    Programs add their parts of the rows to one another in whatever order they end, unless
+    `torch.use_deterministic_algorithms` asks for the same bits every time: then they write at most `PARTS` partial
+    sums, which a second pass adds.
+
+    Args:
+        x: the input, `(..., r * b)`.
+        grad: of the output, x's shape and dtype.
+        shape: D's: `(r, b, b)` or `(g, r, b, b)`.
+        tile: instead of the committed one, for tuning.
+
+    Returns:
+        `shape`, x's dtype, contiguous.
+    """
+    groups, (blocks, block_size) = shape[0] if len(shape) == 4 else 1, shape[-3:-1]
+    if not x.numel():
+        return x.new_zeros(shape)
+    tile = tile or tile_of("delta_grad", block_size, x.dtype)
+    rows = x.numel() // x.shape[-1] // groups
+    parts = min(PARTS, triton.cdiv(rows, tile.rows * tile.steps))
+    part = triton.cdiv(triton.cdiv(rows, parts), tile.rows) * tile.rows
+    parts = triton.cdiv(rows, part)
+    atomic = parts > 1 and not torch.are_deterministic_algorithms_enabled()
+    if parts == 1:
+        out = x.new_empty((1, *shape))
+    elif atomic:
+        out = x.new_zeros((1, *shape), dtype=torch.float32)
+    else:
+        out = x.new_empty((parts, *shape), dtype=torch.float32)
+    left, right = _rows(x, groups), _rows(grad, groups)
+    with _device_of(x):
+        _delta_grad_kernel[(groups * parts * triton.cdiv(blocks, tile.width // block_size),)](
+            left.tensor, right.tensor, out, rows, blocks, parts, part, groups,
+            left.group_stride, left.outer_stride, left.inner, left.inner_stride,
+            right.group_stride, right.outer_stride, right.inner, right.inner_stride,
+            SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, LEVELS=1 + (min(left.inner, right.inner) < rows),
+            ATOMIC=atomic, PRECISION=_precision(x), UPCAST=_upcast(x),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out[0].to(x.dtype) if out.shape[0] == 1 else out.sum(0).to(x.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _offsets(row, inner, outer_stride, inner_stride, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """In elements, int64: tensors may have more than 2^31."""
+    if LEVELS == 1:  # no division
+        at = row.to(tl.int64) * inner_stride
+    else:
+        at = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    return at
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
+    x_ptr, delta_ptr, out_ptr, rows, blocks, row_programs,  # noqa: ANN001
+    x_group, x_outer, x_inner_size, x_inner, delta_group, delta_block, delta_row, delta_column,  # noqa: ANN001
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Each program: `WIDTH // SIZE` neighbouring blocks, whose deltas it keeps, and `STEPS` tiles of `ROWS` rows."""
+    tiles = tl.cdiv(blocks, WIDTH // SIZE)
+    # Neighbours in time take neighbours in a row, so that what one fetches of a memory page the next one uses.
+    tile = tl.program_id(0) % tiles
+    chunk = (tl.program_id(0) // tiles) % row_programs
+    group = (tl.program_id(0) // tiles // row_programs).to(tl.int64)
+    column = tile * WIDTH + tl.arange(0, WIDTH)
+    kept = column < blocks * SIZE
+
+    # Blocks narrower than what `tl.dot` takes stand together in one block-diagonal matrix.
+    block, within = column // SIZE, column % SIZE
+    diagonal = (block[:, None] == block[None, :]) & kept[:, None] & kept[None, :]
+    delta_at = block.to(tl.int64)[:, None] * delta_block + within[:, None] * delta_row + within[None, :] * delta_column
+    delta = tl.load(delta_ptr + group * delta_group + delta_at, mask=diagonal, other=0.0)
+    if UPCAST:
+        delta = delta.to(tl.float32)
+
+    for step in range(STEPS):
+        row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & kept[None, :]
+        at = _offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
+        x = tl.load(x_ptr + group * x_group + at[:, None] + column[None, :], mask=mask, other=0.0)
+        own = x.to(tl.float32)
+        if UPCAST:
+            x = own
+        turned = tl.dot(x, delta, acc=own, input_precision=PRECISION)
+        out_at = (group * rows + row.to(tl.int64)) * (blocks * SIZE)
+        tl.store(out_ptr + out_at[:, None] + column[None, :], turned.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _delta_grad_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
+    x_ptr, grad_ptr, out_ptr, rows, blocks, parts, part, groups,  # noqa: ANN001
+    x_group, x_outer, x_inner_size, x_inner, grad_group, grad_outer, grad_inner_size, grad_inner,  # noqa: ANN001
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Each program: `WIDTH // SIZE` neighbouring blocks, and one of `parts` parts of the rows, `part` long."""
+    tiles = tl.cdiv(blocks, WIDTH // SIZE)
+    tile = tl.program_id(0) % tiles
+    chunk = (tl.program_id(0) // tiles) % parts
+    group = (tl.program_id(0) // tiles // parts).to(tl.int64)
+    column = tile * WIDTH + tl.arange(0, WIDTH)
+    kept = column < blocks * SIZE
+
+    total = tl.zeros((WIDTH, WIDTH), dtype=tl.float32)
+    for start in range(chunk * part, tl.minimum(chunk * part + part, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & kept[None, :]
+        at = _offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
+        x = tl.load(x_ptr + group * x_group + at[:, None] + column[None, :], mask=mask, other=0.0)
+        at = _offsets(row, grad_inner_size, grad_outer, grad_inner, LEVELS)
+        grad = tl.load(grad_ptr + group * grad_group + at[:, None] + column[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            x, grad = x.to(tl.float32), grad.to(tl.float32)
+        total = tl.dot(tl.trans(x), grad, acc=total, input_precision=PRECISION)
+
+    block, within = column // SIZE, column % SIZE
+    diagonal = (block[:, None] == block[None, :]) & kept[:, None] & kept[None, :]
+    slot = group if ATOMIC else chunk * groups + group
+    at = (slot * blocks + block.to(tl.int64))[:, None] * (SIZE * SIZE) + within[:, None] * SIZE + within[None, :]
+    if ATOMIC:
+        tl.atomic_add(out_ptr + at, total, mask=diagonal, sem="relaxed")
+    else:
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=diagonal)
+
+
+def _rows(x: Tensor, groups: int) -> Rows:
+    """The rows as they lie, or a copy if its strides are more than the kernels follow."""
+    lead = list(zip(x.shape[:-1], x.stride()[:-1], strict=True)) or [(1, 0)]
+    size, stride = lead[0]
+    lead[0] = (size // groups, stride)
+    levels: list[tuple[int, int]] = []
+    for size_of, stride_of in lead:
+        if size_of == 1:
+            continue
+        if levels and levels[-1][1] == size_of * stride_of:
+            levels[-1] = (levels[-1][0] * size_of, stride_of)  # one level with the axis before
+        else:
+            levels.append((size_of, stride_of))
+    if x.stride(-1) != 1 or len(levels) > 2:
+        return _rows(x.contiguous(), groups)
+    outer, inner = [(1, 0), (1, 0), *levels][-2:]
+    return Rows(x, size // groups * stride, outer[1], inner[0], inner[1])
+
+
+def _precision(x: Tensor) -> str:
+    """What torch's own float32 products do: the tensor cores' shorter mantissa only where the user allowed it."""
+    if x.dtype != torch.float32:
+        return "ieee"  # read for float32 alone
+    matmul = torch.backends.cuda.matmul
+    # The older name raises, in newer releases of torch, once the newer one was set.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def _upcast(x: Tensor) -> bool:
+    """The interpreter keeps bfloat16 as integers, and multiplies those (triton-lang/triton#11584)."""
+    return INTERPRETED and x.dtype == torch.bfloat16
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be x's; entering a device costs microseconds."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

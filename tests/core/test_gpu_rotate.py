@@ -1,0 +1,80 @@
+"""The Triton kernels on a CUDA card: the interpreter's cases, and the op as models call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels.block_rotate import triton_kernels
+from tests.core import rotate_cases as cases
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    kernels = triton_kernels()
+    if kernels is None:
+        pytest.skip("no Triton, or no C compiler")
+    assert not kernels.INTERPRETED
+    return kernels
+
+
+@pytest.mark.parametrize(("size", "name"), cases.EVERY)
+def test_every_size_and_dtype_is_the_definition(ops: Any, size: int, name: str) -> None:
+    cases.check_every_kernel(ops, size, name, "cuda")
+    cases.check_committed_tiles(ops, size, name, "cuda")
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_strides_do_not_matter(ops: Any, size: int) -> None:
+    cases.check_strides(ops, size, "cuda")
+    cases.check_empty(ops, "cuda")
+
+
+def test_offsets_beyond_32_bits(ops: Any) -> None:
+    cases.check_far_apart(ops, "cuda")
+
+
+@pytest.mark.parametrize(("size", "name"), cases.EVERY)
+def test_both_ways_of_adding_up(ops: Any, size: int, name: str) -> None:
+    cases.check_determinism(ops, size, name, "cuda", rows=5000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 24])
+def test_the_op_its_gradients_and_the_compiler(dtype: torch.dtype, size: int) -> None:
+    x = cases.draw(2, 77, 3 * size, seed=0, device="cuda", dtype=dtype).requires_grad_()
+    delta = cases.deltas(size, dtype, "cuda", groups=1)[0].requires_grad_()
+    grad = cases.draw(*x.shape, seed=1, device="cuda", dtype=dtype)
+    torch.library.opcheck(torch.ops.oft_diffusion.block_rotate, (x, delta))
+    for rotate in (block_rotate, torch.compile(block_rotate, fullgraph=True)):
+        out = rotate(x, delta)
+        dx, ddelta = torch.autograd.grad(out, (x, delta), grad)
+        name = str(dtype).removeprefix("torch.")
+        transposed = delta.detach()[None].transpose(-1, -2)
+        assert cases.error(out.detach(), cases.rotated(x.detach(), delta.detach()[None])) < cases.TOLERANCE[name]
+        assert cases.error(dx, cases.rotated(grad, transposed)) < cases.TOLERANCE[name]
+        expected = cases.delta_gradient(x.detach(), grad, 1, size)[0]
+        assert cases.error(ddelta, expected) < cases.TOLERANCE[name]
+
+
+def test_a_graph_can_be_captured(ops: Any) -> None:
+    x = cases.draw(64, 96, seed=0, device="cuda")
+    delta = cases.deltas(32, torch.float32, "cuda", groups=1)
+    block_rotate(x, delta)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block_rotate(x, delta)
+    x.neg_()
+    graph.replay()
+    assert cases.error(out, cases.rotated(x, delta)) < 1e-6
+
+
+def test_autocast_leaves_the_op_alone(ops: Any) -> None:
+    x, delta = cases.draw(64, 96, seed=0, device="cuda"), cases.deltas(32, torch.float32, "cuda", groups=1)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(block_rotate(x, delta), ops.rotate(x, delta))
