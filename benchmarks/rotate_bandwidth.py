@@ -39,7 +39,7 @@ def measure(repeats: int) -> None:
     from triton.testing import do_bench
 
     if triton_kernels() is None:
-        raise SystemExit("no Triton, or no C compiler: there is no kernel to measure")
+        raise SystemExit("no kernel to measure: it takes Triton, a C compiler and OFT_DIFFUSION_TRITON=1")
     rows = []
     for shape, (n, columns) in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +16,17 @@ from tests.core import rotate_cases as cases
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def ops() -> Any:
+@pytest.fixture(scope="module", autouse=True)
+def ops() -> Iterator[Any]:
+    os.environ["OFT_DIFFUSION_TRITON"] = "1"
+    triton_kernels.cache_clear()
     kernels = triton_kernels()
     if kernels is None:
         pytest.skip("no Triton, or no C compiler")
     assert not kernels.INTERPRETED
-    return kernels
+    yield kernels
+    del os.environ["OFT_DIFFUSION_TRITON"]
+    triton_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(("size", "name"), cases.EVERY)

@@ -127,18 +127,30 @@ def test_cuda_has_kernels_of_its_own() -> None:
 @pytest.mark.parametrize("lack", ["triton", "compiler", "wanted"])
 def test_without_triton_or_a_compiler_the_pure_torch_form_serves(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
+    monkeypatch.setenv("OFT_DIFFUSION_TRITON", "1")
     if lack == "triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     elif lack == "compiler":
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
     else:
-        monkeypatch.setenv("OFT_DIFFUSION_TRITON", "0")
+        monkeypatch.delenv("OFT_DIFFUSION_TRITON")
     dispatch.triton_kernels.cache_clear()
     try:
         assert dispatch.triton_kernels() is None
         x, delta = cases.draw(5, 24, seed=0, device="cpu"), cases.deltas(8, torch.float32, "cpu", groups=1)
         assert torch.equal(dispatch.rotate_on_gpu(x, delta), dispatch.rotate_in_torch(x, delta))
+    finally:
+        dispatch.triton_kernels.cache_clear()
+
+
+@needs_triton
+def test_kernels_that_are_asked_for_are_taken(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFT_DIFFUSION_TRITON", "1")
+    monkeypatch.setenv("CC", "cc")
+    dispatch.triton_kernels.cache_clear()
+    try:
+        assert dispatch.triton_kernels() is ops
     finally:
         dispatch.triton_kernels.cache_clear()
 
