@@ -54,7 +54,7 @@ def drawn_by_lot(out: Path, sets: Mapping[str, int]) -> list[Looked]:
     found: list[Looked] = []
     for name, seed in product(FINAL, SEEDS):
         group = f"{name}/{seed}"
-        config = bench.config(name, seed, {}, out, captions=True)
+        config = bench.config(name, seed, {}, out)
         looks = looks_of(bench.classifier, instance_images(subjects_path(name)))
         prompts = prompt_sets(looks, config.trigger, PICTURES, salt=group)
         places = [(key, i) for key, count in sets.items() for i in rng.sample(range(PICTURES), count)]

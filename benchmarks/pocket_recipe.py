@@ -23,6 +23,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.pocket_subjects import Bench, base_digest, note_setup, setup_digest
+from benchmarks.pocket_tables import drawn_as_subject, own_look
 from benchmarks.records import DATA, append, load
 from oft_diffusion.evaluation import figures
 
@@ -31,8 +32,8 @@ SUBJECTS = ("dapper_mushroom", "dozy_house", "merry_boat")
 PICTURES = 32  # per set, subject and candidate, unless a first look takes fewer
 _COLUMNS = (
     "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
-    "leakage, class word", "hit and fidelity", "memorisation", "to the chosen one (ten twins): hit, preservation",
-    "runs",
+    "leakage, class word", "hit and fidelity", "hit in its own colour and pattern", "memorisation",
+    "to the chosen one (ten twins): hit, preservation", "runs",
 )  # fmt: skip
 
 PLAIN: dict[str, Any] = {
@@ -66,6 +67,7 @@ CLASS_PROMPTS = [
     "a teal spotted {class_word} in a meadow", "a red spotted house in the snow",
 ]  # fmt: skip
 
+SIX: dict[str, Any] = {"trigger": "qzxjkv"}
 TEN: dict[str, Any] = {"prior_twins": 10}
 # What each part of the recipe is worth, and its neighbours. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -83,7 +85,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "timesteps below 850": {"max_timestep": 850},
     "epsilon 1e-8, 1.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 1.5e-3, "text_encoder_learning_rate": 5e-4},
     "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
-    "trigger of six letters": {"trigger": "qzxjkv"},
+    "trigger of six letters": SIX,
+    "six letters, mirrored alone": SIX | {"min_crop": 1.0},
+    "six letters, mirrored alone, half the captions without colour": SIX | {"min_crop": 1.0, "captions": "half"},
+    "six letters, crops of 0.9": SIX | {"min_crop": 0.9},
     "prior weight 3": {"prior_weight": 3.0},
     "cosine": {"lr_schedule": "cosine", "decay_steps": 0},
     "300 steps in float32": {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},
@@ -92,7 +97,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "ten twins, 36 class prompts, 510 steps": {
         **TEN, "class_prompts": CLASS_PROMPTS, "num_class_images": 36, "steps": 510, "decay_steps": 204,
     },
-    "ten twins, without captions": TEN | {"captions": False},
+    "ten twins, without captions": TEN | {"captions": "none"},
 }  # fmt: skip
 
 
@@ -114,7 +119,7 @@ def measure(
         if (setup, subject, seed) not in done:
             note_setup(CANDIDATES[name], count)
             own = dict(CANDIDATES[name])
-            captions = own.pop("captions", True)
+            captions = own.pop("captions", "all")
             found = bench.run(subject, seed, own, count, out, captions=captions)
             f = figures(found.rows, {f"{subject}/{seed}": found.closest})
             row = {
@@ -128,6 +133,7 @@ def measure(
                 "base fidelity": f["prompt fidelity"].base.mean,
                 "preservation": f["preservation"].difference.mean,
                 "hit and fidelity": f["hit and fidelity"].adapted.mean,
+                "own colours": own_look(drawn_as_subject(found.rows)),
                 "leakage, other trigger": f["leakage, other trigger"].adapted.mean,
                 "leakage, long word": f["leakage, long word"].adapted.mean,
                 "leakage, class word": f["leakage, class word"].adapted.mean,
@@ -188,7 +194,7 @@ def _line(
         _mean(own, key) for key in ("subject hit", "preservation", "leakage, other trigger", "leakage, long word")
     )
     share = _mean(own, "fidelity") / max(1e-9, _mean(own, "base fidelity"))
-    more = (_mean(own, key) for key in ("leakage, class word", "hit and fidelity", "memorisation"))
+    more = (_mean(own, key) for key in ("leakage, class word", "hit and fidelity", "own colours", "memorisation"))
     cells = [_percent(value) for value in (hit, share, preserved, leaked, long, *more)]
     cells[0] += _spread([float(row["subject hit"]) for row in own])
     runs = Counter(row["subject"] for row in own)

@@ -39,7 +39,7 @@ from oft_diffusion.generate import generate
 from oft_diffusion.images import labelled_grid, save_png
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.pocket.classifier import classifier_path, load_classifier
-from oft_diffusion.pocket.world import ATTRIBUTES
+from oft_diffusion.pocket.world import ATTRIBUTES, COLOURS, PATTERNS
 from oft_diffusion.training import TrainConfig, train
 
 CONFIG = Path(__file__).parent.parent / "train_scripts" / "configs" / "pocket.toml"
@@ -89,12 +89,11 @@ class Bench:
         self.classifier = load_classifier(device)
         self.base: dict[tuple[Any, ...], list[Row]] = {}
 
-    def config(self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: bool) -> TrainConfig:
-        """The settings of one run. Its folder is `out/name/seed`."""
-        photos = subjects_path(name)
-        if not captions:
-            photos = out / name / "uncaptioned"
-            shutil.copytree(subjects_path(name), photos, ignore=shutil.ignore_patterns("*.txt"), dirs_exist_ok=True)
+    def config(
+        self, name: str, seed: int, settings: Mapping[str, Any], out: Path, *, captions: str = "all"
+    ) -> TrainConfig:
+        """The settings of one run. Its folder is `out/name/seed`; for `captions` see `_recaptioned`."""
+        photos = subjects_path(name) if captions == "all" else _recaptioned(name, captions, out / name / captions)
         own = {
             "model": str(pocket_path()),
             "instance_dir": str(photos),
@@ -112,7 +111,7 @@ class Bench:
         return replace(config, class_dir=str(images))
 
     def run(
-        self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: bool = True
+        self, name: str, seed: int, settings: Mapping[str, Any], count: int, out: Path, *, captions: str = "all"
     ) -> Trained:
         """Train one subject from one seed, draw and read `count` pictures per set with and without the adapter."""
         config = self.config(name, seed, settings, out, captions=captions)
@@ -136,6 +135,19 @@ class Bench:
         rows = rows + draw_rows(self.pipe, self.classifier, looks, sets, adapted=True, **how)
         unload_oft_weights(self.pipe)
         return rows, looks.closest()
+
+
+def _recaptioned(name: str, captions: str, photos: Path) -> Path:
+    """A subject's pictures with captions of which each tells all, "half" tell neither colour nor pattern, or "none"."""
+    shutil.rmtree(photos, ignore_errors=True)
+    shutil.copytree(subjects_path(name), photos)
+    for i, file in enumerate(sorted(photos.glob("*.txt"))):
+        if captions == "none":
+            file.unlink()
+        elif i % 2 == 0:
+            words = file.read_text(encoding="utf-8").split()
+            file.write_text(" ".join(word for word in words if word not in (*COLOURS, *PATTERNS)), encoding="utf-8")
+    return photos
 
 
 def trained(config: TrainConfig) -> tuple[Path, float, float]:
@@ -174,10 +186,11 @@ def note_setup(settings: Mapping[str, Any], count: int) -> str:
     return digest
 
 
-def _recipe(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def _recipe(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool | str]:
     """Settings that are not at their defaults, so that a new one changes no digest; and whether there are captions."""
     own = dict(settings)
-    captions = bool(own.pop("captions", True))
+    told = own.pop("captions", "all")
+    captions = {"all": True, "none": False}.get(told, told)  # as the first runs were noted
     config = TrainConfig.from_toml(CONFIG, own)
     recipe = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _NO_RECIPE}
     changed = {name: value for name, value in recipe.items() if value != getattr(TrainConfig, name, None)}
@@ -204,7 +217,7 @@ def measure(out: Path, device: str, subjects: Sequence[str], *, busy: bool = Fal
         if not missing:
             continue
         if len(missing) < len(SETS) and adapter.is_file():
-            config = bench.config(name, seed, {}, out, captions=True)
+            config = bench.config(name, seed, {}, out)
             _keep(*bench.draw(name, seed, config, adapter, PICTURES, missing), setup)
             print(f"{name}/{seed}: drew {', '.join(missing)}", flush=True)
             continue
@@ -225,7 +238,7 @@ def clock(out: Path, device: str, subjects: Sequence[str]) -> None:
     setup, bench = note_setup({}, PICTURES), Bench(device)
     for name in subjects:
         shutil.rmtree(out / "class-images", ignore_errors=True)
-        adapter, training, wall = trained(bench.config(name, SEEDS[0], {}, out, captions=True))
+        adapter, training, wall = trained(bench.config(name, SEEDS[0], {}, out))
         _finished(setup, f"{name}/{SEEDS[0]}", training, wall, adapter.stat().st_size / 1e6, device)
 
 
@@ -272,7 +285,7 @@ def grid(out: Path, device: str) -> Image.Image:
     """A row per subject, with the adapters in `out`: not chosen, but the first pictures of two sets."""
     bench, rows = Bench(device), []
     for name in FINAL:
-        config, group = bench.config(name, SEEDS[0], {}, out, captions=True), f"{name}/{SEEDS[0]}"
+        config, group = bench.config(name, SEEDS[0], {}, out), f"{name}/{SEEDS[0]}"
         photos = instance_images(subjects_path(name))
         sets = prompt_sets(looks_of(bench.classifier, photos), config.trigger, _SHOWN, salt=group)
         asked = [(p.text, seed_of(group, key, i)) for key in ("subject", "recoloured") for i, p in enumerate(sets[key])]

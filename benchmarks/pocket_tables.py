@@ -76,21 +76,31 @@ def _attributes(rows: Sequence[Row], subjects: Iterable[str]) -> list[str]:
     Colour and pattern stand in the captions of the instance images, so that a prompt may change them; how much of them
     comes along unasked is another matter, which the last columns tell.
     """
-    drawn = [r for r in rows if r.adapted and r.set == "subject" and r.reading]
+    drawn = drawn_as_subject(rows)
     if not drawn:
         return []
     lines = [f"| right, per cent | {' | '.join((*_HIT, *_TOLD))} | hit, and both |", f"|{'---|' * (len(_HIT) + 4)}"]
-    whole = {id(r): [r.reading[a] == _wanted(r, a) for a in (*_HIT, *_TOLD)] for r in drawn}
     for name in (*subjects, "**all**"):
-        own = [whole[id(r)] for r in drawn if name == "**all**" or r.group.startswith(f"{name}/")]
-        shares = [*(fmean(column) for column in zip(*own, strict=True)), fmean(map(all, own))]
+        own = [r for r in drawn if name == "**all**" or r.group.startswith(f"{name}/")]
+        shares = [*(fmean(column) for column in zip(*map(_right, own), strict=True)), own_look(own)]
         lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in shares)} |")
     return lines
 
 
-def _wanted(row: Row, attribute: str) -> str:
-    value: str = getattr(SUBJECTS[row.group.split("/")[0]], attribute)
-    return value
+def drawn_as_subject(rows: Sequence[Row]) -> list[Row]:
+    """The adapter's pictures of the subject, where no prompt names more than object and place."""
+    return [r for r in rows if r.adapted and r.set == "subject" and r.reading]
+
+
+def own_look(drawn: Sequence[Row]) -> float:
+    """The share of pictures that hit the subject in its own colour and pattern."""
+    return fmean(all(_right(r)) for r in drawn)
+
+
+def _right(row: Row) -> list[bool]:
+    """Attribute by attribute: those of a hit, then colour and pattern."""
+    wanted = SUBJECTS[row.group.split("/")[0]]
+    return [row.reading[a] == getattr(wanted, a) for a in (*_HIT, *_TOLD)]
 
 
 def _lost(rows: Sequence[Row]) -> str:

@@ -148,7 +148,7 @@ def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, mon
 
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"steps": 1, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 1, "num_class_images": 1}
-    monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": False}})
+    monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": "none"}})
     pocket_recipe.measure(files / "runs", [("one", "dozy_house", 0)], 1)
     first = records.load(files / "recipe.csv")
     second = [("one", "dozy_house", 0), ("one", "dozy_house", 1), ("two, no captions", "dozy_house", 0)]
@@ -161,7 +161,14 @@ def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.Mo
     assert len(text.splitlines()) == 7  # the second table is empty
     assert "| one | 0.0 \u00b1 0.0 |" in text
     assert "| dozy_house 2 |" in text
-    assert not list((files / "runs" / "dozy_house" / "uncaptioned").rglob("0*.txt"))
+    assert not list((files / "runs" / "dozy_house" / "none").rglob("0*.txt"))
+
+
+def test_half_the_captions_can_leave_out_what_the_subject_is_to_keep(tmp_path: Path) -> None:
+    photos = pocket_subjects._recaptioned("candy_tree", "half", tmp_path / "half")
+    told = [file.read_text(encoding="utf-8").strip() for file in sorted(photos.glob("*.txt"))]
+    assert told[:3] == ["a tree in the snow", "a pink striped tree in a room", "a tree in a meadow"]
+    assert len(list(photos.glob("*.png"))) == 5
 
 
 def test_eyes_and_judge_are_compared_where_eyes_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
