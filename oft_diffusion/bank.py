@@ -188,6 +188,9 @@ class OFTBank(AdapterChoice):
             self.between_forwards = True
         elif self._mixed is not None:
             self._clear_slots()  # the next rows may be others'
+        for hook in self.hooks.values():
+            if hook.shared is not None:
+                hook.shared.forget()
         if self._acting and not failed and not in_compiled_call():
             self._audit.end(module, self.hooks, self._acting)
 

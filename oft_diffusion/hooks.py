@@ -20,6 +20,7 @@ from oft_diffusion.plan import Place, layer_of
 
 if TYPE_CHECKING:
     from oft_diffusion.bank import OFTBank
+    from oft_diffusion.sharing import Ready, SharedInput
 
 Deltas = tuple[Tensor, ...]
 
@@ -38,6 +39,8 @@ class LayerHook:
         self.grad_deltas: Deltas | None = ()
         self.eval_deltas: Deltas | None = ()
         self.fired = False
+        self.shared: SharedInput | None = None  # with the layers that read the same input
+        self.ready: Ready | None = None
 
     def register(self, module: nn.Module) -> None:
         """Hang this hook on its layer."""
@@ -46,8 +49,12 @@ class LayerHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
         x = self._input(args)
         deltas = self._deltas_for(x)
-        if deltas:
-            x = _rotate_channels(x, deltas) if isinstance(module, nn.Conv2d) else _rotate(x, deltas)
+        if deltas and isinstance(module, nn.Conv2d):
+            x = _rotate_channels(x, deltas)
+        elif self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
+            x = self.shared.rotate(self, x, deltas[0])
+        elif deltas:
+            x = _rotate(x, deltas)
         return (x, *args[1:])
 
     def _input(self, args: tuple[Any, ...]) -> Tensor:
@@ -101,7 +108,7 @@ class LayerHook:
 
     def __getstate__(self) -> dict[str, Any]:
         # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
-        return {"bank": self.bank, "site": self.site, "grad_deltas": None, "eval_deltas": None, "fired": self.fired}
+        return dict(self.__dict__, grad_deltas=None, eval_deltas=None, ready=None)
 
 
 class OutputHook(LayerHook):

@@ -15,6 +15,7 @@ from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError
 from oft_diffusion.hooks import HOOKS, attach, bank_of, detach, reset_compiler, unwrap
 from oft_diffusion.plan import Adapter, Part, Place, check_adapter_name, layer_of, place_of, site_of
 from oft_diffusion.rotation import block_size_of
+from oft_diffusion.sharing import SharedInput
 from oft_diffusion.targets import (
     Target,
     canonical_name,
@@ -22,6 +23,7 @@ from oft_diffusion.targets import (
     find_layers,
     find_targets,
     output_width,
+    projections_of_one_input,
     taps_of,
     tied_projections,
 )
@@ -138,6 +140,10 @@ def _add(model: nn.Module, name: str, adapter: Adapter, targets: Iterable[Target
         if site not in bank.hooks:
             bank.hooks[site] = HOOKS[place_of(site)](bank, site)
             bank.hooks[site].register(modules[layer_of(site)])
+    for names in projections_of_one_input(model, targets):
+        hooks = [bank.hooks[name] for name in names if place_of(name) == "input" and name in bank.hooks]
+        if len(hooks) > 1 and not all(hook.shared is not None for hook in hooks):
+            SharedInput(hooks)
     bank.activate(name)
     return bank
 

@@ -11,7 +11,7 @@ Shapes: packed `(r, b(b-1)/2)`, `Q`, `R` and `D` `(r, b, b)`, for r blocks of si
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,9 +63,32 @@ def cayley_delta(q: Tensor) -> Tensor:
     `I - Q` is always invertible, since the eigenvalues of a skew-symmetric Q are imaginary. Orthogonal with det 1 at
     any norm of Q, up to rounding.
     """
-    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    # solve_ex, not solve: no host synchronisation to look at an info flag that cannot be set.
-    return torch.linalg.solve_ex(identity - q, 2 * q)[0]
+    delta: Tensor = _CayleyDelta.apply(q)
+    return delta
+
+
+class _CayleyDelta(torch.autograd.Function):
+    """The solve with a backward of two products, which keeps nothing but D: autograd's own solves again, and keeps LU.
+
+    With A = I - Q, R = A^-1 (I + Q) and A^-1 = (R + I) / 2, a change of Q changes R by `A^-1 dQ (R + I)`. So the
+    gradient of Q is `(R + I)^T G (R + I)^T / 2`, and R + I = D + 2 I.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        # solve_ex, not solve: no host synchronisation to look at an info flag that cannot be set.
+        # Row by row in memory, as everything after it wants it.
+        delta = torch.linalg.solve_ex(identity - q, 2 * q)[0].contiguous()
+        ctx.save_for_backward(delta)
+        return delta
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (delta,) = ctx.saved_tensors
+        turned = delta.transpose(-2, -1)
+        half = torch.baddbmm(grad, turned, grad, beta=2.0)
+        return torch.baddbmm(half, half, turned, alpha=0.5)
 
 
 def cayley_neumann_delta(q: Tensor, order: int) -> Tensor:

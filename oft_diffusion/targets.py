@@ -138,22 +138,24 @@ def layer_names(model: nn.Module) -> frozenset[str]:
 def tied_projections(model: nn.Module, found: Iterable[Target]) -> dict[str, str]:
     """Which layers `OFTConfig.share_qkv` gives the generator of another: each by name, with that other's name.
 
-    k and v of an attention read the same input, and so does q, except in cross-attention. Of each group that is among
-    the targets, the first in the model's order keeps the generator.
+    Of each group of one input that is among the targets, the first in the model's order keeps the generator.
     """
+    groups = projections_of_one_input(model, found)
+    return {name: first for first, *others in groups for name in others}
+
+
+def projections_of_one_input(model: nn.Module, found: Iterable[Target]) -> list[list[str]]:
+    """Names of the targets that read the same tensor, by attention: k and v, and q, except in cross-attention."""
     parents = {normalise_name(name): module for name, module in model.named_modules()}
-    first: dict[tuple[str, str, str, bool], Target] = {}
-    tied: dict[str, str] = {}
+    groups: dict[tuple[str, str, str, bool, int], list[str]] = {}
     for target in found:
         parent, _, leaf = target.name.rpartition(".")
         projection = _PROJECTION.fullmatch(leaf)
-        if projection is None:
-            continue
-        apart = projection["role"][0] == "q" and _is_cross_attention(parent, parents[parent])
-        keeper = first.setdefault((parent, projection["stream"], projection["kind"] or "", apart), target)
-        if keeper is not target and keeper.in_features == target.in_features:
-            tied[target.name] = keeper.name
-    return tied
+        if projection is not None:
+            apart = projection["role"][0] == "q" and _is_cross_attention(parent, parents[parent])
+            key = (parent, projection["stream"], projection["kind"] or "", apart, target.in_features)
+            groups.setdefault(key, []).append(target.name)
+    return list(groups.values())
 
 
 def choose_block_size(found: Iterable[Target], block_size: int | Literal["auto", "mixed"]) -> int:

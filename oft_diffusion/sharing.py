@@ -1,0 +1,91 @@
+"""Layers that read one tensor (q, k and v of an attention): the first that is called has it rotated for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oft_diffusion.kernels import block_rotate, block_rotate_shared
+
+if TYPE_CHECKING:
+    from oft_diffusion.hooks import LayerHook
+
+
+class Ready(NamedTuple):
+    """A rotated input: of which tensor, by which delta, and at which version of that tensor."""
+
+    made_of: Tensor
+    by: Tensor
+    rotated: Tensor
+    version: int
+
+
+class SharedInput:
+    """The hooks of such layers. What is ready for those that are still to be called lies with these.
+
+    Which layers these are is known by their names (`targets.projections_of_one_input`); what is ready is used only for
+    the very tensor that it was made of, and a group that turns out to read several is given up.
+    """
+
+    def __init__(self, hooks: Iterable[LayerHook]) -> None:
+        self.hooks = list(hooks)
+        for hook in self.hooks:
+            if hook.shared is not None:
+                hook.shared.give_up()
+            hook.shared = self
+
+    def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
+        """What `block_rotate(x, delta)` gives, for one of the layers."""
+        ready, hook.ready = hook.ready, None
+        if ready is None:
+            return self._for_all(hook, x, delta)
+        if ready.made_of is not x or ready.version != _version(x):
+            self.give_up()
+        elif ready.by is delta and ready.rotated.requires_grad == _needs_grad(x, delta):
+            return ready.rotated
+        return block_rotate(x, delta)
+
+    def forget(self) -> None:
+        """Drop what nobody came for."""
+        for hook in self.hooks:
+            hook.ready = None
+
+    def give_up(self) -> None:
+        """Let each of the layers rotate its input by itself from now on."""
+        for hook in self.hooks:
+            hook.shared = hook.ready = None
+
+    def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
+        waiting = [
+            (other, own) for other in self.hooks if other is not hook and (own := _alike(other, delta)) is not None
+        ]
+        unlike = [delta]  # layers that share a generator have one delta
+        for _, own in waiting:
+            if not any(own is known for known in unlike):
+                unlike.append(own)
+        made = [block_rotate(x, delta)] if len(unlike) == 1 else block_rotate_shared(x, unlike)
+        for other, own in waiting:
+            [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
+            other.ready = Ready(x, own, rotated, _version(x))
+        return made[0]
+
+
+def _alike(hook: LayerHook, delta: Tensor) -> Tensor | None:
+    """Another layer's delta, where it has one, and one of the same shape, dtype and device."""
+    deltas = hook.grad_deltas if torch.is_grad_enabled() else hook.eval_deltas
+    if deltas is None or len(deltas) != 1 or deltas[0].shape != delta.shape:
+        return None
+    [own] = deltas
+    return own if own.dtype == delta.dtype and own.device == delta.device else None
+
+
+def _needs_grad(x: Tensor, delta: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad)
+
+
+def _version(x: Tensor) -> int:
+    """Changes with what is written into x, as far as torch tells."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
