@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from oft_diffusion.training.class_images import class_pictures, make_class_image
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
 from oft_diffusion.training.families import FAMILIES, Family
+from oft_diffusion.training.memory import freed_memory_kept
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.noise import Diffusion, Flow, Noise
 from oft_diffusion.training.preflight import Plan
@@ -94,7 +95,8 @@ def accelerated(config: TrainConfig, base: Base) -> Iterator[Accelerator]:
     random_states = rng_states()
     torch.manual_seed(config.seed)  # for dropout in a base that has any; all else is in data.py
     try:
-        yield accelerator
+        with freed_memory_kept() if accelerator.device.type == "cpu" else nullcontext():
+            yield accelerator
     finally:
         restore_rng(random_states)
         accelerator.free_memory()

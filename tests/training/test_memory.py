@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from oft_diffusion.training import memory
-from oft_diffusion.training.memory import Meter
+from oft_diffusion.training.memory import Meter, freed_memory_kept
 
 CPU = torch.device("cpu")
 
@@ -50,3 +53,40 @@ def test_the_system_is_asked(tmp_path: Path) -> None:
     assert memory._entry(str(tmp_path / "told"), "VmHWM") == 12 * 1024
     assert memory._entry(str(tmp_path / "told"), "Vm") is None
     assert memory._entry(str(tmp_path / "none"), "VmHWM") is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
+    program = """
+import resource, torch
+from oft_diffusion.training.memory import freed_memory_kept
+
+def step():
+    for _ in range(3):
+        tensors = [torch.ones(6_000_000) for _ in range(4)]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int([line for line in open("/proc/self/status") if line.startswith("VmRSS")][0].split()[1])
+
+step()
+outside, before = faults(), resident()
+with freed_memory_kept():
+    step()
+    print(outside, faults(), end=" ")
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    outside, inside, left = map(int, done.stdout.split())
+    assert inside * 10 < outside
+    assert left < 50_000  # kB, of 96 MB
+
+
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    with freed_memory_kept():
+        assert torch.ones(3).sum() == 3
