@@ -217,14 +217,20 @@ def test_an_estimate_and_its_run_are_told_side_by_side(tmp_path: Path, monkeypat
     assert lines[5] == f"| adapter file | {said:.4g} MB | {was:.4g} MB | {said / was:.0%} |"
 
 
-def test_the_base_table_shows_the_newest_base_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_table_shows_the_base_that_ships_and_one_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pocket_base, "FILE", tmp_path / "base.csv")
+    monkeypatch.setattr(pocket_base, "base_digest", lambda: "new")
     for base, value in (("old", 0.5), ("new", 1.0)):
         rows = pocket_base.rows_of("drawn", {"hat": [value] * 20})
         records.append(tmp_path / "base.csv", [{"base": base, **row} for row in rows])
     [line] = [line for line in pocket_base.table().splitlines() if "hat" in line]
     assert line.startswith("| drawn | hat | 1.0000 | 0.8")
     assert line.endswith("to 1.0000 (95 %) | 20 |")
+    records.append(tmp_path / "base.csv", [{"base": "again", **pocket_base.rows_of("drawn", {"hat": [0.0, 0.5]})[0]}])
+    [line] = [line for line in pocket_base.table().splitlines() if "hat" in line]
+    assert line.endswith("to 1.0000 (95 %) | 20 | 0.2500 |")
 
 
 def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.export:  # now: hours later would be a bad time to find out that it cannot be
+        (args.export / "weights").mkdir(parents=True, exist_ok=True)
     pictures = rendered(args.out, args.pictures, args.seed)
     setup = Setup(args.out, pictures, args.seed, torch.device(args.device), args.bf16, args.snapshot_every)
     # A stage that is not asked for is as its snapshot left it.

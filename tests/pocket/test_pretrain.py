@@ -156,8 +156,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("oft_diffusion.pocket.pretrain.classifiers.BATCH", 2)
     monkeypatch.setattr(autoencoder, "BATCH", 2)
     steps = [word for stage in pretrain_pocket.STAGES for word in (f"--{stage}-steps", "4")]
-    whole, parts, exported = tmp_path / "whole", tmp_path / "parts", tmp_path / "exported"
-    exported.mkdir()
+    whole, parts, exported = tmp_path / "whole", tmp_path / "parts", tmp_path / "not" / "there yet"
     pretrain_pocket.main(["--out", str(whole), *steps, *fixed])
 
     class InterruptedRunError(Exception):
