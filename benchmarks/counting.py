@@ -1,0 +1,57 @@
+"""What does not wobble: operations of a call, and bytes that its forward keeps for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+# Views, allocations and bookkeeping: no pass over any data of their own. What a copy does is counted as `copy_`.
+NOT_WORK = {
+    f"aten::{name}"
+    for name in (
+        "view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach",
+        "alias", "t", "as_strided", "split", "chunk", "unbind", "_unsafe_view", "narrow", "split_with_sizes",
+        "_reshape_alias", "numpy_T", "expand_as", "view_as", "unsafe_split", "lift_fresh", "resolve_conj",
+        "resolve_neg", "is_nonzero", "item", "_local_scalar_dense", "result_type", "empty", "empty_like",
+        "empty_strided", "to", "_to_copy", "contiguous", "clone",
+    )
+}  # fmt: skip
+
+
+def leaf_operations(call: Callable[[], object]) -> int:
+    """ATen operations of a call that call no others, those inside custom operators included.
+
+    So nothing hides inside one op: a product per block counts as so many products.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    with_copies = NOT_WORK | {"aten::copy_"}
+    return sum(
+        _is(event, NOT_WORK) and not any(_is(child, with_copies) for child in event.cpu_children)
+        for event in profiler.events()
+    )
+
+
+def _is(event: FunctionEvent, apart_from: set[str]) -> bool:
+    """Whether an event is an ATen operation, and none of these."""
+    return event.name.startswith("aten::") and event.name not in apart_from
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that a forward keeps for its backward, each once, those of parameters aside."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,91 @@
+"""What an adapter adds to a training step, beside PEFT's LoRA on the same model: counts, which do not wobble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from benchmarks.counting import leaf_operations, saved_bytes
+from oft_diffusion import OFTConfig, inject_oft
+
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def unet() -> UNet2DConditionModel:
+    """SD 1.5's structure, narrow: every attention of the real one."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 64, 64), cross_attention_dim=64, attention_head_dim=4
+    )
+    return model.requires_grad_(False)
+
+
+def plain() -> tuple[Any, list[Tensor]]:
+    return unet(), []
+
+
+def ours() -> tuple[Any, list[Tensor]]:
+    model = unet()
+    bank = inject_oft(model, OFTConfig(block_size=32))
+    return model, list(bank.parameters())
+
+
+def lora() -> tuple[Any, list[Tensor]]:
+    model = unet()
+    inject_adapter_in_model(LoraConfig(r=16, target_modules=PROJECTIONS), model)
+    return model, []
+
+
+def forward(model: Any, *, of_inputs: bool) -> Callable[[], Tensor]:
+    """A training step's forward. Where nothing is trainable, gradients flow back to the inputs."""
+    x = torch.randn(1, 4, 16, 16, requires_grad=of_inputs)
+    text = torch.randn(1, 77, 64, requires_grad=of_inputs)
+
+    def call() -> Tensor:
+        loss: Tensor = model(x, torch.tensor([10]), text).sample.square().mean()
+        return loss
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, tuple[int, int]]:
+    """Operations of a step, and bytes that its forward saves."""
+    found = {}
+    for build in (plain, lora, ours):
+        model, parameters = build()
+        call = forward(model, of_inputs=build is plain)
+        call().backward()  # what is built once
+        saved = saved_bytes(call, [*model.parameters(), *parameters])
+        found[build.__name__] = leaf_operations(lambda call=call: call().backward()), saved  # type: ignore[misc]
+    return found
+
+
+def test_operations_are_about_a_third_of_loras(figures: dict[str, tuple[int, int]]) -> None:
+    base, peft, own = (figures[name][0] for name in ("plain", "lora", "ours"))
+    assert peft - base > 1000, "the count misses what LoRA does"
+    assert 100 < own - base <= 0.35 * (peft - base)
+
+
+def test_what_is_saved_for_backward_is_near_loras(figures: dict[str, tuple[int, int]]) -> None:
+    base, peft, own = (figures[name][1] for name in ("plain", "lora", "ours"))
+    deltas = sum(2 * p.numel() for p in ours()[1]) * 4 * 32 / 31  # b x b of b (b - 1) / 2 numbers
+    assert base < peft
+    assert own - deltas < peft, "more than the inputs and D"
+
+
+def test_a_parameter_is_not_counted_as_saved_and_an_input_is() -> None:
+    layer, x = torch.nn.Linear(100, 10), torch.randn(7, 100)
+    assert saved_bytes(lambda: layer(x), layer.parameters()) == 7 * 100 * 4
+    assert saved_bytes(lambda: layer(x), []) >= 7 * 100 * 4
+
+
+def test_operations_inside_a_custom_operator_are_counted() -> None:
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    assert leaf_operations(lambda: x @ y + y) == 2
