@@ -143,7 +143,7 @@ class CompareTab:
 
     def stop(self, person: str) -> None:
         """Cancel this person's comparison."""
-        self.session.machine.cancel_newest(person, "compare")
+        self.session.machine.cancel_all(person, "compare")
 
 
 def _images(pair: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -210,7 +210,7 @@ class GenerateTab:
 
     def stop(self, person: str) -> None:
         """Cancel this person's drawing."""
-        self.session.machine.cancel_newest(person, "draw")
+        self.session.machine.cancel_all(person, "draw")
 
     def look(self, prompt: str, *adapters: str) -> tuple[Any, Any]:
         """Triggers to click, and a warning where the prompt lacks one."""

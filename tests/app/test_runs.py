@@ -164,7 +164,7 @@ def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, b
     for pause in (True, False):
         training.stop(other, pause=pause)
     for kind in ("train", "estimate"):
-        filled.machine.cancel_newest(other, kind)
+        filled.machine.cancel_all(other, kind)
         assert filled.machine.newest(other, kind) is None
     assert not filled.machine.cancel(other, job.id)
     assert training.photos(other).count() == 0

@@ -142,7 +142,7 @@ def test_those_who_look_on_keep_nobody_from_acting(small_server: tuple[Any, str]
         assert job is not None
         until(lambda: job.progress.state == "cancelled")
         for person in people:
-            session.machine.cancel_newest(person, "draw")
+            session.machine.cancel_all(person, "draw")
 
 
 def test_uploads_of_any_name_stay_in_the_workspace(client: httpx.Client, server: tuple[Any, str]) -> None:
