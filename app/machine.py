@@ -181,6 +181,17 @@ class Machine:
         own = [job for job in list(self._jobs.values()) if (job.owner, job.kind) == (owner, kind)]
         return own[-1] if own else None
 
+    def watch_newest(self, owner: str, kind: str, timeout: float = 5.0) -> Iterator[Progress]:
+        """As `Job.watch`, of this owner's last job of a kind; where another one is begun meanwhile, of that one."""
+        job, newest = None, self.newest(owner, kind)
+        while newest is not None and newest is not job:
+            job = newest
+            for now in job.watch(timeout):
+                newest = self.newest(owner, kind)
+                if newest is not job:
+                    break
+                yield now
+
     def cancel(self, owner: str, job_id: str) -> bool:
         """Cancel a job of this owner's; whether there was one to cancel."""
         job = self.find(owner, job_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -134,6 +134,12 @@ def told(*notes: str) -> str:
     listed = "".join(f"<li>{sentence}</li>" for sentence in sentences)
     text = f"<ul>{listed}</ul>" if len(sentences) > 1 else "".join(sentences)
     return f'<div class="note" role="status">{text}</div>'
+
+
+def caption(settings: Mapping[str, Any]) -> str:
+    """A picture in words, for those who do not see it: its seed, or that it is a comparison, and its prompt."""
+    what = f"seed {settings['seed']}" if "seed" in settings else "a comparison"
+    return f"{what}: {_shown(settings.get('prompt'))}"
 
 
 def empty(text: str) -> str:

@@ -167,6 +167,16 @@ def test_who_comes_later_sees_where_a_job_is(machine: Machine, held: tuple[Job, 
     assert machine.newest("ada", "draw") is None
 
 
+def test_whoever_looks_on_sees_what_was_asked_for_last(machine: Machine, held: tuple[Job, threading.Event]) -> None:
+    assert list(machine.watch_newest("ada", "draw")) == []
+    looked = machine.watch_newest("first", "draw", timeout=0.1)
+    assert next(looked).state == "working"
+    machine.start("first", "draw", lambda job: job.tell("found"))
+    assert next(looked).before == (held[0],)
+    held[1].set()
+    assert [now.found for now in looked][-1] == ("found",)
+
+
 def test_new_names_do_not_come_before_those_who_wait(machine: Machine, held: tuple[Job, threading.Event]) -> None:
     order: list[str] = []
 

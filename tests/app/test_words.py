@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.generate_tab import insert_phrase
 from app.machine import Job, Progress
 from app.words import duration, explained, roughly, status_line, told
 from oft_diffusion.errors import ConfigError
@@ -107,17 +106,3 @@ def test_an_estimate_is_read_easily(free: int | None, text: str) -> None:
     assert "About 9 minutes, for 450 steps and 45 pictures." in told
     assert text in told
     assert ('role="alert"' in told) is (free == GB)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "wanted"),
-    [
-        ("", "a zwx mug"),
-        ("on the beach", "a zwx mug on the beach"),
-        ("a red mug, at night", "a red zwx mug, at night"),
-        ("a zwx mug", "a zwx mug"),
-        ("ZWX in snow", "ZWX in snow"),
-    ],
-)
-def test_a_trigger_goes_where_the_class_word_is(prompt: str, wanted: str) -> None:
-    assert insert_phrase(prompt, "zwx mug") == wanted
