@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 
@@ -179,7 +180,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _card(card: Card, problem: str) -> str:
-    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
+    cover = f'<img src="/gradio_api/file={escape(quote(str(card.cover)))}" alt="">' if card.cover else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
     made = f"<time>{escape(card.created[:10])}</time>"
     sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"

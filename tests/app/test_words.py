@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from app.machine import Job, Progress
-from app.words import duration, explained, roughly, status_line, told
+from app.shelf import Card
+from app.words import caption, card_page, cards_page, duration, explained, roughly, status_line, told
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import Estimate
 from oft_diffusion.training.estimate import Memory, Times
@@ -74,6 +78,17 @@ def test_what_python_says_of_a_form_is_not_shown() -> None:
     with pytest.raises(TypeError) as caught:
         int(None)  # type: ignore[call-overload]
     assert explained(caught.value) == "Something in the form is empty, or makes no sense."
+
+
+def test_an_adapters_table_and_cover_are_sound_html(mug: Card) -> None:
+    assert '<th scope="row">Trigger</th>' in card_page(mug, "")
+    shown = cards_page([(replace(mug, cover=Path("/my #1 folder/50%20.png")), "")])
+    assert 'src="/gradio_api/file=/my%20%231%20folder/50%2520.png"' in shown
+
+
+def test_pictures_are_called_by_what_made_them() -> None:
+    assert caption({"seed": 3, "prompt": "a mug"}) == "seed 3: a mug"
+    assert caption({"rows": ["the base"], "prompt": "a mug"}) == "a comparison: a mug"
 
 
 def test_times_are_read_easily() -> None:

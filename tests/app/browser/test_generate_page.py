@@ -97,6 +97,7 @@ def test_cancelling(opened: Any, pictures: Any) -> None:
     places.add(page.locator("#recall").bounding_box()["y"])
     assert page.evaluate("document.activeElement.id") == "generate"
     before = len(pictures())
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")  # once more, while it draws
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "cancel"
