@@ -10,7 +10,6 @@ from gradio import events
 from oft_diffusion.errors import OFTError
 
 from .drawing import Request
-from .machine import Busy
 from .session import Session
 from .words import explained
 
@@ -49,10 +48,10 @@ class Api:
             cards = ((self.session.shelf.card(adapter), float(strength)),) if adapter else ()
             asked = Request(
                 prompt, (int(seed),), negative, int(steps) or own.steps,
-                float(guidance) if guidance >= 0 else own.guidance, adapters=cards,
+                own.guidance if guidance < 0 else float(guidance), adapters=cards,
             )  # fmt: skip
             job = self.session.draw_for_program(_caller(request), asked)
-        except (OFTError, Busy, TypeError, ValueError) as error:
+        except (OFTError, TypeError, ValueError, OverflowError) as error:
             raise gr.Error(explained(error), print_exception=False) from error
         *_, ended = job.watch()
         if ended.state != "done":

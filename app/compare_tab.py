@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import ConfigError, OFTError
 
-from .drawing import Request, seeds_from
-from .events import PRIVATE
-from .machine import Busy, Job
+from .drawing import STRENGTHS, Request, number, seeds_from, settings_of
+from .events import LOOKING, PRIVATE, as_it_came
+from .machine import Job
+from .prompts import Subject
 from .session import Session
+from .settings_box import SettingsBox, negative_prompt
+from .trigger_box import TriggerBox
 from .words import empty, explained, status_line
 
+WITHOUT, BY_STRENGTH, BY_ADAPTER, BY_STEP = "with and without", "strengths", "adapters", "a training run"
 WAYS = {
-    "with and without": "The base, and the base with the adapter, on the same seeds.",
-    "strengths": "One row for each strength from -1 to 1.5.",
-    "adapters": "One row for each adapter, at the strength that its author recommends.",
-    "a training run": "One row for each checkpoint of a run and each strength: which one is best?",
+    WITHOUT: "The base, and the base with the adapter, on the same seeds.",
+    BY_STRENGTH: "One row for each strength from -1 to 1.5.",
+    BY_ADAPTER: "One row for each adapter, at the strength that its author recommends.",
+    BY_STEP: "One row for each checkpoint of a run and each strength: which one is best?",
 }
-_STRENGTHS = [0.5, 0.75, 1.0, 1.25, 1.5]
+_OF_A_RUN = [0.5, 0.75, 1.0, 1.25, 1.5]  # strengths
 _MOST = 8  # pictures in a row
+_GO, _GOING = "Compare", "Comparing …"
 
 
 class CompareTab:
@@ -31,109 +36,158 @@ class CompareTab:
 
     def __init__(self, session: Session, person: gr.BrowserState) -> None:
         self.session, self.person = session, person
-        own = session.abilities
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
-                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt")
-                self.way = gr.Radio(list(WAYS), value="with and without", label="Compare", elem_id="way")
-                self.about = gr.Markdown(WAYS["with and without"], elem_classes="hint")
-                self.adapter = gr.Dropdown([], label="Adapter", elem_id="compare-adapter")
-                self.others = gr.Dropdown(
-                    [], multiselect=True, label="Adapters", visible=False, elem_id="compare-adapters"
-                )
-                self.run = gr.Dropdown([], label="Run", visible=False, elem_id="compare-run")
-                self.strengths = gr.CheckboxGroup(
-                    _STRENGTHS, value=[0.75, 1.0], label="Strengths", visible=False, elem_id="compare-strengths"
-                )
-                with gr.Row():
-                    self.seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="compare-seed")
-                    self.count = gr.Slider(1, _MOST, 3, step=1, label="Seeds", elem_id="compare-count")
-                with gr.Row():
-                    self.steps = gr.Slider(1, 150, own.steps, step=1, label="Steps", elem_id="compare-steps")
-                    self.guidance = gr.Slider(0, 20, own.guidance, step=0.5, label="Guidance")
+                self._form()
             with gr.Column(scale=5, min_width=320):
-                with gr.Row():
-                    self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
-                    self.cancel = gr.Button(
-                        "Cancel", variant="stop", interactive=False, elem_id="compare-cancel", min_width=120
-                    )  # fmt: skip
-                self.status = gr.HTML(status_line(None), elem_id="compare-status")
-                gr.HTML(empty("What is compared will be here."), elem_id="compare-empty")
-                self.slider = gr.ImageSlider(
-                    label="Left without, right with the adapter", interactive=False, visible=False, max_height=520,
-                    elem_id="slider", buttons=["fullscreen"],
-                )  # fmt: skip
-                self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
-                self.sheet = gr.Image(
-                    type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
-                    alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
-                )  # fmt: skip
+                self._results()
         self._wire()
 
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _form(self) -> None:
+        own = self.session.abilities
+        self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt")
+        self.triggers = TriggerBox(self.prompt, "compare-")
+        self.negative = negative_prompt(own, "compare-")
+        self.way = gr.Radio(list(WAYS), value=WITHOUT, label="Compare", elem_id="way")
+        self.about = gr.Markdown(WAYS[WITHOUT], elem_classes="hint")
+        with gr.Row(equal_height=True):
+            self.adapter = gr.Dropdown([], label="Adapter", elem_id="compare-adapter", scale=3, min_width=160)
+            self.strength = gr.Slider(
+                *STRENGTHS, 1.0, step=0.05, label="Strength", elem_id="compare-strength", scale=4, min_width=180
+            )
+        self.others = gr.Dropdown([], multiselect=True, label="Adapters", visible=False, elem_id="compare-adapters")
+        self.run = gr.Dropdown([], label="Run", visible=False, elem_id="compare-run")
+        self.strengths = gr.CheckboxGroup(
+            _OF_A_RUN, value=[0.75, 1.0], label="Strengths", visible=False, elem_id="compare-strengths"
+        )
+        with gr.Row():
+            self.seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="compare-seed")
+            self.count = gr.Slider(1, _MOST, 3, step=1, label="Seeds", elem_id="compare-count")
+        with gr.Accordion("Settings", open=False, elem_id="compare-settings"):
+            self.settings = SettingsBox(own, "compare-")
+        for component in (self.strength, self.seed, self.count):
+            as_it_came(component)
+
+    def _results(self) -> None:
+        with gr.Row():
+            self.go = gr.Button(_GO, variant="primary", elem_id="compare", min_width=120)
+            self.cancel = gr.Button(
+                "Cancel", variant="stop", interactive=False, elem_id="compare-cancel", min_width=120
+            )  # fmt: skip
+        self.status = gr.HTML(status_line(None), elem_id="compare-status")
+        gr.HTML(empty("What is compared will be here."), elem_id="compare-empty")
+        self.preview = gr.Image(
+            label="Unfinished", visible=False, interactive=False, height=320, alt_text="The picture so far",
+            buttons=[], elem_id="compare-preview",
+        )  # fmt: skip
+        self.slider = gr.ImageSlider(
+            label="Left without, right with the adapter", interactive=False, visible=False, max_height=520,
+            elem_id="slider", buttons=["fullscreen"],
+        )  # fmt: skip
+        self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
+        self.sheet = gr.Image(
+            type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
+            alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
+        )  # fmt: skip
+
     def _wire(self) -> None:
-        asked = [
-            self.person, self.way, self.prompt, self.adapter, self.others, self.run, self.strengths, self.seed,
-            self.count, self.steps, self.guidance,
+        self.asked = [
+            self.person, self.way, self.prompt, self.negative, self.adapter, self.strength, self.others, self.run,
+            self.strengths, self.seed, self.count, *self.settings.inputs,
         ]  # fmt: skip
-        self.shown = [self.status, self.slider, self.which, self.sheet, self.go, self.cancel]
-        self.go.click(self.compare, asked, self.shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.shown = [self.status, self.preview, self.slider, self.which, self.sheet, self.go, self.cancel]
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
-        asking = [self.about, self.adapter, self.others, self.run, self.strengths]
+        asking = [self.about, self.adapter, self.strength, self.others, self.run, self.strengths]
         self.way.change(self.choose, [self.way], asking, queue=False, **PRIVATE)
         self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
+        self.triggers.wire(self.subjects, [self.way, self.adapter, self.others, self.run])
+
+    def begin(self, known: Any) -> None:
+        """Connect Compare, and show, once it is known who looks, what that person is comparing, or has compared last.
+
+        The button keeps the keyboard's focus, as Generate does.
+        """
+        resumed = known.then(self.resume, [self.person], self.shown, **LOOKING)
+        compared = self.go.click(self.compare, self.asked, self.shown, **LOOKING)
+        for going in (resumed, compared):
+            going.then(self.rest, None, [self.go, self.cancel], queue=False, **PRIVATE)
+
+    # -- actions -----------------------------------------------------------------------------------------------------
 
     def choose(self, way: str) -> tuple[Any, ...]:
         """Show what this way asks for."""
-        one, several, run = way in ("with and without", "strengths"), way == "adapters", way == "a training run"
-        return WAYS.get(way, ""), *(gr.update(visible=shown) for shown in (one, several, run, run))
+        asks = (way in (WITHOUT, BY_STRENGTH), way == WITHOUT, way == BY_ADAPTER, way == BY_STEP, way == BY_STEP)
+        return WAYS.get(way, ""), *(gr.update(visible=shown) for shown in asks)
 
     def runs(self) -> list[tuple[str, str]]:
         """Those that have checkpoints, for the menu."""
         runs = self.session.training.runs.with_checkpoints()
         return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in runs]
 
+    def subjects(self, way: str, adapter: str | None, others: list[str] | None, run: str | None) -> list[Subject]:
+        """What that which is compared was trained on."""
+        try:
+            if way == BY_STEP:
+                return [self.session.comparing.subject_of_run(run)] if run else []
+            cards = [self.session.shelf.card(card) for card in _chosen(way, adapter, others)]
+        except OFTError:  # deleted meanwhile
+            return []
+        return [Subject(card.trigger, card.class_word) for card in cards]
+
     def compare(self, person: str, way: str, prompt: str, *asked: Any) -> Iterator[tuple[Any, ...]]:
         """Draw what is to be compared, and show how it goes."""
         try:
-            job = self._start(person, way, prompt or "", *asked)
-        except (OFTError, Busy, TypeError, ValueError, KeyError) as error:
-            yield (status_line(None, explained(error)), *[gr.skip()] * 5)
+            self._start(person, way, prompt or "", *asked)
+        except (OFTError, TypeError, ValueError, OverflowError) as error:
+            yield (status_line(None, explained(error)), *[gr.skip()] * 6)
             return
-        yield from self._follow(job)
+        yield from self._follow(person)
 
     def _start(
-        self, person: str, way: str, prompt: str, adapter: str | None, others: list[str] | None, run: str | None,
-        strengths: list[float] | None, *numbers: float,
+        self, person: str, way: str, prompt: str, negative: str, adapter: str | None, strength: float,
+        others: list[str] | None, run: str | None, strengths: list[float] | None, seed: int, count: int,
+        *settings: Any,
     ) -> Job:  # fmt: skip
-        seed, count, steps, guidance = numbers
-        request = Request(
-            prompt, seeds_from(int(seed or 0), int(count)), steps=int(steps), guidance=float(guidance)
-        )  # fmt: skip
-        if way == "a training run":
+        seeds = seeds_from(int(number("The first seed", seed)), int(number("The number of seeds", count)))
+        request = Request(prompt, seeds, negative or "", **settings_of(*settings))
+        if way == BY_STEP:
             if not run or not strengths:
-                raise ValueError("Choose a run and at least one strength.")
-            return self.session.run_grid(person, request, run, sorted(map(float, strengths)))
-        cards = [self.session.shelf.card(card) for card in (others or [] if way == "adapters" else [adapter]) if card]
+                raise ConfigError("nothing to compare", expected="a run and at least one strength", fix="choose them")
+            return self.session.comparing.run_grid(person, request, run, sorted(map(float, strengths)))
+        cards = [self.session.shelf.card(card) for card in _chosen(way, adapter, others)]
         if not cards:
-            raise ValueError("Choose an adapter to compare.")
-        request = replace(request, adapters=((cards[0], cards[0].strength),))
-        if way == "adapters":
-            return self.session.side_by_side(person, request, cards)
-        return (self.session.before_and_after if way == "with and without" else self.session.sweep)(person, request)
+            raise ConfigError("no adapter to compare", expected="one", fix="choose an adapter")
+        if way == BY_ADAPTER:
+            return self.session.comparing.side_by_side(person, request, cards)
+        request = replace(request, adapters=((cards[0], float(number("The strength", strength))),))
+        comparing = self.session.comparing
+        return (comparing.before_and_after if way == WITHOUT else comparing.sweep)(person, request)
 
-    def _follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
-        for now in job.watch(timeout=15):
+    def resume(self, person: str) -> Iterator[tuple[Any, ...]]:
+        """After a reload: the comparison that is being drawn, or the last one."""
+        yield (gr.skip(),) * len(self.shown)  # of no answer, gradio would make empty ones
+        yield from self._follow(person)
+
+    def _follow(self, person: str) -> Iterator[tuple[Any, ...]]:
+        for now in self.session.machine.watch_newest(person, "compare"):
             pairs = [found for found in now.found if isinstance(found, tuple)]
             sheets = [found for found in now.found if not isinstance(found, tuple)]
             hidden = gr.update(visible=False) if not now.ended else gr.skip()
             yield (
                 status_line(now),
+                gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
                 gr.update(value=_images(pairs[0]), visible=True) if pairs else hidden,
                 gr.update(maximum=max(2, len(pairs)), value=1, visible=len(pairs) > 1) if pairs else hidden,
                 gr.update(value=str(sheets[0]), visible=True) if sheets else hidden,
-                gr.update(interactive=now.ended),
+                gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
             )
+
+    def rest(self) -> tuple[Any, Any]:
+        """The buttons as they are while nothing is compared."""
+        return gr.update(value=_GO), gr.update(interactive=False)
 
     def pick(self, person: str, which: float) -> Any:
         """Another seed's pair."""
@@ -142,8 +196,13 @@ class CompareTab:
         return _images(pairs[min(int(which), len(pairs)) - 1]) if pairs else gr.skip()
 
     def stop(self, person: str) -> None:
-        """Cancel this person's comparison."""
-        self.session.machine.cancel_newest(person, "compare")
+        """Cancel all of this person's comparisons, those that wait, too."""
+        self.session.machine.cancel_all(person, "compare")
+
+
+def _chosen(way: str, adapter: str | None, others: Sequence[str] | None) -> list[str]:
+    """Ids of the adapters that a way compares."""
+    return [card for card in (others or [] if way == BY_ADAPTER else [adapter]) if card]
 
 
 def _images(pair: tuple[Any, Any]) -> tuple[Any, Any]:

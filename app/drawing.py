@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from oft_diffusion import load_oft_weights, set_oft_adapters, unload_oft_weights
 from oft_diffusion.errors import ConfigError
@@ -23,6 +24,7 @@ from .machine import Job
 from .shelf import Card
 
 MOST_PICTURES, MOST_STEPS, LARGEST = 16, 150, 2048
+MOST_ADAPTERS, STRENGTHS = 3, (-1.0, 2.0)
 LONGEST_PROMPT = 4000
 _MOST_LOADED = 6  # adapters that stay in the pipeline, in case they are wanted again
 _PREVIEWS = 0.15  # share of the time that they may take
@@ -62,7 +64,8 @@ class Request:
         steps, guidance, width, height: as for `generate`; no size is the model's own.
         scheduler: by class name; empty for the pipeline's own.
         adapters: (card, strength), in the order in which they act.
-        image, change: a picture to begin with, and how much of it may change.
+        image, change: a picture to begin with, and how much of it may change. Where its shape is another one than that
+            of width and height, what is too much is cut off at both sides.
     """
 
     prompt: str
@@ -84,18 +87,27 @@ def check(request: Request, abilities: Abilities) -> None:
     Raises:
         ConfigError: with the limit.
     """
-    limits = {
+    if not request.prompt.strip():
+        raise ConfigError("the prompt is empty", expected="what to draw", fix="write it")
+    limits: dict[str, tuple[float, float, float]] = {
         "pictures": (len(request.seeds), 1, MOST_PICTURES),
         "steps": (request.steps, 1, MOST_STEPS),
         "letters of the prompt": (len(request.prompt), 0, LONGEST_PROMPT),
         "letters of the negative prompt": (len(request.negative), 0, LONGEST_PROMPT),
         "as guidance": (request.guidance, 0, 100),
+        "as share that may change": (request.change, 0.01, 1),
+        "adapters": (len(request.adapters), 0, MOST_ADAPTERS),
+        **{f"as strength of {card.name}": (strength, *STRENGTHS) for card, strength in request.adapters},
         "pixels of the width": (request.width or abilities.size, abilities.multiple, LARGEST),
         "pixels of the height": (request.height or abilities.size, abilities.multiple, LARGEST),
     }
     for what, (value, least, most) in limits.items():
         if not least <= value <= most:
-            raise ConfigError(f"{value} {what}", expected=f"{least} to {most}", fix="change it")
+            raise ConfigError(f"{value:g} {what}", expected=f"{least:g} to {most:g}", fix="change it")
+    ids = [card.id for card, _ in request.adapters]
+    for card, _ in request.adapters:
+        if ids.count(card.id) > 1:
+            raise ConfigError(f"{card.name} is there twice", expected="each adapter once", fix="choose another one")
     if request.scheduler and request.scheduler not in abilities.schedulers:
         raise ConfigError(
             f"{request.scheduler!r} is no scheduler for this model",
@@ -104,6 +116,40 @@ def check(request: Request, abilities: Abilities) -> None:
         )
     if not all(0 <= seed < 2**63 for seed in request.seeds):
         raise ConfigError("a seed out of range", expected="0 to 2^63 - 1", fix="choose another one")
+
+
+def number(what: str, value: object) -> float:
+    """A number of a form.
+
+    Raises:
+        ConfigError: the field is empty, or holds something else.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{what} is no number, or empty", expected="a number", fix="fill it in")
+    return value
+
+
+def settings_of(steps: object, guidance: object, scheduler: object, width: object, height: object) -> dict[str, Any]:
+    """What a form says of how to draw, as `Request` takes it.
+
+    Raises:
+        ConfigError: a field is empty, or holds no number.
+    """
+    return {
+        "steps": int(number("Steps", steps)), "guidance": float(number("Guidance", guidance)),
+        "scheduler": str(scheduler or ""),
+        "width": int(number("The width", width)), "height": int(number("The height", height)),
+    }  # fmt: skip
+
+
+def size_like(picture: tuple[int, int], own: Abilities) -> tuple[int, int]:
+    """Width and height in the shape of a picture, of about as many pixels as the model draws by itself."""
+    shape = math.sqrt(picture[0] / picture[1])
+    width, height = (
+        min(LARGEST // own.multiple, max(1, round(side / own.multiple))) * own.multiple
+        for side in (own.size * shape, own.size / shape)
+    )
+    return width, height
 
 
 class Studio:
@@ -137,12 +183,13 @@ class Studio:
                 seconds_left=elapsed / share - elapsed, preview=previews.of(step) or job.progress.preview,
             )  # fmt: skip
 
+        image, size = self._begun(request)
         self._schedule(request.scheduler)
         try:
             generate(
                 self.pipe, request.prompt, request.seeds, negative_prompt=request.negative or None,
-                steps=request.steps, guidance=request.guidance, width=request.width, height=request.height,
-                image=request.image, change=request.change, on_step=after,
+                steps=request.steps, guidance=request.guidance, width=size[0], height=size[1], image=image,
+                change=request.change, on_step=after,
                 on_picture=lambda picture, _: job.tell(keep(_named(picture, request.adapters))),
             )  # fmt: skip
         finally:
@@ -166,6 +213,14 @@ class Studio:
         if (name := f"a{adapter_id}") in self._recent:
             self._recent.remove(name)
             unload_oft_weights(self.pipe, name)
+
+    def _begun(self, request: Request) -> tuple[Image.Image | None, tuple[int | None, int | None]]:
+        """The picture to begin with, cut to the size that is asked for, and that size."""
+        if request.image is None:
+            return None, (request.width, request.height)
+        asked = request.width and request.height and (request.width, request.height)
+        size = asked or size_like(request.image.size, self.abilities)
+        return ImageOps.fit(request.image.convert("RGB"), size, Image.Resampling.LANCZOS), size
 
     def _schedule(self, name: str) -> None:
         self.pipe.scheduler = getattr(diffusers, name).from_config(self.original.config) if name else self.original
@@ -252,7 +307,13 @@ def _named(picture: Picture, adapters: Sequence[tuple[Card, float]]) -> Picture:
 
 
 def seeds_from(first: int, count: int) -> tuple[int, ...]:
-    """As many seeds, one after another."""
+    """As many seeds, one after another.
+
+    Raises:
+        ConfigError: they are too many for one drawing.
+    """
+    if not 1 <= count <= MOST_PICTURES:
+        raise ConfigError(f"{count:g} pictures", expected=f"1 to {MOST_PICTURES}", fix="change it")
     return tuple(range(first, first + count))
 
 

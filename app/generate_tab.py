@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ import gradio as gr
 
 from oft_diffusion.errors import DataError, OFTError
 
-from .drawing import MOST_PICTURES, MOST_STEPS, Request, seeds_from
-from .events import PRIVATE
-from .machine import Busy, Job
+from .adapter_slots import AdapterSlots
+from .drawing import MOST_ADAPTERS, MOST_PICTURES, Request, number, seeds_from, settings_of, size_like
+from .events import LOOKING, PRIVATE, as_it_came
 from .photos import check_upload, uploaded
 from .session import Session
-from .shelf import Card
-from .words import explained, status_line
+from .settings_box import SettingsBox, negative_prompt
+from .trigger_box import TriggerBox
+from .words import explained, status_line, told
 
-SLOTS = 3
-NONE = ""
 _HISTORY = 60  # pictures that are shown
+_GO, _GOING = "Generate", "Drawing …"
 
 
 class GenerateTab:
@@ -29,253 +29,195 @@ class GenerateTab:
 
     def __init__(self, session: Session, person: gr.BrowserState) -> None:
         self.session, self.person = session, person
-        own = session.abilities
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
-                self.prompt = gr.Textbox(
-                    label="Prompt", lines=3, autofocus=True, elem_id="prompt",
-                    placeholder="what to draw, for example: a red car on the beach",
-                )  # fmt: skip
-                self.triggers = gr.Dataset(
-                    components=[gr.Textbox(visible=False)], samples=[], label="Click to name the subject",
-                    visible=False, elem_id="triggers", type="index",
-                )  # fmt: skip
-                self.warning = gr.Markdown(visible=False, elem_id="trigger-warning")
-                self.negative = gr.Textbox(
-                    label="Negative prompt", lines=1, visible=own.negative, elem_id="negative",
-                    placeholder="what not to draw",
-                )  # fmt: skip
-                first = self._slot(0)
-                with gr.Accordion("More adapters, one after another", open=False):
-                    self.slots = [first, *(self._slot(i) for i in range(1, SLOTS))]
-                self.seed, self.fixed = self._seed()
-                with gr.Accordion("Settings", open=False):
-                    self.settings = self._settings()
-                with gr.Accordion("Begin with a picture", open=False, visible=own.image):
-                    self.image = gr.Image(
-                        label="A picture to begin with",
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        height=220,
-                        elem_id="begin",
-                    )
-                    # Gradio would decode whatever it is, and could not say what is wrong with it.
-                    self.image.preprocess = _as_it_came  # type: ignore[method-assign]
-                    self.change = gr.Slider(
-                        0.05, 1.0, 0.6, step=0.05, label="How much of it may change", elem_id="change"
-                    )
+                self._form()
             with gr.Column(scale=5, min_width=320):
-                with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
-                    self.cancel = gr.Button(
-                        "Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120
-                    )  # fmt: skip
-                self.status = gr.HTML(status_line(None), elem_id="status")
-                self.preview = gr.Image(
-                    label="Unfinished", visible=False, interactive=False, height=260, alt_text="The picture so far",
-                    buttons=[], elem_id="preview",
-                )  # fmt: skip
-                self.pictures = gr.Gallery(
-                    label="Pictures", columns=2, object_fit="contain", height=680, interactive=False,
-                    elem_id="pictures", buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                self.recall = gr.File(
-                    label="Settings from a picture", file_types=[".png"], height=130,
-                    elem_id="recall",
-                )  # fmt: skip
-                with gr.Accordion("Earlier pictures", open=False):
-                    self.history = gr.Gallery(
-                        show_label=False, columns=6, object_fit="cover", height=320, interactive=False,
-                        elem_id="history", buttons=["download", "fullscreen"],
-                    )  # fmt: skip
+                self._results()
         self._wire()
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _slot(self, index: int) -> tuple[gr.Dropdown, gr.Slider]:
-        with gr.Row(equal_height=True):
-            adapter = gr.Dropdown(
-                choices=[("none", NONE)], value=NONE, label=("Adapter", "then", "then")[index], scale=3, min_width=160,
-                elem_id=f"adapter-{index}",
-            )  # fmt: skip
-            strength = gr.Slider(
-                -1.0, 2.0, 1.0, step=0.05, label="Strength", info="0 is the base, 1 as trained", scale=4,
-                min_width=180, elem_id=f"strength-{index}",
-            )  # fmt: skip
-        return adapter, strength
-
-    def _seed(self) -> tuple[gr.Number, gr.Checkbox]:
-        with gr.Row(equal_height=True):
-            seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="seed", min_width=120)
-            fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed", min_width=120)
-        return seed, fixed
-
-    def _settings(self) -> dict[str, Any]:
+    def _form(self) -> None:
         own = self.session.abilities
-        with gr.Row():
-            count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="count")
-            steps = gr.Slider(1, MOST_STEPS, own.steps, step=1, label="Steps", elem_id="steps")
-        with gr.Row():
-            guidance = gr.Slider(0, 20, own.guidance, step=0.5, label="Guidance", elem_id="guidance")
-            scheduler = gr.Dropdown(
-                list(own.schedulers), value=own.schedulers[0], label="Scheduler", elem_id="scheduler"
+        self.prompt = gr.Textbox(
+            label="Prompt", lines=3, autofocus=True, elem_id="prompt",
+            placeholder="what to draw, for example: a red car on the beach",
+        )  # fmt: skip
+        self.triggers = TriggerBox(self.prompt)
+        self.negative = negative_prompt(own)
+        self.slots = AdapterSlots(self.session)
+        with gr.Row(equal_height=True):
+            self.seed = gr.Number(value=0, precision=0, minimum=0, label="First seed", elem_id="seed", min_width=120)
+            self.fixed = gr.Checkbox(value=False, label="Keep this seed", elem_id="fixed", min_width=120)
+        with gr.Accordion("Settings", open=False):
+            self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="count")
+            self.settings = SettingsBox(own)
+        with gr.Accordion("Begin with a picture", open=False, visible=own.image):
+            self.image = gr.Image(
+                label="A picture to begin with", type="filepath", sources=["upload", "clipboard"], height=220,
+                elem_id="begin",
+            )  # fmt: skip
+            # Gradio would decode whatever it is, and could not say what is wrong with it.
+            self.image.preprocess = _path_of  # type: ignore[method-assign]
+            self.about_image = gr.HTML(told(""), elem_id="begin-note")
+            self.change = as_it_came(
+                gr.Slider(0.05, 1.0, 0.6, step=0.05, label="How much of it may change", elem_id="change")
             )
+        for component in (self.seed, self.count):
+            as_it_came(component)
+
+    def _results(self) -> None:
         with gr.Row():
-            side: dict[str, Any] = {"minimum": own.multiple, "step": own.multiple, "precision": 0, "value": own.size}
-            width = gr.Number(label="Width in pixels", elem_id="width", **side)
-            height = gr.Number(label="Height in pixels", elem_id="height", **side)
-        return {
-            "count": count, "steps": steps, "guidance": guidance, "scheduler": scheduler, "width": width,
-            "height": height,
-        }  # fmt: skip
+            self.go = gr.Button(_GO, variant="primary", elem_id="generate", min_width=120)
+            self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
+        self.status = gr.HTML(status_line(None), elem_id="status")
+        with gr.Column(elem_id="stage"):  # the unfinished picture lies over the finished ones: nothing moves
+            self.preview = gr.Image(
+                label="Unfinished", visible=False, interactive=False, alt_text="The picture so far", buttons=[],
+                elem_id="preview",
+            )  # fmt: skip
+            self.pictures = gr.Gallery(
+                label="Pictures", columns=2, object_fit="contain", height=680, interactive=False,
+                elem_id="pictures", buttons=["download", "fullscreen"],
+            )  # fmt: skip
+        self.recall = gr.File(
+            label="Settings from a picture", file_types=[".png"], height=130, elem_id="recall"
+        )  # fmt: skip
+        self.recalled = gr.HTML(told(""), elem_id="recall-note")
+        with gr.Accordion("Earlier pictures", open=False):
+            self.history = gr.Gallery(
+                show_label=False, columns=6, object_fit="cover", height=320, interactive=False,
+                elem_id="history", buttons=["download", "fullscreen"],
+            )  # fmt: skip
 
     def _wire(self) -> None:
-        slots = [component for slot in self.slots for component in slot]
-        asked = [
-            self.person, self.prompt, self.negative, *slots, self.seed, self.fixed, *self.settings.values(), self.image,
-            self.change,
+        self.asked = [
+            self.person, self.prompt, self.negative, *self.slots.inputs, self.seed, self.fixed, self.count, self.image,
+            self.change, *self.settings.inputs,
         ]  # fmt: skip
-        shown = [self.status, self.preview, self.pictures, self.history, self.seed, self.go, self.cancel]
-        for event in (self.go.click, self.prompt.submit):
-            event(self.draw, asked, shown, concurrency_limit=None, trigger_mode="once", **PRIVATE)
+        self.shown = [self.status, self.preview, self.pictures, self.history, self.seed, self.go, self.cancel]
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
-        chosen = [self.prompt, *(adapter for adapter, _ in self.slots)]
-        for component in chosen:
-            component.change(  # type: ignore[attr-defined]
-                self.look, chosen, [self.triggers, self.warning], queue=False, **PRIVATE
-            )
-        for adapter, strength in self.slots:
-            adapter.input(self.recommended, [adapter], [strength], queue=False, **PRIVATE)
-        self.triggers.click(self.insert, [self.triggers, *chosen], [self.prompt], queue=False, **PRIVATE)
+        self.slots.wire()
+        self.triggers.wire(self.slots.subjects, self.slots.chosen)
+        sides = [self.settings.width, self.settings.height]
+        self.image.change(self.look_at, [self.image], [self.about_image, *sides], queue=False, **PRIVATE)
         taken = [
-            self.prompt, self.negative, *slots, self.seed, self.fixed,
-            *(self.settings[name] for name in ("steps", "guidance", "scheduler", "width", "height")), self.recall,
+            self.prompt, self.negative, *self.slots.inputs, self.slots.more, self.seed, self.fixed, self.change,
+            *self.settings.inputs, self.recall, self.recalled,
         ]  # fmt: skip
         self.recall.upload(self.take_over, [self.recall], taken, **PRIVATE)
-        self.shown = shown
+
+    def begin(self, known: Any) -> None:
+        """Connect Generate, and show, once it is known who looks, what that person is drawing.
+
+        The button keeps the keyboard's focus while it works: it changes its words, and does nothing.
+        """
+        resumed = known.then(self.resume, [self.person], self.shown, **LOOKING)
+        drawn = gr.on([self.go.click, self.prompt.submit], self.draw, self.asked, self.shown, **LOOKING)
+        for going in (resumed, drawn):
+            going.then(self.rest, None, [self.go, self.cancel], queue=False, **PRIVATE)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
     def draw(self, person: str, prompt: str, negative: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Draw what the form says, and show how it goes."""
-        slots, (seed, fixed, count, steps, guidance, scheduler, width, height, image, change) = (
-            values[: 2 * SLOTS], values[2 * SLOTS :],
-        )  # fmt: skip
-        first = int(seed or 0) if fixed else random.randrange(2**31)
+        places = 3 * MOST_ADAPTERS
+        slots, (seed, fixed, count, image, change, *settings) = values[:places], values[places:]
         try:
-            begin = uploaded(Path(image)) if image else None
-        except DataError as error:
-            problem = f"{Path(image).name} cannot be used: {error.problem}. Take it out, or choose another one"
-            yield (status_line(None, explained(ValueError(problem))), *[gr.skip()] * 6)
-            return
-        try:
-            adapters = tuple(
-                (self.session.shelf.card(adapter), float(strength))
-                for adapter, strength in zip(slots[::2], slots[1::2], strict=True)
-                if adapter
-            )
+            first = int(number("The first seed", seed)) if fixed else random.randrange(2**31)
             request = Request(
-                prompt=prompt or "", negative=negative or "", seeds=seeds_from(first, int(count)), steps=int(steps),
-                guidance=float(guidance), width=int(width), height=int(height), scheduler=scheduler or "",
-                adapters=adapters, image=begin, change=float(change),
+                prompt or "", seeds_from(first, int(number("The number of pictures", count))), negative or "",
+                adapters=self.session.stack(slots), image=_begun_with(image),
+                change=float(number("How much may change", change)), **settings_of(*settings),
             )  # fmt: skip
-            job = self.session.draw(person, request)
-        except (OFTError, Busy, TypeError, ValueError) as error:
+            self.session.draw(person, request)
+        except (OFTError, TypeError, ValueError, OverflowError) as error:
             yield (status_line(None, explained(error)), *[gr.skip()] * 6)
             return
-        yield from self._follow(person, job, first)
+        yield from self._follow(person, first)
 
     def resume(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: the pictures that are being drawn, or those of before."""
-        job = self.session.machine.newest(person, "draw")
-        if job is not None:
-            yield from self._follow(person, job, None)
-        else:
-            yield (gr.skip(), gr.skip(), gr.skip(), self._earlier(person), *[gr.skip()] * 3)
+        yield (gr.skip(), gr.skip(), gr.skip(), self._earlier(person), *[gr.skip()] * 3)
+        yield from self._follow(person, None)
 
-    def _follow(self, person: str, job: Job, seed: int | None) -> Iterator[tuple[Any, ...]]:
-        shown = -1
-        for now in job.watch(timeout=15):
-            fresh = len(now.found) != shown
-            shown = len(now.found)
+    def _follow(self, person: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
+        shown: tuple[Any, ...] | None = None
+        for now in self.session.machine.watch_newest(person, "draw"):
+            fresh, shown = now.found != shown, now.found
             yield (
                 status_line(now),
                 gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
                 [(str(path), caption) for path, caption in now.found] if fresh else gr.skip(),
                 self._earlier(person) if now.ended else gr.skip(),
                 gr.skip() if seed is None else seed,
-                gr.update(interactive=now.ended),
+                gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
             )
 
+    def rest(self) -> tuple[Any, Any]:
+        """The buttons as they are while nothing is drawn."""
+        return gr.update(value=_GO), gr.update(interactive=False)
+
     def stop(self, person: str) -> None:
-        """Cancel this person's drawing."""
-        self.session.machine.cancel_newest(person, "draw")
+        """Cancel all of this person's drawings, those that wait, too."""
+        self.session.machine.cancel_all(person, "draw")
 
-    def look(self, prompt: str, *adapters: str) -> tuple[Any, Any]:
-        """Triggers to click, and a warning where the prompt lacks one."""
-        cards = self._cards(adapters)
-        missing = self.session.missing_triggers(prompt or "", cards)
-        named = [[card.phrase] for card in cards if card.phrase]
-        text = f"The prompt lacks **{', '.join(missing)}**: without it, the subject is not called." if missing else ""
-        return gr.update(samples=named, visible=bool(named)), gr.update(value=text, visible=bool(text))
-
-    def insert(self, index: int, prompt: str, *adapters: str) -> str:
-        """The prompt with a clicked trigger in it."""
-        phrases = [card.phrase for card in self._cards(adapters) if card.phrase]
-        return insert_phrase(prompt or "", phrases[index])
-
-    def recommended(self, adapter: str) -> float:
-        """The strength that an adapter's author recommends."""
-        [*cards] = self._cards([adapter])
-        return cards[0].strength if cards else 1.0
+    def look_at(self, image: str | None) -> tuple[Any, Any, Any]:
+        """What is to be known of a picture to begin with, and a size of its shape."""
+        own = self.session.abilities
+        if not image:
+            return told(""), own.size, own.size
+        try:
+            picture = uploaded(Path(image))
+        except DataError as error:
+            return told(_unusable(image, error).problem), gr.skip(), gr.skip()
+        width, height = size_like(picture.size, own)
+        return told(f"width and height are now {width} and {height}, its shape; others cut it"), width, height
 
     def take_over(self, path: str | None) -> tuple[Any, ...]:
         """Settings out of a dropped picture."""
-        count = 2 + 2 * SLOTS + 2 + 5
+        nothing = [gr.skip()] * (2 + 3 * MOST_ADAPTERS + 4 + len(self.settings.inputs))
         if path is None:
-            return (*[gr.skip()] * count, gr.skip())
+            return (*nothing, gr.skip(), gr.skip())
+        name = Path(path).name
         try:
             request, notes = self.session.request_from(self.session.settings_in(check_upload(Path(path))))
-        except (OFTError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            gr.Warning(explained(error) if isinstance(error, OFTError) else "That picture's settings make no sense.")
-            return (*[gr.skip()] * count, None)
-        for note in notes:
-            gr.Warning(note)
-        slots: list[Any] = [NONE, 1.0] * SLOTS
-        for i, (card, strength) in enumerate(request.adapters[:SLOTS]):
-            slots[2 * i : 2 * i + 2] = [card.id, strength]
+        except OFTError as error:
+            return (*nothing, None, told(f"{name}: {explained(error)}"))
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+            return (*nothing, None, told(f"{name}: its settings make no sense"))
         own = self.session.abilities
         return (
-            request.prompt, request.negative, *slots, request.seeds[0], True, request.steps, request.guidance,
-            request.scheduler or own.schedulers[0], request.width or own.size, request.height or own.size, None,
+            request.prompt, request.negative, *self.slots.filled(request.adapters),
+            gr.update(open=len(request.adapters) > 1), request.seeds[0], True, request.change,
+            request.steps, request.guidance, request.scheduler or own.schedulers[0],
+            request.width or own.size, request.height or own.size,
+            None, told(f"the settings of {name} are in the form", *notes),
         )  # fmt: skip
 
-    def _cards(self, adapters: Sequence[str]) -> list[Card]:
-        cards = []
-        for adapter in adapters:
-            try:
-                cards += [self.session.shelf.card(adapter)] if adapter else []
-            except OFTError:  # deleted meanwhile
-                continue
-        return cards
-
-    def _earlier(self, person: str) -> list[str]:
-        return [str(path) for path in self.session.history(person)[:_HISTORY]]
+    def _earlier(self, person: str) -> list[tuple[str, str]]:
+        return [(str(path), self.session.caption(path)) for path in self.session.history(person)[:_HISTORY]]
 
 
-def _as_it_came(payload: Any) -> str | None:
+def _path_of(payload: Any) -> str | None:
     """The path of an upload, which gradio has checked to be one."""
     return None if payload is None else str(payload.path or "")
 
 
-def insert_phrase(prompt: str, phrase: str) -> str:
-    """A prompt that names the subject: in the class word's place where there is one, else in front."""
-    trigger, _, class_word = phrase.partition(" ")
-    words = prompt.split()
-    if trigger.lower() in (word.strip(",.").lower() for word in words):
-        return prompt
-    for i, word in enumerate(words):
-        if class_word and word.strip(",.").lower() == class_word.lower():
-            return " ".join([*words[:i], trigger, *words[i:]])
-    return f"a {phrase} {prompt}".strip()
+def _begun_with(image: str | None) -> Any:
+    """The picture to begin with.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return uploaded(Path(image)) if image else None
+    except DataError as error:
+        raise _unusable(str(image), error) from error
+
+
+def _unusable(image: str, error: DataError) -> DataError:
+    problem = f"{Path(image).name} cannot be used: {error.problem}"
+    return DataError(problem, expected=error.expected, fix="take it out, or choose another one")

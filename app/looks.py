@@ -16,11 +16,27 @@ CSS = """
 .status .bar { height: 4px; margin-top: 0.4rem; border-radius: 2px; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.3s; }
 .status.problem .bar { visibility: hidden; }
-.note:not(:empty), #trigger-warning { padding: 0.4rem 0.75rem; border-left: 3px solid var(--color-accent); }
+.note:not(:empty) { padding: 0.4rem 0.75rem; border-left: 3px solid var(--color-accent); }
 .note ul { margin: 0; padding-left: 1.1rem; }
 .block:has(.note:empty) { margin-top: calc(-1 * var(--layout-gap)); }
+#stage { position: relative; isolation: isolate; } /* nothing moves as an unfinished picture comes and goes */
+#stage > #preview { position: absolute; inset: 0; z-index: 99; height: auto !important; }
+#stage:has(#pictures img) > #preview { inset: auto 0.75rem 0.75rem auto; width: min(11rem, 40%); }
+#stage:has(#pictures img) > #preview { height: auto !important; aspect-ratio: 1; }
+:is(#preview, #compare-preview) :is(.image-container, .image-frame) { height: 100%; }
+:is(#preview, #compare-preview) img { width: 100%; height: 100%; object-fit: contain; }
+.slot-tools { align-items: center; justify-content: space-between; margin: -0.35rem 0 0.35rem; }
+.slot-tools .block { border-width: 0; background: none; box-shadow: none; padding: 0 0 0 0.75rem; }
+.gallery-item .caption-label { max-width: calc(100% - 1rem); overflow: hidden; text-overflow: ellipsis; }
+.gallery-item .caption-label { white-space: nowrap; }
+/* whoever uses no mouse sees where they are */
+:is(button, a, input, textarea, summary, [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
+}
+.dark :is(button, a, input, textarea, summary, [tabindex]):focus-visible { outline-color: #2dd4bf !important; }
 .empty { padding: 2.5rem 1rem; border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius); }
-.column:has(#sheet img) > #compare-empty, .column:has(#curve svg) > #train-empty { display: none; }
+.column:has(:is(#sheet, #compare-preview) img) > #compare-empty { display: none; }
+.column:has(#curve svg) > #train-empty { display: none; }
 .empty { text-align: center; color: var(--body-text-color-subdued); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 0.75rem; }
 .card { display: flex; gap: 0.75rem; padding: 0.75rem; border-radius: var(--block-radius); text-align: left; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -11,8 +12,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from oft_diffusion.errors import OFTError
+
+from .words import UNFORESEEN, explained, is_out_of_memory
+
 State = Literal["waiting", "working", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
+_LOG = logging.getLogger(__name__)
 _KEPT = 200  # ended jobs that can still be asked for
 
 
@@ -20,7 +26,7 @@ class Cancelled(Exception):  # noqa: N818 - what was asked for is no error
     """Raised inside work whose job was cancelled."""
 
 
-class Busy(Exception):  # noqa: N818
+class Busy(OFTError):  # noqa: N818
     """Too much is waiting already."""
 
 
@@ -30,7 +36,7 @@ class Progress:
 
     Attributes:
         state: waiting for its turn, working, or how it ended.
-        ahead: jobs that will be done before it.
+        before: jobs that will be done before it, in that order.
         text: what is going on, in words.
         done, total: of what is counted (steps); 0 of 0 where nothing is.
         seconds_left: an estimate; None where there is none.
@@ -40,7 +46,7 @@ class Progress:
     """
 
     state: State = "waiting"
-    ahead: int = 0
+    before: tuple[Job, ...] = ()
     text: str = ""
     done: int = 0
     total: int = 0
@@ -95,11 +101,11 @@ class Job:
             raise Cancelled
 
     def cancel(self) -> None:
-        """Ask the work to end at its next check."""
+        """Ask the work to end at its next check; whoever looks on is told at once."""
         self._cancelled.set()
         self.on_cancel()
-        with self._changed:
-            self._changed.notify_all()
+        if not self.progress.ended:
+            self.tell(text="stopping", seconds_left=None)
 
     def watch(self, timeout: float | None = None) -> Iterator[Progress]:
         """The state now, and each time it has changed, until the job has ended. Many may watch, at any time.
@@ -140,7 +146,7 @@ class Machine:
             owner: who asks; nobody else can see or cancel the job.
             kind: what sort of work, to find it again.
             work: called in a thread of its own, when it is its turn. An exception ends the job as failed, with the
-                exception's text; `Cancelled` as cancelled.
+                exception explained; `Cancelled` as cancelled.
 
         Raises:
             Busy: too much is waiting, or too much of this owner.
@@ -151,7 +157,9 @@ class Machine:
             if len(self._waiting) >= self.most_waiting or own >= self.most_of_one:
                 raise Busy(
                     f"{own} of your jobs are waiting already" if own >= self.most_of_one
-                    else f"{len(self._waiting)} jobs are waiting already"
+                    else f"{len(self._waiting)} jobs are waiting already",
+                    expected=f"at most {self.most_of_one} of one person, and {self.most_waiting} in all",
+                    fix="wait for some to be done, or cancel one",
                 )  # fmt: skip
             self._forget()
             self._served.setdefault(owner, time.monotonic())
@@ -173,6 +181,17 @@ class Machine:
         own = [job for job in list(self._jobs.values()) if (job.owner, job.kind) == (owner, kind)]
         return own[-1] if own else None
 
+    def watch_newest(self, owner: str, kind: str, timeout: float = 5.0) -> Iterator[Progress]:
+        """As `Job.watch`, of this owner's last job of a kind; where another one is begun meanwhile, of that one."""
+        job, newest = None, self.newest(owner, kind)
+        while newest is not None and newest is not job:
+            job = newest
+            for now in job.watch(timeout):
+                newest = self.newest(owner, kind)
+                if newest is not job:
+                    break
+                yield now
+
     def cancel(self, owner: str, job_id: str) -> bool:
         """Cancel a job of this owner's; whether there was one to cancel."""
         job = self.find(owner, job_id)
@@ -183,9 +202,10 @@ class Machine:
             self._lock.notify_all()
         return True
 
-    def cancel_newest(self, owner: str, kind: str) -> None:
-        """Cancel this owner's last job of a kind, if it goes on."""
-        if (job := self.newest(owner, kind)) is not None:
+    def cancel_all(self, owner: str, kind: str) -> None:
+        """Cancel this owner's jobs of a kind, those that wait first: none of them begins meanwhile."""
+        own = [job for job in list(self._jobs.values()) if (job.owner, job.kind) == (owner, kind)]
+        for job in reversed(own):
             self.cancel(owner, job.id)
 
     def stop(self, patience: float = 60.0) -> None:
@@ -206,18 +226,22 @@ class Machine:
         try:
             self._wait_for_turn(job)
         except Cancelled:
-            job.tell(state="cancelled", ahead=0)
+            job.tell(state="cancelled", before=())
             return
         try:
             job.started = time.monotonic()
-            job.tell(state="working", ahead=0)
+            job.tell(state="working", before=())
             job.check()
             work(job)
             state: dict[str, Any] = {"state": "done"}
         except Cancelled:
             state = {"state": "cancelled"}
-        except Exception as error:  # noqa: BLE001 - whatever it is, the user reads it, and the server goes on
-            state = {"state": "failed", "error": str(error) or type(error).__name__}
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
+            if foreseen := isinstance(error, OFTError) or is_out_of_memory(error):
+                _LOG.info("a job failed: %s: %s", job.kind, error)
+            else:
+                _LOG.exception("a job failed: %s", job.kind)
+            state = {"state": "failed", "error": explained(error) if foreseen else UNFORESEEN}
         with self._lock:
             self._working = None
             self._served[job.owner] = time.monotonic()
@@ -249,9 +273,10 @@ class Machine:
         return [queues[owner][i] for i in range(most) for owner in owners if i < len(queues[owner])]
 
     def _tell_places(self) -> None:
-        before = self._working is not None
-        for place, job in enumerate(self._order()):
-            job.tell(ahead=place + before)
+        before = () if self._working is None else (self._working,)
+        for job in self._order():
+            job.tell(before=before)
+            before = (*before, job)
 
     def _forget(self) -> None:
         ended = [job.id for job in self._jobs.values() if job.progress.ended]

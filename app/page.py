@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gradio as gr
 
+from .adapter_slots import NONE
 from .adapters_tab import AdaptersTab, Cards, Choices, usable
 from .api import Api
 from .compare_tab import CompareTab
 from .events import PRIVATE
-from .generate_tab import NONE, GenerateTab
+from .generate_tab import GenerateTab
 from .session import Session
 from .train_tab import TrainTab
 from .workspace import is_token, new_token
@@ -29,14 +30,14 @@ def build(session: Session) -> gr.Blocks:
         compare_place = gr.Tab("Compare", id="compare")
         train_place = gr.Tab("Train", id="train")
         with gr.Tab("Adapters", id="adapters"):
-            shelf = AdaptersTab(session, [(menu, _or_none) for menu, _ in drawing.slots])
+            shelf = AdaptersTab(session, [(menu, _or_none) for menu in drawing.slots.menus])
         with compare_place:
             comparing = CompareTab(session, person)
             shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
             shelf.menus.append((comparing.run, lambda _: comparing.runs()))
         shelf.wire()
         with train_place:
-            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots[0][0])
+            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
 
         def who(token: object, request: gr.Request) -> str:
             """A user with a password is the same person in each browser; others are known by their browser."""
@@ -47,7 +48,8 @@ def build(session: Session) -> gr.Blocks:
         known = page.load(who, [person], [person], **PRIVATE)
         known.then(shelf.refresh, None, shelf.changed, **PRIVATE)
         known.then(training.look, [person], training.looked, **PRIVATE)
-        known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **PRIVATE)
+        drawing.begin(known)
+        comparing.begin(known)
         known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **PRIVATE)
         known.then(training.again, [person], training.shown, concurrency_limit=None, **PRIVATE)
     return page

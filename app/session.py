@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ import torch
 from oft_diffusion.arithmetic import compose, interpolate
 from oft_diffusion.convert import convert
 from oft_diffusion.errors import ConfigError, DataError, OFTError
-from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
+from oft_diffusion.files import load_adapter_file, save_adapter_file
 from oft_diffusion.generate import Picture
-from oft_diffusion.images import labelled_grid, read_settings, save_png
+from oft_diffusion.images import read_settings, save_png
 
-from .drawing import Abilities, Request, check, newest_first
+from .comparing import Comparing
+from .drawing import MOST_ADAPTERS, Abilities, Request, check, newest_first, number
 from .machine import Job, Machine
 from .model import Model
-from .shelf import Card, Shelf, read_card
+from .shelf import Card, Shelf
 from .training import Training
+from .words import caption
 from .workspace import Workspace, new_id
 
-MOST_CELLS = 64  # of a grid
-_SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 EXPORTS = {
     "oft": "oft-diffusion",
     "onetrainer": "OneTrainer",
@@ -45,6 +44,7 @@ class Session:
         shelf: the adapters.
         model: what draws.
         training: what becomes of pictures.
+        comparing: several drawings on one sheet.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class Session:
         self.machine = Machine()
         self.shelf = Shelf(self.workspace)
         self.model = Model(model, config_dir, device, dtype)
+        self._captions: dict[Path, str] = {}  # of pictures, which never change
         self.training = Training(self.workspace, self.shelf, self.machine, self.model)
+        self.comparing = Comparing(self.workspace, self.machine, self.model, self.training)
 
     @property
     def abilities(self) -> Abilities:
@@ -65,11 +67,23 @@ class Session:
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
+    def stack(self, slots: Sequence[Any]) -> tuple[tuple[Card, float], ...]:
+        """The adapters that act, in order, of a form's places: for each whether it acts, an id, and the strength.
+
+        Raises:
+            OFTError: an adapter is gone, or its strength is no number.
+        """
+        return tuple(
+            (card := self.shelf.card(adapter), float(number(f"The strength of {card.name}", strength)))
+            for acts, adapter, strength in zip(slots[::3], slots[1::3], slots[2::3], strict=True)
+            if acts and adapter
+        )
+
     def draw(self, person: str, request: Request) -> Job:
         """Pictures, one by one: the job finds (path of a PNG, caption); the PNGs stay in this person's history.
 
         Raises:
-            OFTError, Busy: before anyone waits, where the request cannot be right, or too much waits already.
+            OFTError: before anyone waits, where the request cannot be right, or too much waits already.
         """
         check(request, self.abilities)
         folder = self.workspace.pictures(person)
@@ -84,74 +98,20 @@ class Session:
             f"api {caller}", "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder))
         )
 
-    def before_and_after(self, person: str, request: Request) -> Job:
-        """Each seed without and with the adapters: the job finds pairs of pictures, then a labelled sheet of them."""
-        names = " and ".join(f"{card.name} at {strength:g}" for card, strength in request.adapters)
-        rows = [dataclasses.replace(request, adapters=()), request]
-        return self._sheet(person, rows, ["the base", names], pairs=True)
-
-    def sweep(self, person: str, request: Request, strengths: Sequence[float] = _SWEEP) -> Job:
-        """The same seeds at several strengths of the last adapter: the job finds one labelled sheet."""
-        *others, (card, _) = request.adapters
-        rows = [dataclasses.replace(request, adapters=(*others, (card, strength))) for strength in strengths]
-        return self._sheet(person, rows, [f"{card.name} at {strength:g}" for strength in strengths])
-
-    def side_by_side(self, person: str, request: Request, cards: Sequence[Card]) -> Job:
-        """The same seeds with one adapter after another, each at what its author recommends."""
-        rows = [dataclasses.replace(request, adapters=((card, card.strength),)) for card in cards]
-        return self._sheet(person, rows, [card.name for card in cards])
-
-    def run_grid(self, person: str, request: Request, run_id: str, strengths: Sequence[float] = (0.75, 1.0)) -> Job:
-        """The same seeds with each checkpoint of a run at several strengths: the job finds one labelled sheet.
-
-        Raises:
-            OFTError, Busy: there is no such run, or it makes too many pictures.
-        """
-        run = next((run for run in self.training.runs.with_checkpoints() if run.id == run_id), None)
-        if run is None:
-            raise ConfigError("there is no such run", expected="one with checkpoints", fix="choose one")
-        rows, labels = [], []
-        for (step, folder), strength in product(run.checkpoints.items(), strengths):
-            file = load_adapter_file(folder / FILE_NAME)
-            card = dataclasses.replace(read_card(f"{run.id}-{step}", file), name=f"{run.name}, step {step}")
-            rows.append(dataclasses.replace(request, adapters=((card, strength),)))
-            labels.append(f"{card.name}, at {strength:g}")
-        return self._sheet(person, rows, labels)
-
-    def _sheet(
-        self, person: str, rows: Sequence[Request], labels: Sequence[str], *, pairs: bool = False
-    ) -> Job:  # fmt: skip
-        cells = sum(len(row.seeds) for row in rows)
-        if cells > MOST_CELLS:
-            raise DataError(f"a sheet of {cells} pictures", expected=f"at most {MOST_CELLS}", fix="ask for fewer")
-        for row in rows:
-            check(row, self.abilities)
-        folder = self.workspace.pictures(person)
-
-        def work(job: Job) -> None:
-            drawn = self._rows(job, rows, labels)
-            seeds = [f"seed {seed}" for seed in rows[0].seeds]
-            images = [[p.image for p in row] for row in drawn]
-            grid = labelled_grid(images, row_labels=list(labels), column_labels=seeds)
-            told = {"prompt": rows[0].prompt, "rows": list(labels), "seeds": list(rows[0].seeds)}
-            job.tell(*(zip(*drawn, strict=True) if pairs else ()))
-            job.tell(save_png(grid, folder / f"{new_id()}.png", told), text=f"compared {cells} pictures")
-
-        return self.machine.start(person, "compare", work)
-
-    def _rows(self, job: Job, rows: Sequence[Request], labels: Sequence[str]) -> list[list[Picture]]:
-        drawn: list[list[Picture]] = []
-        for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            part = _Part(job, index, len(rows), label)
-            self.model.studio().draw(row, part, part.pictures.append)
-            drawn.append(part.pictures)
-        return drawn
-
     # -- history -----------------------------------------------------------------------------------------------------
 
     def history(self, person: str) -> list[Path]:
         """This person's pictures, newest first; they outlive the server."""
         return newest_first(self.workspace.pictures(person))
+
+    def caption(self, path: Path) -> str:
+        """What a picture of the history is called: by what its settings tell."""
+        if path not in self._captions:
+            try:
+                self._captions[path] = caption(read_settings(path))
+            except OFTError:  # somebody has put it there
+                self._captions[path] = path.name
+        return self._captions[path]
 
     def settings_in(self, path: Path) -> dict[str, Any]:
         """What made a picture, read out of it.
@@ -168,17 +128,28 @@ class Session:
             OFTError: they tell of what this app does not draw.
             ValueError, TypeError, AttributeError, OverflowError: they make no sense.
         """
-        notes, adapters = [], []
+        if "seed" not in settings:
+            raise DataError("it does not tell of one picture", expected="one picture's settings", fix="drop another")
+        notes: list[str] = []
+        adapters: list[tuple[Card, float]] = []
         by_digest = {_digest(card): card for card in self.shelf.cards()}
         for told in settings.get("adapters") or ():
             if (card := by_digest.get(told.get("sha256"))) is None:
                 notes.append(f"the adapter {told.get('name')} is not on this shelf")
+            elif len(adapters) == MOST_ADAPTERS:
+                notes.append(f"the adapter {card.name} is left out: here is room for {MOST_ADAPTERS}")
             else:
                 adapters.append((card, float(told["strength"])))
         if (model := settings.get("model")) is not None and not self.model.is_called(str(model)):
             notes.append(f"the picture was drawn by {model}, and this is {self.abilities.model}")
         own = self.abilities
         scheduler = settings.get("scheduler", "")
+        if scheduler and scheduler not in own.schedulers:
+            notes.append(f"there is no {scheduler} for this model: its own scheduler is chosen")
+        if settings.get("clip_skip") is not None:
+            notes.append("the picture was drawn with a clip skip, which is not taken over")
+        if (change := settings.get("change")) is not None:
+            notes.append("it began with another picture, which is not in it: drop that under Begin with a picture")
         width, height = (settings.get(side) and int(settings[side]) for side in ("width", "height"))
         request = Request(
             prompt=str(settings.get("prompt", "")),
@@ -190,16 +161,12 @@ class Session:
             height=height,
             scheduler=scheduler if scheduler in own.schedulers else "",
             adapters=tuple(adapters),
+            change=0.6 if change is None else float(change),
         )
         check(request, own)
         return request, notes
 
     # -- adapters ----------------------------------------------------------------------------------------------------
-
-    def missing_triggers(self, prompt: str, cards: Sequence[Card]) -> list[str]:
-        """Triggers of adapters that a prompt lacks."""
-        words = set(prompt.lower().replace(",", " ").split())
-        return [card.trigger for card in cards if card.trigger and card.trigger.lower() not in words]
 
     def fits(self, card: Card) -> str:
         """Why an adapter cannot be used here; empty where it can."""
@@ -268,30 +235,10 @@ class Session:
         self.machine.start("the server", "forget", lambda _: self.model.studio().forget(adapter_id))
 
 
-class _Part(Job):
-    """One of several drawings of a job: what it tells, the job tells as its share of the whole."""
-
-    def __init__(self, job: Job, index: int, count: int, label: str) -> None:
-        super().__init__(job.owner, job.kind)
-        self.job, self.index, self.count, self.label = job, index, count, label
-        self.pictures: list[Picture] = []
-
-    def check(self) -> None:
-        self.job.check()
-
-    def tell(self, *found: Any, **changes: Any) -> None:
-        if changes.get("total"):
-            share = (self.index + changes["done"] / changes["total"]) / self.count
-            changes |= {"done": round(100 * share), "total": 100, "seconds_left": None}
-        if "text" in changes:
-            changes["text"] = f"{self.label}: {changes['text']}"
-        self.job.tell(**changes)
-
-
 def _keeper(folder: Path) -> Callable[[Picture], tuple[Path, str]]:
     def keep(picture: Picture) -> tuple[Path, str]:
         path = save_png(picture.image, folder / f"{new_id()}.png", picture.settings)
-        return path, f"seed {picture.settings['seed']}"
+        return path, caption(picture.settings)
 
     return keep
 

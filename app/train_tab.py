@@ -228,7 +228,7 @@ class TrainTab:
 
     def stop_estimate(self, person: str) -> None:
         """Cancel this person's estimate."""
-        self.machine.cancel_newest(person, "estimate")
+        self.machine.cancel_all(person, "estimate")
 
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""

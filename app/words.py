@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
 
 from oft_diffusion.errors import OFTError
 from oft_diffusion.training import Estimate
 
-from .machine import Progress
 from .shelf import Card
+
+if TYPE_CHECKING:
+    from .machine import Progress
+
+UNFORESEEN = "Something went wrong that nobody foresaw. Whoever runs the server finds in its log what it was."
+_NO_MEMORY = (
+    "There is not enough memory for this. Ask for smaller pictures, or fewer at once; for a training, choose settings "
+    "for less memory. It also helps to close other programs."
+)
+_NO_SENSE = "Something in the form is empty, or makes no sense."
+_JOBS = {  # one, and several
+    "draw": ("a drawing", "drawings"),
+    "compare": ("a comparison", "comparisons"),
+    "train": ("a training", "trainings"),
+    "estimate": ("an estimate", "estimates"),
+}
 
 
 def explained(error: BaseException) -> str:
     """An error in plain words."""
     if isinstance(error, OFTError):
         return f"{_sentence(error.problem)} Expected: {error.expected}. {_sentence(error.fix)}"
-    return _sentence(str(error) or "something in the form makes no sense")
+    return _NO_MEMORY if is_out_of_memory(error) else _NO_SENSE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of whatever device."""
+    told = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "not enough memory" in str(error))
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def duration(seconds: float) -> str:
@@ -47,8 +73,7 @@ def status_line(now: Progress | None, problem: str = "") -> str:
     if now.found and isinstance(now.found[-1], Estimate):
         return _estimate_line(now.found[-1])
     if now.state == "waiting":
-        others = "one other job" if now.ahead == 1 else f"{now.ahead} other jobs"
-        return _line(f"Waiting for {others}." if now.ahead else "Starting.", "waiting", 0)
+        return _line(_queue(now) if now.before else "Starting.", "waiting", 0)
     if now.state == "working":
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
         return _line(f"{_sentence(now.text or 'working').rstrip('.')}{left}.", "working", now.done / max(1, now.total))
@@ -60,6 +85,16 @@ def status_line(now: Progress | None, problem: str = "") -> str:
     if now.state == "cancelled" and not now.found:
         return _line("Cancelled.", now.state, 1)
     return _line(f"Cancelled after {what}." if now.state == "cancelled" else f"Done: {what}.", now.state, 1)
+
+
+def _queue(now: Progress) -> str:
+    """What is ahead of a job, and how long the first of it still takes, where it tells."""
+    kinds = Counter(_JOBS.get(job.kind, ("a small task", "small tasks")) for job in now.before)
+    what = ", ".join(one if count == 1 else f"{count} {several}" for (one, several), count in kinds.items())
+    left = now.before[0].progress.seconds_left
+    known = "" if left is None else f" {'It' if len(now.before) == 1 else 'The first'} has about {roughly(left)} left."
+    others = "one other job" if len(now.before) == 1 else f"{len(now.before)} other jobs"
+    return f"Waiting for {others}: {what}.{known}"
 
 
 def _estimate_line(found: Estimate) -> str:
@@ -77,8 +112,9 @@ def _estimate_line(found: Estimate) -> str:
 def _line(text: str, kind: str, share: float) -> str:
     percent = round(100 * min(1.0, max(0.0, share)))
     return (
-        f'<div class="status {kind}" role="{"alert" if kind == "problem" else "status"}">'
-        f'<span>{escape(text)}</span><div class="bar"><div style="width:{percent}%"></div></div></div>'
+        f'<div class="status {kind}" role="{"alert" if kind == "problem" else "status"}"><span>{escape(text)}</span>'
+        f'<div class="bar" role="progressbar" aria-label="how far it is" aria-valuenow="{percent}" aria-valuemin="0" '
+        f'aria-valuemax="100"><div style="width:{percent}%"></div></div></div>'
     )
 
 
@@ -101,6 +137,12 @@ def told(*notes: str) -> str:
     return f'<div class="note" role="status">{text}</div>'
 
 
+def caption(settings: Mapping[str, Any]) -> str:
+    """A picture in words, for those who do not see it: its seed, or that it is a comparison, and its prompt."""
+    what = f"seed {settings['seed']}" if "seed" in settings else "a comparison"
+    return f"{what}: {_shown(settings.get('prompt'))}"
+
+
 def empty(text: str) -> str:
     """In the place of what is not there yet."""
     return f'<p class="empty">{escape(text)}</p>'
@@ -119,7 +161,7 @@ def card_page(card: Card, problem: str) -> str:
         "Trigger": card.phrase or "none",
         "Trained on": card.base or "unknown",
         "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
-        "Orthogonality error": f"{card.error:.0e}",
+        "Orthogonality error": f"{card.error:.0e} (0 is an exact rotation)",
         "Recommended strength": f"{card.strength:g}",
         "File": f"{card.bytes / 1e6:.2f} MB",
         "Made": card.created[:16].replace("T", " "),
@@ -131,12 +173,14 @@ def card_page(card: Card, problem: str) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows.items()
+    )
     return f'<table class="about">{lines}</table>'
 
 
 def _card(card: Card, problem: str) -> str:
-    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
+    cover = f'<img src="/gradio_api/file={escape(quote(str(card.cover)))}" alt="">' if card.cover else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
     made = f"<time>{escape(card.created[:10])}</time>"
     sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.records import DATA, append, load
 from tests.helpers.app_command import APP, free_port, started
-from tests.helpers.app_page import number, opened_part, text
+from tests.helpers.app_page import IDLE, number, opened_part, text
 from tests.helpers.browser import open_browser
 
 FILE = DATA / "app_page.csv"
@@ -41,7 +41,7 @@ def visit(browser: Any, url: str) -> dict[str, float]:
         page.set_default_timeout(300_000)
         begun = time.perf_counter()
         page.goto(url, wait_until="commit")
-        page.wait_for_selector("#generate:not([disabled])")
+        page.wait_for_selector(IDLE)
         page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
         took = {"usable": time.perf_counter() - begun, "first paint": page.evaluate(_PAINT) / 1000}
         text(page, "prompt").fill("a red car on the beach")
@@ -51,7 +51,7 @@ def visit(browser: Any, url: str) -> dict[str, float]:
             page.wait_for_timeout(500)
             page.evaluate("document.querySelector('#status .status').dataset.before = 1")
             begun = time.perf_counter()
-            page.locator("#generate:not([disabled])").click()
+            page.locator(IDLE).click()
             page.wait_for_selector("#status .done:not([data-before])")
             took[name] = time.perf_counter() - begun
         return took

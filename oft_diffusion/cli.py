@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,8 +210,9 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _warn_without_trigger(prompt: str, trigger: str | None) -> None:
-    # CLIP's tokenizer lowers the case; punctuation beside the trigger is no part of it.
-    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE):
+    from oft_diffusion.metadata import has_trigger
+
+    if trigger and not has_trigger(prompt, trigger):
         print(f"warning: the prompt lacks the adapter's trigger {trigger!r}", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "sha256": (str,),
     "probes": (dict,),
 }
+
+
+def has_trigger(prompt: str, trigger: str) -> bool:
+    """Whether a prompt holds a trigger as a word of its own, in whatever case: CLIP's tokenizer lowers it."""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def test_time_and_memory_are_measured_and_nothing_is_left(
 def test_it_waits_its_turn_and_can_be_cancelled_there(filled: Session, person: str, busy: threading.Event) -> None:
     before = kept(filled)
     job = filled.training.estimate(person, wish())
-    assert job.progress.ahead == 1
+    assert len(job.progress.before) == 1
     assert filled.machine.newest(new_token(), "estimate") is None
-    filled.machine.cancel_newest(person, "estimate")
+    filled.machine.cancel_all(person, "estimate")
     *_, last = job.watch(timeout=60)
     assert last.state == "cancelled"
     assert last.found == ()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from app.machine import Busy, Job, Machine
+from oft_diffusion.errors import ConfigError
 
 SOON = 20.0  # seconds that a test waits at most
 
@@ -63,14 +64,24 @@ def test_work_is_done_one_after_another_and_tells_what_it_finds(machine: Machine
     assert most == 1
 
 
-def test_what_went_wrong_is_told_and_the_next_job_goes_on(machine: Machine) -> None:
+@pytest.mark.parametrize(
+    ("error", "told", "logged"),
+    [
+        (ConfigError("no brush", expected="one", fix="buy it"), "No brush. Expected: one. Buy it.", False),
+        (MemoryError(), "smaller pictures", False),
+        (KeyError("brush"), "Something went wrong that nobody foresaw", True),
+    ],
+)
+def test_what_went_wrong_is_told_in_words_and_the_next_job_goes_on(
+    machine: Machine, caplog: pytest.LogCaptureFixture, error: Exception, told: str, logged: bool
+) -> None:
     def fail(job: Job) -> None:
-        raise ValueError("no such brush")
+        raise error
 
-    assert (end(machine.start("ada", "draw", fail)).state, end(machine.newest("ada", "draw")).error) == (  # type: ignore[arg-type]
-        "failed",
-        "no such brush",
-    )
+    ended = end(machine.start("ada", "draw", fail))
+    assert ended.state == "failed"
+    assert told in ended.error
+    assert ("Traceback" in caplog.text and "brush" in caplog.text) is logged
     assert end(machine.start("ada", "draw", lambda job: None)).state == "done"
 
 
@@ -83,7 +94,7 @@ def test_whoever_has_waited_longest_since_a_turn_is_next(machine: Machine, held:
     jobs = [machine.start("ada", "draw", note(f"ada {i}")) for i in range(3)]
     jobs.append(machine.start("bo", "draw", note("bo 0")))
     jobs.append(machine.start("first", "draw", note("first 1")))
-    assert [job.progress.ahead for job in jobs] == [1, 4, 5, 2, 3]
+    assert [len(job.progress.before) for job in jobs] == [1, 4, 5, 2, 3]
     held[1].set()
     for job in jobs:
         end(job)
@@ -117,6 +128,33 @@ def test_only_its_owner_cancels_a_job(machine: Machine, held: tuple[Job, threadi
     assert end(machine.start("bo", "draw", lambda job: None)).state == "done"
 
 
+def test_cancelling_is_told_before_the_work_has_noticed(machine: Machine) -> None:
+    begun, look = threading.Event(), threading.Event()
+
+    def work(job: Job) -> None:
+        job.tell(text="a long step", seconds_left=60)
+        begun.set()
+        look.wait(SOON)
+        job.check()
+
+    job = machine.start("ada", "draw", work)
+    assert begun.wait(SOON)
+    assert machine.cancel("ada", job.id)
+    assert (job.progress.state, job.progress.text, job.progress.seconds_left) == ("working", "stopping", None)
+    look.set()
+    assert end(job).state == "cancelled"
+
+
+def test_all_of_a_kind_are_cancelled_and_nothing_else(machine: Machine, held: tuple[Job, threading.Event]) -> None:
+    begun: list[str] = []
+    more = [machine.start("first", "draw", lambda job: begun.append("more")) for _ in range(2)]
+    others = [machine.start("first", "train", lambda job: None), machine.start("ada", "draw", lambda job: None)]
+    machine.cancel_all("first", "draw")
+    assert [end(job).state for job in (held[0], *more)] == ["cancelled"] * 3
+    assert [end(job).state for job in others] == ["done"] * 2
+    assert begun == []
+
+
 def test_who_comes_later_sees_where_a_job_is(machine: Machine, held: tuple[Job, threading.Event]) -> None:
     job, free = held
     job.tell("a picture", done=1, total=2)
@@ -127,6 +165,16 @@ def test_who_comes_later_sees_where_a_job_is(machine: Machine, held: tuple[Job, 
     assert end(job).found == ("a picture",)
     assert machine.newest("first", "train") is None
     assert machine.newest("ada", "draw") is None
+
+
+def test_whoever_looks_on_sees_what_was_asked_for_last(machine: Machine, held: tuple[Job, threading.Event]) -> None:
+    assert list(machine.watch_newest("ada", "draw")) == []
+    looked = machine.watch_newest("first", "draw", timeout=0.1)
+    assert next(looked).state == "working"
+    machine.start("first", "draw", lambda job: job.tell("found"))
+    assert next(looked).before == (held[0],)
+    held[1].set()
+    assert [now.found for now in looked][-1] == ("found",)
 
 
 def test_new_names_do_not_come_before_those_who_wait(machine: Machine, held: tuple[Job, threading.Event]) -> None:

@@ -164,7 +164,7 @@ def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, b
     for pause in (True, False):
         training.stop(other, pause=pause)
     for kind in ("train", "estimate"):
-        filled.machine.cancel_newest(other, kind)
+        filled.machine.cancel_all(other, kind)
         assert filled.machine.newest(other, kind) is None
     assert not filled.machine.cancel(other, job.id)
     assert training.photos(other).count() == 0
@@ -237,12 +237,12 @@ def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> No
     assert list(run.checkpoints) == sorted(run.checkpoints)
     assert len(run.checkpoints) > 2
     request = Request("a zwx thing", (1, 2), steps=1)
-    [sheet] = ended(filled.run_grid(person, request, run.id, (0.0, 1.0))).found
+    [sheet] = ended(filled.comparing.run_grid(person, request, run.id, (0.0, 1.0))).found
     told = filled.settings_in(sheet)
     assert told["rows"] == [f"My thing, step {step}, at {s}" for step in run.checkpoints for s in (0, 1)]
     assert told["seeds"] == [1, 2]
     with pytest.raises(ConfigError, match="no such run"):
-        filled.run_grid(person, request, "0" * 16)
+        filled.comparing.run_grid(person, request, "0" * 16)
 
 
 def test_what_is_packed_trains_the_same_elsewhere(

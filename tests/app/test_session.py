@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.drawing import Request
+from app.comparing import Part
+from app.drawing import MOST_ADAPTERS, Request, seeds_from, settings_of, size_like
 from app.machine import Job
 from app.session import Session
 from app.shelf import Card
@@ -18,6 +20,7 @@ from app.words import status_line
 from app.workspace import new_token
 from oft_diffusion import load_oft_weights
 from oft_diffusion.errors import ConfigError, DataError
+from oft_diffusion.files import load_adapter_file
 from oft_diffusion.generate import generate
 from oft_diffusion.load import load_pipeline
 from tests.library.support import PROMPT
@@ -108,11 +111,35 @@ def test_everyone_has_a_history_of_their_own_that_outlives_the_server(
         ({"scheduler": "os.system"}, "'os.system' is no scheduler"),
         ({"seeds": (-1,)}, "a seed out of range"),
         ({"guidance": float("nan")}, "nan as guidance"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"change": 0.0}, "0 as share that may change"),
     ],
 )
 def test_what_is_too_much_is_refused_at_once(session: Session, person: str, change: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         session.draw(person, asked(**change))
+
+
+def test_what_makes_no_sense_of_adapters_is_refused_at_once(session: Session, person: str, mug: Card) -> None:
+    for strength, words in ((1e30, "1e\\+30 as strength of My mug"), (float("nan"), "nan as strength of My mug")):
+        with pytest.raises(ConfigError, match=words):
+            session.draw_for_program("somebody", asked((mug, strength)))
+    with pytest.raises(ConfigError, match="My mug is there twice"):
+        session.draw(person, asked((mug, 1.0), (mug, 0.5)))
+    with pytest.raises(ConfigError, match="4 adapters"):
+        session.draw(person, asked(*[(dataclasses.replace(mug, id=f"{i}"), 1.0) for i in range(4)]))
+
+
+def test_an_empty_number_is_named() -> None:
+    for values, words in (
+        ((None, 7.5, "", 64, 64), "Steps is no number, or empty"),
+        ((20, float("inf"), "", 64, 64), "Guidance is no number"),
+        ((20, 7.5, "", "wide", 64), "The width is no number"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            settings_of(*values)
+    with pytest.raises(ConfigError, match="1e\\+30 pictures"):
+        seeds_from(0, 10**30)
 
 
 def test_cancelling_ends_within_a_step_and_the_next_drawing_is_sound(session: Session, person: str, mug: Card) -> None:
@@ -134,7 +161,7 @@ def test_previews_come_and_go(session: Session, person: str) -> None:
 
 
 def test_before_and_after_are_of_the_same_seeds(session: Session, person: str, mug: Card) -> None:
-    compared = ended(session.before_and_after(person, asked((mug, 1.0))))
+    compared = ended(session.comparing.before_and_after(person, asked((mug, 1.0))))
     *found, sheet = compared.found
     assert "Compared 4 pictures." in status_line(compared)
     assert session.settings_in(sheet)["rows"] == ["the base", "My mug at 1"]
@@ -148,12 +175,12 @@ def test_before_and_after_are_of_the_same_seeds(session: Session, person: str, m
 
 
 def test_sheets_of_strengths_and_of_adapters(session: Session, person: str, mug: Card, style: Card) -> None:
-    [sheet] = ended(session.sweep(person, asked((style, 1.0), (mug, 1.0)), (-1.0, 0.0, 1.0))).found
+    [sheet] = ended(session.comparing.sweep(person, asked((style, 1.0), (mug, 1.0)), (-1.0, 0.0, 1.0))).found
     assert session.settings_in(sheet)["rows"] == ["My mug at -1", "My mug at 0", "My mug at 1"]
-    [sheet] = ended(session.side_by_side(person, asked(), [mug, style])).found
+    [sheet] = ended(session.comparing.side_by_side(person, asked(), [mug, style])).found
     assert session.settings_in(sheet)["rows"] == ["My mug", "A style"]
     with pytest.raises(DataError, match="a sheet of 96 pictures"):
-        session.sweep(person, asked((mug, 1.0), seeds=tuple(range(16))))
+        session.comparing.sweep(person, asked((mug, 1.0), seeds=tuple(range(16))))
 
 
 def test_adapters_of_this_model_are_told_by_its_name(session: Session, mug: Card, style: Card) -> None:
@@ -167,6 +194,76 @@ def test_adapters_of_this_model_are_told_by_its_name(session: Session, mug: Card
     assert "FluxTransformer2DModel" in session.fits(other)
 
 
-def test_a_prompt_that_lacks_the_trigger_is_noticed(session: Session, mug: Card, style: Card) -> None:
-    assert session.missing_triggers("a mug", [mug, style]) == ["sks"]
-    assert session.missing_triggers("a photo, SKS, mug", [mug]) == []
+def test_adapters_that_are_off_do_not_act_and_order_is_the_forms(
+    session: Session, person: str, mug: Card, style: Card
+) -> None:
+    slots = (True, style.id, 0.5, False, mug.id, 0.7, True, "", 1.0)
+    assert session.stack(slots) == ((style, 0.5),)
+    both = session.stack((True, style.id, 0.5, True, mug.id, 0.7, True, "", 1.0))
+    assert both == ((style, 0.5), (mug, 0.7))
+    told = session.settings_in(drawn(session, person, asked(*both))[0])["adapters"]
+    assert [(adapter["name"], adapter["strength"]) for adapter in told] == [("A style", 0.5), ("My mug", 0.7)]
+    told = session.settings_in(drawn(session, person, asked(*session.stack(slots)))[0])["adapters"]
+    assert [adapter["name"] for adapter in told] == ["A style"]
+    with pytest.raises(ConfigError, match="The strength of A style is no number"):
+        session.stack((True, style.id, None))
+
+
+def test_what_a_picture_has_and_the_form_has_not_is_said(session: Session, person: str, mug: Card, make: Any) -> None:
+    cards = [mug, *(session.shelf.add(make(f"more{i}", seed=i + 3), f"more {i}") for i in range(MOST_ADAPTERS))]
+    adapters = [{"name": card.name, "strength": 1.0, "sha256": load_adapter_file(card.file).metadata.sha256}
+                for card in cards]  # fmt: skip
+    told = {"prompt": PROMPT, "seed": 1, "adapters": adapters, "scheduler": "Another", "clip_skip": 1, "change": 0.5}
+    found, notes = session.request_from(told)
+    assert [card.id for card, _ in found.adapters] == [card.id for card in cards[:MOST_ADAPTERS]]
+    assert found.change == 0.5
+    assert notes == [
+        "the adapter more 2 is left out: here is room for 3",
+        "there is no Another for this model: its own scheduler is chosen",
+        "the picture was drawn with a clip skip, which is not taken over",
+        "it began with another picture, which is not in it: drop that under Begin with a picture",
+    ]
+    sheet = ended(session.comparing.sweep(person, asked((mug, 1.0)), (0.0, 1.0))).found[-1]
+    with pytest.raises(DataError, match="not tell of one picture"):
+        session.request_from(session.settings_in(sheet))
+
+
+@pytest.mark.parametrize(("size", "shape"), [((300, 200), (20, 14)), ((200, 300), (14, 20)), ((64, 64), (16, 16))])
+def test_a_picture_to_begin_with_decides_the_shape(
+    session: Session, person: str, size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    own = session.abilities
+    assert (own.size, own.multiple) == (16, 2)
+    assert size_like(size, own) == shape
+    path = drawn(session, person, asked(image=Image.new("RGB", size), seeds=(1,), steps=4))[0]
+    assert (told := session.settings_in(path))["change"] == 0.6
+    assert (told["width"], told["height"]) == shape
+
+
+def test_a_picture_to_begin_with_is_cut_and_not_squashed(session: Session) -> None:
+    wide = Image.new("RGB", (192, 64), "red")
+    wide.paste("blue", (64, 0, 128, 64))  # a blue square in the middle
+    begun, size = session.model.studio()._begun(asked(image=wide, width=64, height=64))
+    assert size == (64, 64)
+    assert begun is not None
+    assert begun.getcolors() == [(64 * 64, (0, 0, 255))]
+
+
+def test_a_part_of_a_comparison_tells_the_time_that_the_whole_takes() -> None:
+    job = Job("ada", "compare")
+    job.started = time.monotonic() - 10
+    preview = Image.new("RGB", (8, 8))
+    Part(job, 0, 4, "first").tell(text="step 1 of 2", done=50, total=100, seconds_left=10.0, preview=preview)
+    assert job.progress.text == "first: step 1 of 2"
+    assert job.progress.seconds_left == pytest.approx(70, abs=1)  # an eighth took ten seconds
+    part = Part(job, 1, 4, "second")
+    part.tell(text="preparing")
+    assert part.progress.preview is preview  # until there is another one
+
+
+def test_history_is_told_in_words(session: Session, person: str, mug: Card) -> None:
+    [path, _] = drawn(session, person, asked())
+    assert session.caption(path) == f"seed 3: {PROMPT}"
+    sheet = ended(session.comparing.sweep(person, asked((mug, 1.0)), (0.0, 1.0))).found[-1]
+    assert session.caption(sheet) == f"a comparison: {PROMPT}"
+    assert session.settings_in(sheet)["steps"] == 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from app.generate_tab import insert_phrase
-from app.machine import Progress
-from app.words import duration, explained, roughly, status_line, told
+import pytest
+import torch
+
+from app.machine import Job, Progress
+from app.shelf import Card
+from app.words import caption, card_page, cards_page, duration, explained, roughly, status_line, told
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import Estimate
 from oft_diffusion.training.estimate import Memory, Times
@@ -17,8 +21,7 @@ from oft_diffusion.training.estimate import Memory, Times
     [
         (None, "Ready."),
         (Progress(), "Starting."),
-        (Progress(ahead=1), "Waiting for one other job."),
-        (Progress(ahead=3), "Waiting for 3 other jobs."),
+        (Progress(before=(Job("ada", "draw"),)), "Waiting for one other job: a drawing."),
         (Progress("working", text="step 2 of 4", done=1, total=2, seconds_left=75.2), "Step 2 of 4, 1 min 15 s left."),
         (Progress("done", found=(1,)), "Done: 1 picture."),
         (Progress("cancelled", found=(1, 2)), "Cancelled after 2 pictures."),
@@ -31,6 +34,22 @@ def test_every_state_is_one_sentence(now: Progress | None, text: str) -> None:
     assert f"<span>{text}</span>" in status_line(now)
 
 
+def test_those_who_wait_are_told_of_what_and_how_long() -> None:
+    first = Job("ada", "train")
+    first.tell(seconds_left=560.0)
+    waiting = status_line(Progress(before=(first,)))
+    assert "<span>Waiting for one other job: a training. It has about 9 minutes left.</span>" in waiting
+    many = Progress(before=(first, Job("bo", "draw"), Job("bo", "draw")))
+    told = "Waiting for 3 other jobs: a training, 2 drawings. The first has about 9 minutes left."
+    assert f"<span>{told}</span>" in status_line(many)
+
+
+def test_a_bar_is_told_as_a_number() -> None:
+    bar = status_line(Progress("working", text="step 1 of 4", done=1, total=4))
+    assert 'role="progressbar"' in bar
+    assert 'aria-valuenow="25"' in bar
+
+
 def test_markup_is_shown_and_not_obeyed() -> None:
     hostile = "<script>alert(1)</script>"
     for shown in (status_line(Progress("failed", error=hostile)), told(hostile), status_line(None, hostile)):
@@ -41,7 +60,35 @@ def test_markup_is_shown_and_not_obeyed() -> None:
 def test_errors_are_told_with_what_was_expected_and_the_fix() -> None:
     error = ConfigError("steps = 0 is too small", expected="1 or more", fix="raise it")
     assert explained(error) == "Steps = 0 is too small. Expected: 1 or more. Raise it."
-    assert explained(ValueError("choose one")) == "Choose one."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_lack_of_memory_is_told_with_what_to_lower(error: Exception) -> None:
+    assert "smaller pictures, or fewer" in explained(error)
+
+
+def test_what_python_says_of_a_form_is_not_shown() -> None:
+    with pytest.raises(TypeError) as caught:
+        int(None)  # type: ignore[call-overload]
+    assert explained(caught.value) == "Something in the form is empty, or makes no sense."
+
+
+def test_an_adapters_table_and_cover_are_sound_html(mug: Card) -> None:
+    assert '<th scope="row">Trigger</th>' in card_page(mug, "")
+    shown = cards_page([(replace(mug, cover=Path("/my #1 folder/50%20.png")), "")])
+    assert 'src="/gradio_api/file=/my%20%231%20folder/50%2520.png"' in shown
+
+
+def test_pictures_are_called_by_what_made_them() -> None:
+    assert caption({"seed": 3, "prompt": "a mug"}) == "seed 3: a mug"
+    assert caption({"rows": ["the base"], "prompt": "a mug"}) == "a comparison: a mug"
 
 
 def test_times_are_read_easily() -> None:
@@ -74,17 +121,3 @@ def test_an_estimate_is_read_easily(free: int | None, text: str) -> None:
     assert "About 9 minutes, for 450 steps and 45 pictures." in told
     assert text in told
     assert ('role="alert"' in told) is (free == GB)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "wanted"),
-    [
-        ("", "a zwx mug"),
-        ("on the beach", "a zwx mug on the beach"),
-        ("a red mug, at night", "a red zwx mug, at night"),
-        ("a zwx mug", "a zwx mug"),
-        ("ZWX in snow", "ZWX in snow"),
-    ],
-)
-def test_a_trigger_goes_where_the_class_word_is(prompt: str, wanted: str) -> None:
-    assert insert_phrase(prompt, "zwx mug") == wanted

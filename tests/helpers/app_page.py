@@ -14,6 +14,7 @@ from PIL import Image
 
 from app.machine import Job, Machine
 
+IDLE = "#generate:has-text('Generate')"  # it says something else while it draws
 TABS = ("Generate", "Compare", "Train", "Adapters")
 
 
@@ -111,7 +112,8 @@ def number(page: Any, field: str, value: float) -> None:
     inputs = page.locator(f"#{field} input")
 
     def taken() -> bool:
-        return all(float(inputs.nth(i).input_value() or "nan") == value for i in range(inputs.count()))
+        fields = inputs.all()
+        return bool(fields) and all(float(field.input_value() or "nan") == value for field in fields)
 
     for _ in range(20):
         if not taken():
@@ -145,9 +147,9 @@ def draw(page: Any, prompt: str) -> None:
     """Draw, and wait for the end."""
     text(page, "prompt").fill(prompt)
     page.evaluate("document.querySelector('#status .status').dataset.before = 1")  # of an earlier drawing
-    page.locator("#generate:not([disabled])").click()
+    page.locator(IDLE).click()
     page.wait_for_selector("#status .done:not([data-before])")
-    page.wait_for_selector("#generate:not([disabled])")
+    page.wait_for_selector(IDLE)
 
 
 def pixels(path: Path) -> Any:

@@ -132,7 +132,7 @@ def test_those_who_look_on_keep_nobody_from_acting(small_server: tuple[Any, str]
         draw, values = pressed(config, "generate")
         people = [new_token() for _ in range(60)]
         for person in people:
-            data = [person if value is PERSON else value for value in values]
+            data = [person, "a mug", *values[2:]]
             body = {"fn_index": draw, "data": data, "session_hash": uuid.uuid4().hex}
             assert client.post("/gradio_api/queue/join", json=body).status_code == 200
         until(lambda: all(session.machine.newest(person, "draw") for person in people))
@@ -142,7 +142,7 @@ def test_those_who_look_on_keep_nobody_from_acting(small_server: tuple[Any, str]
         assert job is not None
         until(lambda: job.progress.state == "cancelled")
         for person in people:
-            session.machine.cancel_newest(person, "draw")
+            session.machine.cancel_all(person, "draw")
 
 
 def test_uploads_of_any_name_stay_in_the_workspace(client: httpx.Client, server: tuple[Any, str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from gradio import Error
 from gradio_client import Client
 
+from app.api import Api
 from oft_diffusion.images import read_settings
 from tests.helpers.app_page import occupied, pixels, until
 
@@ -41,6 +44,25 @@ def test_what_is_wrong_is_said_in_words(server: Any, asked: dict[str, Any], word
     client = Client(server[1], verbose=False)
     with pytest.raises(Exception, match=words):
         client.predict(prompt="a mug", api_name="/draw", **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"guidance": float("nan")}, "Nan as guidance"),
+        ({"strength": 1e30}, r"1e\+30 as strength of My mug"),
+        ({"strength": float("nan")}, "Nan as strength of My mug"),
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"steps": float("inf")}, "Something in the form"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(server: Any, asked: dict[str, Any], words: str) -> None:
+    """Some of these no JSON of gradio's own client can hold."""
+    session, _ = server
+    [mug] = session.fitting()
+    call: Any = Api.draw
+    with pytest.raises(Error, match=f"(?i){words}"):
+        call(SimpleNamespace(session=session), **{"prompt": "a mug", "adapter": mug.id, **asked})
 
 
 def test_a_program_that_asks_without_end_is_refused(server: Any) -> None:

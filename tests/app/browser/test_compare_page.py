@@ -6,33 +6,44 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.app_page import choose, go_to, number, text
+from tests.helpers.app_page import choose, go_to, number, opened_part, reload, text
 
 pytestmark = pytest.mark.browser
 
 
-def test_with_and_without_and_strengths(opened: Any) -> None:
+def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: Any) -> None:
     page = opened()
     go_to(page, "Compare")
-    text(page, "compare-prompt").fill("a sks mug")
+    text(page, "compare-prompt").fill("a mug")
     choose(page, "compare-adapter", "My mug")
     number(page, "compare-count", 2)
+    opened_part(page, "Settings")
     number(page, "compare-steps", 1)
-    page.locator("#compare").click()
+    page.wait_for_selector("#compare-triggers")
+    page.wait_for_selector("#compare-trigger-warning")
+    page.locator("#compare-triggers").get_by_text("sks mug", exact=True).click()
+    page.wait_for_selector("#compare-trigger-warning", state="hidden")
+    page.locator("#compare").focus()
+    page.keyboard.press("Enter")
     page.wait_for_selector("#slider img")
+    assert page.evaluate("document.activeElement.id") == "compare"
     page.wait_for_selector("#sheet img")
     before = page.locator("#slider img").first.get_attribute("src")
     number(page, "which", 2)
     page.wait_for_function(f"document.querySelector('#slider img').src !== {before!r}")
     sheet = page.locator("#sheet img").get_attribute("src")
     page.get_by_label("strengths", exact=True).check()
-    page.locator("#compare:not([disabled])").click()
+    page.locator("#compare:has-text('Compare')").click()
     page.wait_for_function(
         f"![null, {sheet!r}].includes(document.querySelector('#sheet img')?.getAttribute('src') ?? null)"
     )
     with page.expect_download() as download:
         page.locator("#sheet [aria-label=Download], #sheet [title=Download], #sheet a[download]").first.click()
     assert download.value.suggested_filename.endswith(".png")
+    reload(page)
+    go_to(page, "Compare")
+    page.wait_for_selector("#sheet img")
+    assert "Compared 12 pictures." in page.locator("#compare-status").inner_text()
 
 
 def test_without_an_adapter_there_is_a_sentence(opened: Any) -> None:

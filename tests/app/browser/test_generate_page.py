@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from oft_diffusion.files import load_adapter_file, save_adapter_file
 from oft_diffusion.generate import generate
-from oft_diffusion.images import read_settings
+from oft_diffusion.images import read_settings, save_png
 from oft_diffusion.pocket import GUIDANCE, pocket_pipeline
-from tests.helpers.app_page import choose, draw, number, opened_part, pixels, quick, reload, text
+from tests.helpers.app_page import IDLE, choose, draw, number, opened_part, pixels, quick, reload, text, until
 
 pytestmark = pytest.mark.browser
 
@@ -58,22 +62,55 @@ def test_a_dropped_picture_gives_its_settings_back(opened: Any, pictures: Any) -
     assert other.get_by_label("Keep this seed").is_checked()
 
 
+def test_adapters_are_switched_off_and_change_places(opened: Any, pictures: Any) -> None:
+    page = opened()
+    quick(page, steps=1)
+    opened_part(page, "More adapters, one after another")
+    choose(page, "adapter-1", "My mug")
+    number(page, "strength-1", 0.5)
+    page.wait_for_selector("#triggers")
+    page.locator("#up-1").click()
+    page.wait_for_function("document.querySelector('#adapter-0 input').value === 'My mug'")
+    assert page.locator("#strength-0 input").first.input_value() == "0.5"
+    page.locator("#acts-0 input").uncheck()
+    page.wait_for_selector("#triggers", state="hidden")
+    draw(page, "a mug")
+    assert read_settings(pictures()[-1])["adapters"] == []
+    assert page.locator("#strength-0 input").first.input_value() == "0.5"
+    page.locator("#seed input").fill("")
+    page.get_by_label("Keep this seed").check()
+    page.locator(IDLE).click()
+    page.wait_for_selector("#status .problem")
+    assert "The first seed is no number, or empty" in page.locator("#status").inner_text()
+
+
 def test_cancelling(opened: Any, pictures: Any) -> None:
+    """By keyboard: nothing moves as the unfinished picture comes and goes, and the focus stays where it was."""
     page = opened()
     quick(page, steps=150)
     text(page, "prompt").fill("a cat")
-    page.locator("#generate").click()
+    places = {page.locator("#recall").bounding_box()["y"]}
+    page.locator("#generate").focus()
+    page.keyboard.press("Enter")
     page.wait_for_selector("#status .working")
     page.wait_for_selector("#preview img")
+    places.add(page.locator("#recall").bounding_box()["y"])
+    assert page.evaluate("document.activeElement.id") == "generate"
     before = len(pictures())
-    page.locator("#cancel:not([disabled])").click()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")  # once more, while it draws
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "cancel"
+    page.keyboard.press("Enter")
     page.wait_for_selector("#status .cancelled")
     assert len(pictures()) == before
-    page.wait_for_selector("#generate:not([disabled])")
+    page.wait_for_selector(IDLE)
+    places.add(page.locator("#recall").bounding_box()["y"])
+    assert len(places) == 1
 
 
 @pytest.mark.slow
-def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: Any) -> None:
+def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: Any, server: Any) -> None:
     page = opened()
     quick(page, steps=150)
     number(page, "count", 16)
@@ -83,9 +120,15 @@ def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: 
     reload(page, working=True)
     page.wait_for_selector("#status .working")
     page.wait_for_selector("#preview img")
-    assert page.locator("#generate").is_disabled()
+    assert page.locator(IDLE).count() == 0
+    text(page, "prompt").fill("a dog")
+    page.locator("#generate").click()  # the page shows the newest, and Cancel ends both
+    page.wait_for_selector("#status .waiting")
+    page.wait_for_timeout(1000)
+    assert "Waiting for one other job: a drawing." in page.locator("#status").inner_text()
     page.locator("#cancel:not([disabled])").click()
     page.wait_for_selector("#status .cancelled")
+    until(lambda: server[0].machine._working is None)
     page.wait_for_selector("#preview img", state="detached")
     before = len(pictures())
     quick(page, steps=2)
@@ -118,11 +161,29 @@ def test_two_people_do_not_meet(opened: Any) -> None:
     assert one.locator("#history img").count() == 0
 
 
-def test_html_in_a_prompt_is_text(opened: Any, pictures: Any) -> None:
+def test_html_in_prompts_pictures_and_triggers_is_text(opened: Any, pictures: Any, server: Any, tmp_path: Path) -> None:
     page = opened()
     quick(page, steps=1)
     hostile = 'a mug <img src=x onerror="window.hurt=1"> <script>window.hurt=1</script>'
     draw(page, hostile)
-    assert read_settings(pictures()[-1])["prompt"] == hostile
-    reload(page)
-    assert page.evaluate("window.hurt") is None
+    path = pictures()[-1]
+    assert read_settings(path)["prompt"] == hostile
+    assert page.locator("#pictures img").first.get_attribute("alt").endswith(hostile)
+    told = {**read_settings(path), "adapters": [{"name": hostile, "strength": 1.0}]}
+    dropped = tmp_path / "dropped.png"
+    save_png(Image.new("RGB", (8, 8)), dropped, told)
+    session, _ = server
+    file = load_adapter_file(session.shelf.cards()[-1].file)
+    metadata = replace(file.metadata, trigger="<img src=x onerror=window.hurt=1>")
+    named = session.shelf.add(save_adapter_file(tmp_path, file.components, metadata), "named by markup")
+    try:
+        reload(page)
+        page.locator("#recall input[type=file]").set_input_files(dropped)
+        page.wait_for_function("document.querySelector('#recall-note').innerText.includes('is not on this shelf')")
+        choose(page, "adapter-0", "named by markup")
+        page.wait_for_selector("#trigger-warning")
+        assert "<img" in page.locator("#trigger-warning").inner_text()
+        assert page.locator("#recall-note img, #trigger-warning img, #triggers img").count() == 0
+        assert page.evaluate("window.hurt") is None
+    finally:
+        session.shelf.delete(named.id)
