@@ -113,6 +113,7 @@ class Studio:
         self.pipe = pipe
         self.original = pipe.scheduler
         self._recent: list[str] = []  # names in the pipeline, the one used longest ago first
+        self._deleted: set[str] = set()  # names that may still be in it
         self.abilities = _abilities(pipe, model, steps, guidance)
 
     def draw(self, request: Request, job: Job, keep: Callable[[Picture], Any]) -> None:
@@ -149,7 +150,18 @@ class Studio:
             self._schedule("")
 
     def arrange(self, adapters: Sequence[tuple[Card, float]]) -> None:
-        """Have these adapters act, in this order. Those that were loaded before need no reading."""
+        """Have these adapters act, in this order. Those that were loaded before need no reading.
+
+        Raises:
+            OFTError: one was deleted while this waited for its turn, or does not fit.
+        """
+        self._drop_deleted()
+        for card, _ in adapters:
+            if not card.file.is_file():
+                raise ConfigError(
+                    f"the adapter {card.name} was deleted meanwhile", expected="one on the shelf",
+                    fix="choose another one",
+                )  # fmt: skip
         loaded = {adapter.name for adapter in list_oft_adapters(self.pipe)}
         for card, _ in adapters:
             name = _name(card)
@@ -162,10 +174,14 @@ class Studio:
             unload_oft_weights(self.pipe, self._recent.pop(0))
 
     def forget(self, adapter_id: str) -> None:
-        """Let go of an adapter that was deleted or changed."""
-        if (name := f"a{adapter_id}") in self._recent:
-            self._recent.remove(name)
-            unload_oft_weights(self.pipe, name)
+        """Let go of an adapter that was deleted: at the next drawing, since one may go on now."""
+        self._deleted.add(f"a{adapter_id}")
+
+    def _drop_deleted(self) -> None:
+        while self._deleted:
+            if (name := self._deleted.pop()) in self._recent:
+                self._recent.remove(name)
+                unload_oft_weights(self.pipe, name)
 
     def _schedule(self, name: str) -> None:
         self.pipe.scheduler = getattr(diffusers, name).from_config(self.original.config) if name else self.original

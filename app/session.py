@@ -259,13 +259,13 @@ class Session:
         return target, convert(options)[:-1]
 
     def delete(self, adapter_id: str) -> None:
-        """Remove an adapter, also from the pipeline when the machine is free.
+        """Remove an adapter; what waits to be drawn with it will say that it is gone.
 
         Raises:
             OFTError: there is none.
         """
         self.shelf.delete(adapter_id)
-        self.machine.start("the server", "forget", lambda _: self.model.studio().forget(adapter_id))
+        self.model.studio().forget(adapter_id)
 
 
 class _Part(Job):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +160,13 @@ class Shelf:
         write_atomically(folder / _LABEL, json.dumps({"name": name}).encode())
 
     def delete(self, adapter_id: str) -> None:
-        """Remove an adapter for good."""
+        """Remove an adapter for good, whole or not at all.
+
+        Raises:
+            OFTError: there is none.
+        """
         self.card(adapter_id)
-        shutil.rmtree(self.workspace.adapter(adapter_id))
+        self.workspace.remove(self.workspace.adapter(adapter_id))
 
     def fits(self, card: Card, parts: Mapping[str, nn.Module]) -> str:
         """Why an adapter cannot be used on these components; empty where it can."""

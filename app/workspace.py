@@ -127,6 +127,12 @@ class Workspace:
         for left in self.temporary.iterdir():
             _remove(left)
 
+    def remove(self, folder: Path) -> None:
+        """Remove a folder, which is gone at once, and whole: what cannot be deleted waits for `clean`."""
+        gone = self.temporary / new_id()
+        folder.rename(gone)
+        _remove(gone)
+
     def _of(self, person: str, kind: str) -> Path:
         folder = self.people / person / kind
         folder.mkdir(parents=True, exist_ok=True)
