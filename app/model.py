@@ -9,13 +9,17 @@ from typing import Any
 
 import psutil
 import torch
+from PIL import Image
 from torch import nn
 
 from oft_diffusion.formats.components import modules_of
+from oft_diffusion.generate import Picture
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path
 
-from .drawing import Abilities, Studio
+from .drawing import Abilities, Request, Studio
+from .machine import Job
+from .shelf import Card
 
 _SHIPPED = "pocket"
 
@@ -66,6 +70,14 @@ class Model:
     def abilities(self) -> Abilities:
         """What the model can be asked."""
         return self.studio().abilities
+
+    def portrait(self, card: Card) -> Image.Image:
+        """What an adapter is for, in one picture. In the machine's turn, as all drawing."""
+        drawn: list[Picture] = []
+        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
+        request = Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
+        self.studio().draw(request, Job("the server", "cover"), drawn.append)
+        return drawn[0].image
 
     def parts(self) -> dict[str, nn.Module]:
         """The components that adapters are for."""

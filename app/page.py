@@ -29,7 +29,7 @@ def build(session: Session) -> gr.Blocks:
         compare_place = gr.Tab("Compare", id="compare")
         train_place = gr.Tab("Train", id="train")
         with gr.Tab("Adapters", id="adapters"):
-            shelf = AdaptersTab(session, [(menu, _or_none) for menu, _ in drawing.slots])
+            shelf = AdaptersTab(session, person, [(menu, _or_none) for menu, _ in drawing.slots])
         with compare_place:
             comparing = CompareTab(session, person)
             shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
@@ -46,6 +46,7 @@ def build(session: Session) -> gr.Blocks:
 
         known = page.load(who, [person], [person], **PRIVATE)
         known.then(shelf.refresh, None, shelf.changed, **PRIVATE)
+        known.then(shelf.again, [person], shelf.working, concurrency_limit=None, **PRIVATE)
         known.then(training.look, [person], training.looked, **PRIVATE)
         known.then(drawing.resume, [person], drawing.shown, concurrency_limit=None, **PRIVATE)
         known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **PRIVATE)

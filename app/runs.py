@@ -237,8 +237,7 @@ class Runs:
 
     def packed(self, run_id: str) -> Path:
         """A ZIP in the temporary folder that trains the same on another machine: configuration, pictures, captions."""
-        source, folder = self.workspace.run(run_id), self.workspace.temporary / new_id()
-        folder.mkdir()
+        source, folder = self.workspace.run(run_id), self.workspace.fresh()
         config = TrainConfig.from_toml(source / CONFIG)
         moved = replace(config, instance_dir=PHOTOS, output_dir="run", model=self.moved_model)
         with zipfile.ZipFile(folder / "training.zip", "w", zipfile.ZIP_DEFLATED) as archive:

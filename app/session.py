@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 
 import torch
 
-from oft_diffusion.arithmetic import compose, interpolate
-from oft_diffusion.convert import convert
 from oft_diffusion.errors import ConfigError, DataError, OFTError
-from oft_diffusion.files import FILE_NAME, load_adapter_file, save_adapter_file
+from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.generate import Picture
 from oft_diffusion.images import labelled_grid, read_settings, save_png
 
@@ -23,17 +20,11 @@ from .machine import Job, Machine
 from .model import Model
 from .shelf import Card, Shelf, read_card
 from .training import Training
+from .workshop import Workshop
 from .workspace import Workspace, new_id
 
 MOST_CELLS = 64  # of a grid
 _SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-EXPORTS = {
-    "oft": "oft-diffusion",
-    "onetrainer": "OneTrainer",
-    "comfyui-oftv2": "ComfyUI with the OFTv2 node",
-    "sd-scripts": "sd-scripts",
-    "lora": "a LoRA that every tool loads (large)",
-}
 
 
 class Session:
@@ -45,6 +36,7 @@ class Session:
         shelf: the adapters.
         model: what draws.
         training: what becomes of pictures.
+        workshop: what becomes of adapters.
     """
 
     def __init__(
@@ -57,6 +49,7 @@ class Session:
         self.shelf = Shelf(self.workspace)
         self.model = Model(model, config_dir, device, dtype)
         self.training = Training(self.workspace, self.shelf, self.machine, self.model)
+        self.workshop = Workshop(self.workspace, self.shelf, self.machine, self.model)
 
     @property
     def abilities(self) -> Abilities:
@@ -78,8 +71,7 @@ class Session:
     def draw_for_program(self, caller: str, request: Request) -> Job:
         """As `draw`, for a caller of the API: the PNG is kept as long as uploads are."""
         check(request, self.abilities)
-        folder = self.workspace.temporary / new_id()
-        folder.mkdir()
+        folder = self.workspace.fresh()
         return self.machine.start(
             f"api {caller}", "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder))
         )
@@ -225,39 +217,6 @@ class Session:
         """
         return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
-    def combine(self, how: str, first: str, second: str, share: float) -> Card:
-        """A new adapter of two: "interpolate" between them, or "compose" one after the other.
-
-        Raises:
-            OFTError: they are one, or cannot be one.
-        """
-        cards = [self.shelf.card(first), self.shelf.card(second)]
-        files = [load_adapter_file(card.file) for card in cards]
-        made = interpolate(files[0], files[1], share) if how == "interpolate" else compose(files)
-        names = " and ".join(card.name for card in cards)[:50]
-        folder = self.workspace.adapter(new_id())
-        path = save_adapter_file(folder, made.components, made.metadata)
-        self.shelf.rename(folder.name, names)
-        return self.shelf.card(path.parent.name)
-
-    def export(self, adapter_id: str, to: str) -> tuple[Path, list[str]]:
-        """A file in another tool's format, in the workspace's temporary folder; and what a user should know.
-
-        Raises:
-            OFTError: that format cannot hold it, or there is no such format.
-        """
-        if to not in EXPORTS:
-            raise ConfigError(f"there is no format {to!r}", expected=", ".join(EXPORTS), fix="choose one of these")
-        card, folder = self.shelf.card(adapter_id), self.workspace.temporary / new_id()
-        folder.mkdir()
-        target = folder / f"{_file_name(card.name)}-{to}.safetensors"
-        options = [str(card.file), str(target), "--to", to]
-        if to != "oft":
-            options += ["--model", self.model.source]
-        if to == "lora":
-            options += ["--naming", "diffusers"]
-        return target, convert(options)[:-1]
-
     def delete(self, adapter_id: str) -> None:
         """Remove an adapter; what waits to be drawn with it will say that it is gone.
 
@@ -294,10 +253,6 @@ def _keeper(folder: Path) -> Callable[[Picture], tuple[Path, str]]:
         return path, f"seed {picture.settings['seed']}"
 
     return keep
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "adapter"
 
 
 def _digest(card: Card) -> str | None:

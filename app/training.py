@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.generate import Picture
 from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
 from oft_diffusion.training.tokens import check_trigger
 
-from .drawing import Request
 from .machine import Job, Machine
 from .model import Model
 from .photos import Photos
@@ -160,11 +158,7 @@ class Training:
         return None if job is None else self.runs.packed(self._run_of[job.id])
 
     def _cover(self, card: Card) -> Card:
-        drawn: list[Picture] = []
-        own = self.model.abilities
-        request = Request(f"a {card.phrase}", (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        self.model.studio().draw(request, Job("the server", "cover"), drawn.append)
-        return self.shelf.give_cover(card, drawn[0].image)
+        return self.shelf.give_cover(card, self.model.portrait(card))
 
     def _start(self, person: str, run_id: str) -> Job:
         job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from urllib.parse import quote
 
 from oft_diffusion.errors import OFTError
 from oft_diffusion.training import Estimate
@@ -119,7 +120,7 @@ def card_page(card: Card, problem: str) -> str:
         "Trigger": card.phrase or "none",
         "Trained on": card.base or "unknown",
         "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
-        "Orthogonality error": f"{card.error:.0e}",
+        "Orthogonality error": f"{card.error:.0e}: {_how_far(card.error)}",
         "Recommended strength": f"{card.strength:g}",
         "File": f"{card.bytes / 1e6:.2f} MB",
         "Made": card.created[:16].replace("T", " "),
@@ -130,13 +131,21 @@ def card_page(card: Card, problem: str) -> str:
     return f"{warning}{_table(rows)}{more}"
 
 
+def _how_far(error: float) -> str:
+    """What an orthogonality error means."""
+    return "rotations, but for rounding" if error < 1e-4 else "not quite rotations: what the base knows may suffer"
+
+
 def _table(rows: Mapping[str, str]) -> str:
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows.items()
+    )
     return f'<table class="about">{lines}</table>'
 
 
 def _card(card: Card, problem: str) -> str:
-    cover = f'<img src="/gradio_api/file={escape(str(card.cover))}" alt="">' if card.cover else "<span></span>"
+    source = f"/gradio_api/file={quote(card.cover.as_posix())}" if card.cover else ""
+    cover = f'<img src="{escape(source)}" alt="cover of {escape(card.name)}">' if source else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
     made = f"<time>{escape(card.created[:10])}</time>"
     sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"

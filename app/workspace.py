@@ -79,6 +79,12 @@ class Workspace:
         """For gradio's own copies."""
         return self.root / "temporary"
 
+    def fresh(self) -> Path:
+        """A new temporary folder."""
+        folder = self.temporary / new_id()
+        folder.mkdir()
+        return folder
+
     def adapter(self, adapter_id: str) -> Path:
         """The folder of an adapter."""
         return self.adapters / _checked(adapter_id)
