@@ -11,6 +11,7 @@ import gradio as gr
 from oft_diffusion.errors import OFTError
 
 from .events import PRIVATE
+from .kept_box import KeptBox
 from .machine import Busy, Job
 from .session import Session
 from .shelf import Card
@@ -85,6 +86,7 @@ class AdaptersTab:
                     self.rename = gr.Button("Rename", elem_id="rename")
                     self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
                     self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
+                self.kept = KeptBox(session.training.kept, person)
         self.menus = [(self.chosen, all_of), (self.second, all_of), *menus]
 
     def _two(self) -> None:

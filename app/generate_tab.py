@@ -21,7 +21,7 @@ from .words import explained, status_line
 
 SLOTS = 3
 NONE = ""
-_HISTORY = 60  # pictures that are shown
+HISTORY = 60  # pictures that are shown
 
 
 class GenerateTab:
@@ -261,7 +261,7 @@ class GenerateTab:
         return cards
 
     def _earlier(self, person: str) -> list[str]:
-        return [str(path) for path in self.session.history(person)[:_HISTORY]]
+        return [str(path) for path in self.session.history(person)[:HISTORY]]
 
 
 def _as_it_came(payload: Any) -> str | None:

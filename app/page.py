@@ -8,7 +8,7 @@ from .adapters_tab import AdaptersTab, Cards, Choices, usable
 from .api import Api
 from .compare_tab import CompareTab
 from .events import PRIVATE
-from .generate_tab import NONE, GenerateTab
+from .generate_tab import HISTORY, NONE, GenerateTab
 from .session import Session
 from .train_tab import TrainTab
 from .workspace import is_token, new_token
@@ -37,6 +37,12 @@ def build(session: Session) -> gr.Blocks:
         shelf.wire()
         with train_place:
             training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots[0][0])
+        shelf.kept.shows = [
+            (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
+            (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
+            (drawing.history, lambda person: [str(path) for path in session.history(person)[:HISTORY]]),
+        ]
+        shelf.kept.wire()
 
         def who(token: object, request: gr.Request) -> str:
             """A user with a password is the same person in each browser; others are known by their browser."""

@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,11 +130,14 @@ class Runs:
         self.check(wish, photos)
         run_id = new_id()
         folder = self.workspace.run(run_id)
-        photos.copy_to(folder / PHOTOS)
         config = self.config(wish, folder)
-        write_atomically(folder / CONFIG, config.to_toml().encode())
-        begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
-        self._note(run_id, begun | {"done": False})
+        with ExitStack() as unless_done:
+            unless_done.callback(shutil.rmtree, folder, ignore_errors=True)
+            photos.copy_to(folder / PHOTOS)
+            write_atomically(folder / CONFIG, config.to_toml().encode())
+            begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
+            self._note(run_id, begun | {"done": False})
+            unless_done.pop_all()
         return run_id
 
     def estimate(self, wish: Wish, photos: Photos, job: Job) -> None:

@@ -65,6 +65,7 @@ class Session:
             OFTError, Busy: before anyone waits, where the request cannot be right, or too much waits already.
         """
         check(request, self.abilities)
+        self.training.kept.check_room(person)
         folder = self.workspace.pictures(person)
         return self.machine.start(person, "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder)))
 
@@ -118,6 +119,7 @@ class Session:
             raise DataError(f"a sheet of {cells} pictures", expected=f"at most {MOST_CELLS}", fix="ask for fewer")
         for row in rows:
             check(row, self.abilities)
+        self.training.kept.check_room(person)
         folder = self.workspace.pictures(person)
 
         def work(job: Job) -> None:

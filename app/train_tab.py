@@ -245,7 +245,7 @@ class TrainTab:
             yield from self.follow(job)
         else:
             skipped = [gr.skip()] * len(self.shown)
-            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier(person))
+            skipped[self.shown.index(self.earlier)] = gr.update(choices=self.unfinished(person))
             yield tuple(skipped)
 
     def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
@@ -265,7 +265,7 @@ class TrainTab:
                 gr.update(interactive=now.ended),
                 *[gr.update(interactive=not now.ended)] * 2,
                 *[gr.update(interactive=now.state == "working")] * 2,
-                gr.update(choices=self._earlier(job.owner)) if now.ended else gr.skip(),
+                gr.update(choices=self.unfinished(job.owner)) if now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
 
@@ -293,6 +293,7 @@ class TrainTab:
     def _problem(self, text: str) -> tuple[Any, ...]:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
-    def _earlier(self, person: str) -> list[tuple[str, str]]:
+    def unfinished(self, person: str) -> list[tuple[str, str]]:
+        """Runs that can be gone on with, for the menu."""
         unfinished = self.training.unfinished(person)
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

@@ -13,7 +13,8 @@ from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
 from oft_diffusion.training.tokens import check_trigger
 
-from .machine import Job, Machine
+from .kept import Kept
+from .machine import Busy, Job, Machine
 from .model import Model
 from .photos import Photos
 from .runs import Earlier, Runs, Wish
@@ -28,8 +29,7 @@ class Training:
 
     def __init__(self, workspace: Workspace, shelf: Shelf, machine: Machine, model: Model) -> None:
         self.workspace, self.shelf, self.machine, self.model = workspace, shelf, machine, model
-        self._run_of: dict[str, str] = {}  # job to run
-        self._job_of: dict[str, Job] = {}  # run to its last job
+        self.kept = Kept(workspace, machine, lambda: self.runs.earlier())
         self._taking = threading.Lock()
 
     @cached_property
@@ -105,7 +105,14 @@ class Training:
         Raises:
             OFTError, Busy: before anyone waits, where something is missing or wrong.
         """
-        return self._start(person, self.runs.prepare(wish, self.photos(person)))
+        self.machine.check(person)
+        self.kept.check_room(person)
+        run_id = self.runs.prepare(wish, self.photos(person))
+        try:
+            return self._start(person, run_id)
+        except Busy:  # somebody was quicker
+            self.workspace.remove(self.workspace.run(run_id))
+            raise
 
     def estimate(self, person: str, wish: Wish) -> Job:
         """Measure what that training would take, named or not; the job finds an `Estimate`.
@@ -133,8 +140,8 @@ class Training:
         Nobody else's: who goes on with a run can take its pictures along.
         """
         owner = self.workspace.person(person)
-        jobs = {run: job for run, job in self._job_of.items() if not job.progress.ended}
-        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in jobs]
+        going = {job.about for job in self.machine.going("train")}
+        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in going]
 
     def stop(self, person: str, *, pause: bool) -> None:
         """End this person's run after its step; paused, it can be gone on with."""
@@ -150,17 +157,15 @@ class Training:
 
     def command(self, job: Job) -> str:
         """The command line that trains the same on this machine."""
-        return self.runs.command(self._run_of[job.id])
+        return self.runs.command(job.about)
 
     def packed(self, person: str) -> Path | None:
         """A ZIP that trains the same as this person's last run, on another machine."""
         job = self.machine.newest(person, "train")
-        return None if job is None else self.runs.packed(self._run_of[job.id])
+        return None if job is None else self.runs.packed(job.about)
 
     def _cover(self, card: Card) -> Card:
         return self.shelf.give_cover(card, self.model.portrait(card))
 
     def _start(self, person: str, run_id: str) -> Job:
-        job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))
-        self._run_of[job.id], self._job_of[run_id] = run_id, job
-        return job
+        return self.machine.start(person, "train", lambda job: self.runs.work(run_id, job), run_id)

@@ -13,14 +13,19 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from oft_diffusion.disk import is_writable, write_atomically
 from oft_diffusion.errors import ConfigError, DataError
 
 _ID = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(r"[0-9a-f]{32}")
-_KEEP_UPLOADS = 24 * 3600  # seconds
+_KEEP_UPLOADS = _KEEP_COPIES = 24 * 3600  # seconds
+_CLEAN_EVERY = 3600  # seconds
 
 
 _born = 0  # when the last id was, in ticks of 65 microseconds
@@ -123,15 +128,45 @@ class Workspace:
             path.chmod(0o600)
         return hmac.new(path.read_bytes(), user.encode(), "sha256").hexdigest()[:32]
 
-    def clean(self) -> None:
-        """Remove uploads and grids that are a day old, and gradio's copies."""
-        limit = time.time() - _KEEP_UPLOADS
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else serves this folder meanwhile: two servers would remove each other's files.
+
+        Raises:
+            ConfigError: another server does.
+        """
+        lock = FileLock(self.root / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ConfigError(
+                f"another server works in {self.root}", expected="a workspace of its own for each",
+                fix="end that one, or choose another --workspace",
+            ) from error  # fmt: skip
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clean(self, copies: float = 0.0) -> None:
+        """Remove uploads and grids that are a day old, and what is temporary.
+
+        Args:
+            copies: how old that has to be, in seconds. By when it came here: a copy is as old as what it is of.
+        """
+        now = time.time()
         for kind in ("uploads", "grids"):
             for left in self.people.glob(f"*/{kind}/*"):
-                if left.stat().st_mtime < limit:
+                if left.stat().st_mtime < now - _KEEP_UPLOADS:
                     _remove(left)
         for left in self.temporary.iterdir():
-            _remove(left)
+            if left.stat().st_ctime <= now - copies:
+                _remove(left)
+
+    def keep_clean(self, until: threading.Event) -> None:
+        """Clean each hour, leaving what is temporary for a day."""
+        while not until.wait(_CLEAN_EVERY):
+            self.clean(_KEEP_COPIES)
 
     def remove(self, folder: Path) -> None:
         """Remove a folder, which is gone at once, and whole: what cannot be deleted waits for `clean`."""

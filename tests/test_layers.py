@@ -87,19 +87,20 @@ LAYERS: dict[str, Layer] = {
     "train_scripts/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} skimage matplotlib"),
     **{  # what works without a browser
         f"app/{name}.py": Layer(f"{_EVERYTHING} __init__", _CORE)
-        for name in (
+        for name in [
             "session",
             "training",
             "machine",
-            "workspace",
             "shelf",
             "drawing",
             "photos",
             "runs",
+            "kept",
             "words",
             "workshop",
-        )
+        ]
     },
+    "app/workspace.py": Layer(f"{_EVERYTHING} __init__", f"{_CORE} filelock"),
     "app/model.py": Layer(f"{_EVERYTHING} __init__", f"{_CORE} psutil"),
     "app/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} gradio"),
 }
