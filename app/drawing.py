@@ -111,7 +111,7 @@ class Studio:
 
     def __init__(self, pipe: Any, model: str, steps: int, guidance: float) -> None:
         self.pipe = pipe
-        self.original = pipe.scheduler
+        self.original, self.device = pipe.scheduler, pipe.device
         self._recent: list[str] = []  # names in the pipeline, the one used longest ago first
         self._deleted: set[str] = set()  # names that may still be in it
         self.abilities = _abilities(pipe, model, steps, guidance)
@@ -124,6 +124,8 @@ class Studio:
             OFTError: an adapter does not fit, or the pipeline refuses a setting.
         """
         job.tell(text="preparing")
+        if self.pipe.device != self.device:
+            self.pipe.to(self.device)
         self.arrange(request.adapters)
         job.check()
         previews, started = _Previews(self.pipe), time.monotonic()
@@ -172,6 +174,12 @@ class Studio:
             set_oft_adapters(self.pipe, [_name(card) for card, _ in adapters], [strength for _, strength in adapters])
         while len(self._recent) > max(_MOST_LOADED, len(adapters)):
             unload_oft_weights(self.pipe, self._recent.pop(0))
+
+    def rest(self) -> None:
+        """Leave the device's memory to others until the next drawing."""
+        if self.pipe.device.type != "cpu":
+            self.pipe.to("cpu")
+            torch.cuda.empty_cache()
 
     def forget(self, adapter_id: str) -> None:
         """Let go of an adapter that was deleted: at the next drawing, since one may go on now."""

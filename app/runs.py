@@ -135,7 +135,10 @@ class Runs:
             unless_done.callback(shutil.rmtree, folder, ignore_errors=True)
             photos.copy_to(folder / PHOTOS)
             write_atomically(folder / CONFIG, config.to_toml().encode())
-            begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
+            begun = {
+                "name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps,
+                "model": self.moved_model,
+            }  # fmt: skip
             self._note(run_id, begun | {"done": False})
             unless_done.pop_all()
         return run_id
@@ -234,6 +237,10 @@ class Runs:
     def with_checkpoints(self) -> list[Earlier]:
         """Those that have any to compare, newest first."""
         return [run for run in self.earlier() if run.checkpoints]
+
+    def model_of(self, run_id: str) -> str:
+        """What a run was begun on, as the app's `--model` has it."""
+        return str(self._state(run_id).get("model", self.moved_model))  # runs of earlier versions do not tell
 
     def command(self, run_id: str) -> str:
         """The command line that trains the same on this machine."""

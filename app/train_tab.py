@@ -21,12 +21,6 @@ from .words import empty, explained, status_line, told
 
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
-_PRESETS = {
-    "pocket": "the pocket base",
-    "sd15": "Stable Diffusion, for 14 GB of memory or more",
-    "sd15_text_encoder": "the same, with the text encoder",
-    "sd15_low_memory": "Stable Diffusion, where memory is short",
-}
 
 
 class TrainTab:
@@ -76,10 +70,10 @@ class TrainTab:
         self.words_note = gr.HTML(told(""), elem_id="words-note")
 
     def _settings(self) -> None:
-        defaults, presets = self.training.defaults(), self.training.runs.presets
+        defaults, presets = self.training.defaults(), self.training.model.presets()
         with gr.Row():
             self.preset = gr.Dropdown(
-                [(_PRESETS.get(name, name), name) for name in presets], value=presets[0], label="For",
+                [(preset.about, name) for name, preset in presets.items()], value=next(iter(presets)), label="For",
                 elem_id="run-preset", visible=len(presets) > 1,
             )  # fmt: skip
             self.length = gr.Radio(list(LENGTHS), value="as recommended", label="How long", elem_id="run-length")

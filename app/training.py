@@ -21,8 +21,6 @@ from .runs import Earlier, Runs, Wish
 from .shelf import Card, Shelf
 from .workspace import Workspace
 
-_ENOUGH = 14e9  # bytes of memory, for the presets that spend it on speed
-
 
 class Training:
     """Training in a workspace, on a model."""
@@ -35,16 +33,14 @@ class Training:
     @cached_property
     def runs(self) -> Runs:
         """With the presets that fit the model and this machine."""
-        model = self.model
-        if model.shipped:
-            return Runs(self.workspace, self.shelf, model.source, model.name, ["pocket"], {}, self._cover)
-        presets = ["sd15", "sd15_text_encoder", "sd15_low_memory"]
-        if model.memory() < _ENOUGH:
-            presets.reverse()
-        knobs: dict[str, Any] = {"resolution": model.abilities.size, "config_dir": model.config_dir}
-        if model.device == "cpu":
-            knobs["mixed_precision"] = "no"
-        return Runs(self.workspace, self.shelf, model.source, model.name, presets, knobs, self._cover)
+        model, knobs = self.model, dict[str, Any]()
+        if not model.shipped:
+            own = model.abilities
+            knobs = {
+                "resolution": own.size, "config_dir": model.config_dir, "mixed_precision": model.precision(),
+                "sampling_steps": own.steps, "guidance_scale": own.guidance,
+            }  # fmt: skip
+        return Runs(self.workspace, self.shelf, model.source, model.name, list(model.presets()), knobs, self._cover)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -128,10 +124,15 @@ class Training:
         """Go on with a run that was paused or cut off.
 
         Raises:
-            OFTError, Busy: there is no such run of this person.
+            OFTError, Busy: there is no such run of this person, or it was begun on another model.
         """
         if run_id not in {run.id for run in self.unfinished(person)}:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
+        if (begun_on := self.runs.model_of(run_id)) != self.model.name:
+            raise ConfigError(
+                f"this run was begun on {begun_on}, and this server has {self.model.name}",
+                expected="the model that it was begun on", fix=f"start the app with --model {begun_on}",
+            )  # fmt: skip
         return self._start(person, run_id)
 
     def unfinished(self, person: str) -> list[Earlier]:
@@ -168,4 +169,8 @@ class Training:
         return self.shelf.give_cover(card, self.model.portrait(card))
 
     def _start(self, person: str, run_id: str) -> Job:
-        return self.machine.start(person, "train", lambda job: self.runs.work(run_id, job), run_id)
+        def work(job: Job) -> None:
+            self.model.studio().rest()  # training holds the model once more
+            self.runs.work(run_id, job)
+
+        return self.machine.start(person, "train", work, run_id)
