@@ -40,6 +40,7 @@ def build(session: Session) -> gr.Blocks:
         shelf.kept.shows = [
             (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
             (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
+            (training.along, lambda person: gr.update(choices=training.runs(person), value="")),
             (drawing.history, lambda person: [str(path) for path in session.history(person)[:HISTORY]]),
         ]
         shelf.kept.wire()

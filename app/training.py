@@ -11,13 +11,15 @@ from typing import Any
 from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
+from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.tokens import check_trigger
 
 from .kept import Kept
 from .machine import Busy, Job, Machine
 from .model import Model
+from .packing import packed, settings, settings_file
 from .photos import Photos
-from .runs import Earlier, Runs, Wish
+from .runs import PHOTOS, Asked, Earlier, Runs, Wish, check_limits
 from .shelf import Card, Shelf
 from .workspace import Workspace
 
@@ -140,30 +142,69 @@ class Training:
 
         Nobody else's: who goes on with a run can take its pictures along.
         """
-        owner = self.workspace.person(person)
         going = {job.about for job in self.machine.going("train")}
-        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in going]
+        return [run for run in self.mine(person) if not run.done and run.id not in going]
 
-    def stop(self, person: str, *, pause: bool) -> None:
-        """End this person's run after its step; paused, it can be gone on with."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            if job.progress.state == "waiting":
-                self.machine.cancel(person, job.id)
-            self.runs.stop(job, pause=pause)
-
-    def ask(self, person: str, what: str) -> None:
-        """Have this person's run "save" or "sample" after its step."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            self.runs.ask(job, what)
-
-    def command(self, job: Job) -> str:
-        """The command line that trains the same on this machine."""
-        return self.runs.command(job.about)
-
-    def packed(self, person: str) -> Path | None:
-        """A ZIP that trains the same as this person's last run, on another machine."""
+    def stop(self, person: str, *, pause: bool) -> str:
+        """End this person's run after its step; paused, it can be gone on with. What will be, in a sentence."""
         job = self.machine.newest(person, "train")
-        return None if job is None else self.runs.packed(job.about)
+        if job is None or job.progress.ended:
+            return "Nothing is being trained"
+        if job.progress.state == "waiting":
+            self.machine.cancel(person, job.id)
+        self.runs.stop(job, pause=pause)
+        return "It pauses after this step" if pause else "It ends after this step, and the adapter is kept"
+
+    def ask(self, person: str, what: Asked) -> str:
+        """Have this person's run "save" or "sample" after its step. What will be, in a sentence."""
+        job = self.machine.newest(person, "train")
+        if job is None or not self.runs.ask(job, what):
+            return "Nothing is being trained"
+        return {
+            "save": "Asked: a checkpoint is saved after this step",
+            "sample": "Asked: pictures are drawn after this step",
+        }[what]
+
+    # -- elsewhere ---------------------------------------------------------------------------------------------------
+
+    def mine(self, person: str) -> list[Earlier]:
+        """This person's runs, newest first."""
+        owner = self.workspace.person(person)
+        return [run for run in self.runs.earlier() if run.owner == owner]
+
+    def settings_of(self, person: str, what: Wish | str) -> Path:
+        """The settings of what is filled in, or of a run, as a file for another machine.
+
+        Raises:
+            OFTError: a setting is unusable, or this person has no such run.
+        """
+        config, _ = self._config(person, what)
+        return settings_file(self.workspace.fresh(), settings(config, self.model.name))
+
+    def packed(self, person: str, what: Wish | str) -> Path:
+        """The same with pictures and captions, as a ZIP that trains the same on another machine.
+
+        Raises:
+            OFTError: as `settings_of`, or there are no pictures.
+        """
+        config, pictures = self._config(person, what)
+        folder = self.workspace.fresh()
+        if pictures is None:
+            photos, pictures = self.photos(person), folder / PHOTOS
+            if photos.count() == 0:
+                raise ConfigError("there are no pictures to pack", expected="3 to 8 of the subject", fix="drop some")
+            photos.copy_to(pictures)
+        return packed(folder, settings(config, self.model.name), pictures)
+
+    def _config(self, person: str, what: Wish | str) -> tuple[TrainConfig, Path | None]:
+        """A configuration, and where a run's pictures are."""
+        if isinstance(what, Wish):
+            config = self.runs.config(what, self.workspace.temporary)
+            check_limits(config)
+            return config, None
+        if what not in {run.id for run in self.mine(person)}:
+            raise ConfigError("there is no such run", expected="one of yours", fix="choose one")
+        return self.runs.config_of(what), self.workspace.run(what) / PHOTOS
 
     def _cover(self, card: Card) -> Card:
         return self.shelf.give_cover(card, self.model.portrait(card))

@@ -1,6 +1,7 @@
 """Where the app keeps things: one folder, in which everything goes by an id that the server made.
 
-`adapters/<id>/`, `runs/<id>/`, `people/<digest of a token>/pictures/<id>.png`, and `uploads/` beside. Ids and tokens
+`adapters/<id>/`, `runs/<id>/`, `people/<digest of a token>/pictures/<id>.png`, and `uploads/` beside;
+`class_images/<digest of how they were made>/` are for all runs. Ids and tokens
 are checked before they become part of a path; nothing else that a browser sends ever does.
 """
 
@@ -8,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +28,7 @@ from oft_diffusion.errors import ConfigError, DataError
 _ID = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _KEEP_UPLOADS = _KEEP_COPIES = 24 * 3600  # seconds
+_KEEP_CLASS_IMAGES = 30 * 24 * 3600  # seconds since a run began that used them
 _CLEAN_EVERY = 3600  # seconds
 
 
@@ -83,6 +87,13 @@ class Workspace:
     def temporary(self) -> Path:
         """For gradio's own copies."""
         return self.root / "temporary"
+
+    def class_images(self, record: Mapping[str, Any]) -> Path:
+        """The folder of class images that were made in one way, for all runs that want such."""
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+        folder = self.root / "class_images" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def fresh(self) -> Path:
         """A new temporary folder."""
@@ -149,7 +160,7 @@ class Workspace:
             lock.release()
 
     def clean(self, copies: float = 0.0) -> None:
-        """Remove uploads and grids that are a day old, and what is temporary.
+        """Remove uploads and grids that are a day old, class images unused for a month, and what is temporary.
 
         Args:
             copies: how old that has to be, in seconds. By when it came here: a copy is as old as what it is of.
@@ -159,6 +170,9 @@ class Workspace:
             for left in self.people.glob(f"*/{kind}/*"):
                 if left.stat().st_mtime < now - _KEEP_UPLOADS:
                     _remove(left)
+        for left in self.root.glob("class_images/*"):
+            if left.stat().st_mtime < now - _KEEP_CLASS_IMAGES:
+                _remove(left)
         for left in self.temporary.iterdir():
             if left.stat().st_ctime <= now - copies:
                 _remove(left)

@@ -96,6 +96,7 @@ LAYERS: dict[str, Layer] = {
             "photos",
             "runs",
             "kept",
+            "packing",
             "presets",
             "words",
             "workshop",
