@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import gradio as gr
 
 from .adapters_tab import AdaptersTab, Cards, Choices, usable
@@ -14,11 +17,37 @@ from .train_tab import TrainTab
 from .workspace import is_token, new_token
 
 
-def build(session: Session) -> gr.Blocks:
+class Page(gr.Blocks):
+    """Blocks whose events trust no browser to say who somebody with a password is.
+
+    Attributes:
+        person: the component that says who somebody without one is.
+        token_of: gives the token of a user.
+    """
+
+    person: gr.BrowserState
+    token_of: Callable[[str], str]
+
+    async def process_api(
+        self, block_fn: Any, inputs: list[Any], state: Any = None, request: Any = None, **more: Any
+    ) -> dict[str, Any]:
+        """As gradio's; each event passes here, those of parts that are laid out later, too."""
+        user = getattr(request[0] if isinstance(request, list) else request, "username", None)
+        if user:
+            event = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
+            own = self.token_of(str(user))
+            inputs = [
+                own if block is self.person else value for block, value in zip(event.inputs, inputs, strict=False)
+            ]
+        return await super().process_api(block_fn, inputs, state, request, **more)
+
+
+def build(session: Session) -> Page:
     """The page as gradio Blocks."""
-    with gr.Blocks(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+    with Page(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         Api(session)  # first, so that its names are not taken
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
+        page.person, page.token_of = person, session.workspace.token_of
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
             f"anywhere under *Generate*. {_where(session.model.device)}",
@@ -45,10 +74,8 @@ def build(session: Session) -> gr.Blocks:
         ]
         shelf.kept.wire()
 
-        def who(token: object, request: gr.Request) -> str:
-            """A user with a password is the same person in each browser; others are known by their browser."""
-            if request.username:
-                return session.workspace.token_of(str(request.username))
+        def who(token: object) -> str:
+            """A token for a browser that has none; a user with a password has one already (`Page`)."""
             return str(token) if is_token(token) else new_token()
 
         known = page.load(who, [person], [person], **PRIVATE)
