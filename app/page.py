@@ -29,7 +29,7 @@ class Page(gr.Blocks):
     token_of: Callable[[str], str]
 
     async def process_api(
-        self, block_fn: Any, inputs: list[Any], state: Any = None, request: Any = None, **more: Any
+        self, block_fn: Any, inputs: list[Any], state: Any = None, request: Any = None, *rest: Any, **more: Any
     ) -> dict[str, Any]:
         """As gradio's; each event passes here, those of parts that are laid out later, too."""
         user = getattr(request[0] if isinstance(request, list) else request, "username", None)
@@ -39,13 +39,14 @@ class Page(gr.Blocks):
             inputs = [
                 own if block is self.person else value for block, value in zip(event.inputs, inputs, strict=False)
             ]
-        return await super().process_api(block_fn, inputs, state, request, **more)
+        return await super().process_api(block_fn, inputs, state, request, *rest, **more)
 
 
 def build(session: Session) -> Page:
     """The page as gradio Blocks."""
     with Page(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        Api(session)  # first, so that its names are not taken
+        programs = Api(session)  # first, so that its names are not taken
+        page.unload(programs.gone)
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
         page.person, page.token_of = person, session.workspace.token_of
         gr.Markdown(

@@ -69,13 +69,19 @@ class Session:
         folder = self.workspace.pictures(person)
         return self.machine.start(person, "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder)))
 
-    def draw_for_program(self, caller: str, request: Request) -> Job:
+    def draw_for_program(self, caller: str, request: Request, connection: str = "") -> Job:
         """As `draw`, for a caller of the API: the PNG is kept as long as uploads are."""
         check(request, self.abilities)
         folder = self.workspace.fresh()
         return self.machine.start(
-            f"api {caller}", "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder))
+            f"api {caller}", "program", lambda job: self.model.studio().draw(request, job, _keeper(folder)), connection
         )
+
+    def hang_up(self, connection: str) -> None:
+        """Cancel what a program asked for that has gone: nobody waits for it."""
+        for job in self.machine.going("program"):
+            if connection and job.about == connection:
+                self.machine.cancel(job.owner, job.id)
 
     def before_and_after(self, person: str, request: Request) -> Job:
         """Each seed without and with the adapters: the job finds pairs of pictures, then a labelled sheet of them."""
