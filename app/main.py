@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`oft-diffusion app`.
 
     Raises:
-        ConfigError: the model cannot be loaded, another server has the workspace, or the options would open the app to
-            everyone.
+        ConfigError: the model cannot be loaded, another server has the workspace, the port is in use, or the options
+            would open the app to everyone.
     """
     options, auth = arguments_of(arguments)
     workspace = options.workspace.absolute()
@@ -47,10 +47,27 @@ def _serve(session: Session, options: argparse.Namespace, auth: list[tuple[str, 
     page.queue(**QUEUE)
     threading.Thread(target=session.workspace.keep_clean, args=(ended,), daemon=True).start()
     try:
-        page.launch(**served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
+        _launch(page, served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
+        page.block_thread()
     finally:
         ended.set()
         session.machine.stop()
+
+
+def _launch(page: Any, how: dict[str, Any], *, inbrowser: bool) -> None:
+    """Serve a page, and go on.
+
+    Raises:
+        ConfigError: its port is in use.
+    """
+    try:
+        page.launch(**how, inbrowser=inbrowser, prevent_thread_lock=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the app cannot be served at {how['server_name']}, port {how['server_port'] or '7860 to 7959'}",
+            expected="a port that nothing else uses, at an address of this machine",
+            fix="choose another --port, or end what uses it",
+        ) from error
 
 
 def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]] | None]:
