@@ -96,16 +96,14 @@ class AdaptersTab:
             info="along the way of the rotations; 0 is the first, 1 the second",
         )  # fmt: skip
         with gr.Row():
-            word: dict[str, Any] = {"max_lines": 1, "max_length": LONGEST_WORD, "min_width": 140}
-            self.trigger = gr.Textbox(
-                label="Its trigger", placeholder="empty: the triggers of both", elem_id="both-trigger", **word
-            )
+            word: dict[str, Any] = {"max_lines": 1, "max_length": LONGEST_WORD, "min_width": 200}
+            self.trigger = gr.Textbox(label="Its trigger", placeholder="those of both", elem_id="both-trigger", **word)
             self.class_word = gr.Textbox(
-                label="Its class word", placeholder="empty: what both have", elem_id="both-class", **word
+                label="Its class word", placeholder="what both have", elem_id="both-class", **word
             )
         with gr.Row():
-            self.interpolate = gr.Button("Between the two", elem_id="interpolate", min_width=140)
-            self.compose = gr.Button("One after the other", elem_id="compose", min_width=140)
+            self.interpolate = gr.Button("Between the two", elem_id="interpolate", min_width=180)
+            self.compose = gr.Button("One after the other", elem_id="compose", min_width=180)
 
     def wire(self) -> None:
         """Connect everything, once all menus are known."""

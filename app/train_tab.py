@@ -140,8 +140,8 @@ class TrainTab:
             self.packing = gr.HTML(told(""), elem_id="pack-note")
             self.packed = gr.File(label="File", interactive=False, height=90, visible=False, elem_id="packed")
             self.command = gr.Code(
-                f"# there, in the folder that {ZIP} was unpacked to\n{COMMAND}", language="shell", lines=2,
-                label="The command line", interactive=False, elem_id="run-command",
+                COMMAND, language=None, lines=1, interactive=False, wrap_lines=True, elem_id="run-command",
+                label=f"There, in the folder that {ZIP} was unpacked to",
             )  # fmt: skip
         with gr.Accordion("Go on with an earlier run", open=False):
             self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")

@@ -41,14 +41,14 @@ class Format:
 
 FORMATS = {
     "oft": Format("oft-diffusion"),
-    "peft": Format("PEFT, and diffusers through it (ZIP)", folder=True),
+    "peft": Format("PEFT and diffusers (ZIP)", folder=True),
     "onetrainer": Format("OneTrainer"),
     "comfyui-oftv2": Format("ComfyUI with the OFTv2 node"),
     "sd-scripts": Format("sd-scripts"),
     "lora": Format("a LoRA that every tool loads (large)", ("--naming", "diffusers")),
-    "diff": Format("changed weights, for ComfyUI, Forge and A1111 (large)"),
-    "glora": Format("GLoRA, for ComfyUI and Forge, on any base (large)"),
-    "folder": Format("the model with the adapter in it, for everything (ZIP)", folder=True),
+    "diff": Format("differences, for ComfyUI, Forge and A1111 (large)"),
+    "glora": Format("GLoRA, for ComfyUI and Forge (large)"),
+    "folder": Format("the whole model with it, for everything (ZIP)", folder=True),
     "checkpoint": Format("the same as one file"),
 }
 
@@ -106,7 +106,7 @@ class Workshop:
 
         def work(job: Job) -> None:
             job.tell(text=f"making {name}")
-            files = [_called(load_adapter_file(self.shelf.card(card.id).file), *words) for card in cards]
+            files = [_called(self.shelf.card(card.id), *words) for card in cards]
             job.check()
             made = interpolate(files[0], files[1], share) if how == "interpolate" else compose(files)
             job.check()
@@ -158,9 +158,11 @@ def _zipped(folder: Path, job: Job) -> Path:
     return target
 
 
-def _called(file: AdapterFile, trigger: str, class_word: str) -> AdapterFile:
-    """With other words, which arithmetic keeps where both adapters agree on them."""
-    return replace(file, metadata=replace(file.metadata, trigger=trigger or None, class_word=class_word or None))
+def _called(card: Card, trigger: str, class_word: str) -> AdapterFile:
+    """By its own name, and with other words, which arithmetic keeps where both adapters agree on them."""
+    file = load_adapter_file(card.file)
+    words = replace(file.metadata, trigger=trigger or None, class_word=class_word or None)
+    return replace(file, path=Path(card.name.replace("/", " ")), metadata=words)
 
 
 def _both(triggers: Sequence[str]) -> str:

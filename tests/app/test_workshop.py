@@ -146,6 +146,7 @@ def test_between_two_lie_rotations_and_at_the_ends_the_two(
     card = ended(session.workshop.combine(person, "interpolate", mug.id, dog.id, share)).found[-1]
     assert (card.name, card.trigger, card.class_word) == ("My mug and My dog", "sks zwx", "mug")
     assert card.training["combined"] == "interpolate"
+    assert [other["name"] for other in card.training["of"]] == ["My mug", "My dog"]
     assert card.cover is not None
     assert card.error < 1e-5
     made = load_adapter_file(card.file).components["unet"]
