@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import gradio as gr
 from oft_diffusion.errors import OFTError
 
 from .events import PRIVATE
-from .session import EXPORTS, Session
+from .kept_box import KeptBox
+from .machine import Job
+from .session import Session
 from .shelf import Card
-from .words import card_page, cards_page, explained, told
+from .words import card_page, cards_page, explained, status_line, told
+from .workshop import LONGEST_WORD
 
 # A card is a button; which one was clicked, its id tells.
 _CLICKED = """element.addEventListener('click', event => {
@@ -25,6 +28,7 @@ _CLICKED = """element.addEventListener('click', event => {
 })"""
 
 
+_KINDS = ("export", "combine")  # of jobs that this tab shows
 Cards = Sequence[tuple[Card, str]]  # adapters, and beside each why it cannot be used, or nothing
 Choices = list[tuple[str, str]]  # name and id
 
@@ -44,10 +48,13 @@ class AdaptersTab:
 
     Attributes:
         menus: components whose choices depend on the adapters, here and in other tabs: `refresh` fills them.
+        working: what shows how a file or an adapter is made.
     """
 
-    def __init__(self, session: Session, menus: list[tuple[Any, Callable[[Cards], Choices]]]) -> None:
-        self.session = session
+    def __init__(
+        self, session: Session, person: gr.BrowserState, menus: list[tuple[Any, Callable[[Cards], Choices]]]
+    ) -> None:  # fmt: skip
+        self.session, self.workshop, self.person = session, session.workshop, person
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED, apply_default_css=False)
@@ -55,6 +62,9 @@ class AdaptersTab:
                 self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
                 self.about = gr.HTML(elem_id="about", apply_default_css=False)
                 self.note = gr.HTML(told(""), elem_id="shelf-note")
+                self.status = gr.HTML(visible=False, elem_id="shelf-status")
+                self.made = gr.File(label="File", interactive=False, height=90, visible=False, elem_id="exported")
+                self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="shelf-cancel", size="sm")
                 with gr.Accordion("Take in a file, of any tool", open=False):
                     self.file = gr.File(
                         label="A .safetensors file", file_types=[".safetensors"], height=130, elem_id="take-in"
@@ -65,27 +75,35 @@ class AdaptersTab:
                     )  # fmt: skip
                 with gr.Accordion("Hand out", open=False):
                     self.format = gr.Dropdown(
-                        [(text, key) for key, text in EXPORTS.items()], value="oft", label="As", elem_id="export-format"
-                    )
+                        [(text, key) for key, text in self.workshop.formats().items()], value="oft", label="As",
+                        elem_id="export-format",
+                    )  # fmt: skip
                     self.export = gr.Button("Make the file", elem_id="export")
-                    self.made = gr.File(
-                        label="File", interactive=False, height=90, visible=False, elem_id="exported"
-                    )  # fmt: skip
                 with gr.Accordion("One adapter of two", open=False):
-                    self.second = gr.Dropdown([], label="And", elem_id="second")
-                    self.share = gr.Slider(
-                        0, 1, 0.5, step=0.05, label="How far towards the second", elem_id="share",
-                        info="along the way of the rotations; 0 is the first, 1 the second",
-                    )  # fmt: skip
-                    with gr.Row():
-                        self.interpolate = gr.Button("Between the two", elem_id="interpolate")
-                        self.compose = gr.Button("One after the other", elem_id="compose")
+                    self._two()
                 with gr.Accordion("Name, and delete", open=False):
                     self.name = gr.Textbox(label="Name", max_lines=1, max_length=60, elem_id="name")
                     self.rename = gr.Button("Rename", elem_id="rename")
                     self.sure = gr.Checkbox(label="Yes, delete it for good", elem_id="sure")
                     self.delete = gr.Button("Delete", variant="stop", interactive=False, elem_id="delete")
+                self.kept = KeptBox(session.training.kept, person)
         self.menus = [(self.chosen, all_of), (self.second, all_of), *menus]
+
+    def _two(self) -> None:
+        self.second = gr.Dropdown([], label="And", elem_id="second")
+        self.share = gr.Slider(
+            0, 1, 0.5, step=0.05, label="How far towards the second", elem_id="share",
+            info="along the way of the rotations; 0 is the first, 1 the second",
+        )  # fmt: skip
+        with gr.Row():
+            word: dict[str, Any] = {"max_lines": 1, "max_length": LONGEST_WORD, "min_width": 200}
+            self.trigger = gr.Textbox(label="Its trigger", placeholder="those of both", elem_id="both-trigger", **word)
+            self.class_word = gr.Textbox(
+                label="Its class word", placeholder="what both have", elem_id="both-class", **word
+            )
+        with gr.Row():
+            self.interpolate = gr.Button("Between the two", elem_id="interpolate", min_width=180)
+            self.compose = gr.Button("One after the other", elem_id="compose", min_width=180)
 
     def wire(self) -> None:
         """Connect everything, once all menus are known."""
@@ -99,12 +117,15 @@ class AdaptersTab:
             self.look, [self.chosen], look, **PRIVATE
         )
         self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **PRIVATE)
-        for button, how in ((self.interpolate, "interpolate"), (self.compose, "compose")):
-            button.click(
-                lambda first, second, share, how=how: self.combine(how, first, second, share),
-                [self.chosen, self.second, self.share], changed, **PRIVATE,
-            )  # fmt: skip
-        self.export.click(self.hand_out, [self.chosen, self.format], [self.note, self.made], **PRIVATE)
+        self.working = [
+            self.status, self.cancel, self.made, self.export, self.interpolate, self.compose, *changed
+        ]  # fmt: skip
+        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
+        two = [self.person, self.chosen, self.second, self.share, self.trigger, self.class_word]
+        for button, act in ((self.interpolate, self.between), (self.compose, self.in_order)):
+            button.click(act, two, self.working, **going)
+        self.export.click(self.hand_out, [self.person, self.chosen, self.format], self.working, **going)
+        self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         self.changed = changed
 
     # -- actions -----------------------------------------------------------------------------------------------------
@@ -147,17 +168,60 @@ class AdaptersTab:
             return (False, gr.skip(), *self.refresh())
         return (False, None, *self._done(lambda: self.session.delete(adapter), "Deleted."))
 
-    def combine(self, how: str, first: str, second: str, share: float) -> tuple[Any, ...]:
-        """One adapter of two."""
-        return self._done(lambda: self.session.combine(how, first, second, float(share)), "Made a new adapter.")
+    def between(self, person: str, first: str, second: str, share: float, *words: str) -> Iterator[tuple[Any, ...]]:
+        """A new adapter on the way between two."""
+        yield from self._combine(person, "interpolate", first, second, share, *words)
 
-    def hand_out(self, adapter: str, to: str) -> tuple[Any, Any]:
+    def in_order(self, person: str, first: str, second: str, share: float, *words: str) -> Iterator[tuple[Any, ...]]:
+        """A new adapter of two, one after the other."""
+        yield from self._combine(person, "compose", first, second, share, *words)
+
+    def _combine(
+        self, person: str, how: str, first: str, second: str, share: float, trigger: str, class_word: str
+    ) -> Iterator[tuple[Any, ...]]:
+        yield from self._follow(
+            lambda: self.workshop.combine(
+                person, how, first or "", second or "", float(share), trigger=trigger or "", class_word=class_word or ""
+            )
+        )
+
+    def hand_out(self, person: str, adapter: str, to: str) -> Iterator[tuple[Any, ...]]:
         """A file in another format."""
+        yield from self._follow(lambda: self.workshop.export(person, adapter or "", to))
+
+    def again(self, person: str) -> Iterator[tuple[Any, ...]]:
+        """After a reload: what is being made."""
+        jobs = [self.session.machine.newest(person, kind) for kind in _KINDS]
+        if going := [job for job in jobs if job is not None and not job.progress.ended]:
+            yield from self._follow(lambda: going[0])
+        else:
+            yield (gr.skip(),) * len(self.working)
+
+    def stop(self, person: str) -> None:
+        """Cancel what this person has made."""
+        for kind in _KINDS:
+            self.session.machine.cancel_all(person, kind)
+
+    def _follow(self, start: Callable[[], Job]) -> Iterator[tuple[Any, ...]]:
+        """Show how something is made, until it is, or will not be."""
         try:
-            path, notes = self.session.export(adapter, to)
-        except OFTError as error:
-            return told(explained(error)), gr.update(value=None, visible=False)
-        return told("Here it is", *notes), gr.update(value=str(path), visible=True)
+            job = start()
+        except (OFTError, TypeError, ValueError) as error:
+            nothing = [gr.skip()] * (len(self.working) - 1)
+            yield gr.update(value=status_line(None, explained(error)), visible=True), *nothing
+            return
+        for now in job.watch(timeout=15):
+            *notes, made = now.found or (None,)
+            shown = list(self.refresh(*notes)) if now.ended else [told(""), *[gr.skip()] * (len(self.changed) - 1)]
+            if isinstance(made, Card):
+                shown[self.changed.index(self.chosen)]["value"] = made.id
+            yield (
+                gr.update(value=status_line(now), visible=True),
+                gr.update(visible=not now.ended),
+                gr.update(value=str(made) if isinstance(made, Path) else None, visible=isinstance(made, Path)),
+                *[gr.update(interactive=now.ended)] * 3,
+                *shown,
+            )
 
     def _done(self, act: Callable[[], object], note: str) -> tuple[Any, ...]:
         try:

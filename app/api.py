@@ -50,7 +50,7 @@ class Api:
                 prompt, (int(seed),), negative, int(steps) or own.steps,
                 own.guidance if guidance < 0 else float(guidance), adapters=cards,
             )  # fmt: skip
-            job = self.session.draw_for_program(_caller(request), asked)
+            job = self.session.draw_for_program(_caller(request), asked, _connection(request))
         except (OFTError, TypeError, ValueError, OverflowError) as error:
             raise gr.Error(explained(error), print_exception=False) from error
         *_, ended = job.watch()
@@ -58,6 +58,14 @@ class Api:
             raise gr.Error(ended.error or "cancelled", print_exception=False)
         [(path, _)] = ended.found
         return gr.FileData(path=str(path)), self.session.settings_in(path)
+
+    def gone(self, request: gr.Request) -> None:
+        """A page or a program has closed its connection."""
+        self.session.hang_up(_connection(request))
+
+
+def _connection(request: gr.Request | None) -> str:
+    return str(getattr(request, "session_hash", None) or "")
 
 
 def _caller(request: gr.Request | None) -> str:

@@ -79,6 +79,7 @@ class Comparing:
             raise DataError(f"a sheet of {cells} pictures", expected=f"at most {MOST_CELLS}", fix="ask for fewer")
         for row in rows:
             check(row, self.model.abilities)
+        self.training.kept.check_room(person)
         folder = self.workspace.pictures(person)
 
         def work(job: Job) -> None:

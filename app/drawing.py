@@ -157,8 +157,9 @@ class Studio:
 
     def __init__(self, pipe: Any, model: str, steps: int, guidance: float) -> None:
         self.pipe = pipe
-        self.original = pipe.scheduler
+        self.original, self.device = pipe.scheduler, pipe.device
         self._recent: list[str] = []  # names in the pipeline, the one used longest ago first
+        self._deleted: set[str] = set()  # names that may still be in it
         self.abilities = _abilities(pipe, model, steps, guidance)
 
     def draw(self, request: Request, job: Job, keep: Callable[[Picture], Any]) -> None:
@@ -169,6 +170,8 @@ class Studio:
             OFTError: an adapter does not fit, or the pipeline refuses a setting.
         """
         job.tell(text="preparing")
+        if self.pipe.device != self.device:
+            self.pipe.to(self.device)
         self.arrange(request.adapters)
         job.check()
         previews, started = _Previews(self.pipe), time.monotonic()
@@ -196,7 +199,18 @@ class Studio:
             self._schedule("")
 
     def arrange(self, adapters: Sequence[tuple[Card, float]]) -> None:
-        """Have these adapters act, in this order. Those that were loaded before need no reading."""
+        """Have these adapters act, in this order. Those that were loaded before need no reading.
+
+        Raises:
+            OFTError: one was deleted while this waited for its turn, or does not fit.
+        """
+        self._drop_deleted()
+        for card, _ in adapters:
+            if not card.file.is_file():
+                raise ConfigError(
+                    f"the adapter {card.name} was deleted meanwhile", expected="one on the shelf",
+                    fix="choose another one",
+                )  # fmt: skip
         loaded = {adapter.name for adapter in list_oft_adapters(self.pipe)}
         for card, _ in adapters:
             name = _name(card)
@@ -208,11 +222,21 @@ class Studio:
         while len(self._recent) > max(_MOST_LOADED, len(adapters)):
             unload_oft_weights(self.pipe, self._recent.pop(0))
 
+    def rest(self) -> None:
+        """Leave the device's memory to others until the next drawing."""
+        if self.pipe.device.type != "cpu":
+            self.pipe.to("cpu")
+            torch.cuda.empty_cache()
+
     def forget(self, adapter_id: str) -> None:
-        """Let go of an adapter that was deleted or changed."""
-        if (name := f"a{adapter_id}") in self._recent:
-            self._recent.remove(name)
-            unload_oft_weights(self.pipe, name)
+        """Let go of an adapter that was deleted: at the next drawing, since one may go on now."""
+        self._deleted.add(f"a{adapter_id}")
+
+    def _drop_deleted(self) -> None:
+        while self._deleted:
+            if (name := self._deleted.pop()) in self._recent:
+                self._recent.remove(name)
+                unload_oft_weights(self.pipe, name)
 
     def _begun(self, request: Request) -> tuple[Image.Image | None, tuple[int | None, int | None]]:
         """The picture to begin with, cut to the size that is asked for, and that size."""

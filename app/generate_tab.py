@@ -20,7 +20,7 @@ from .settings_box import SettingsBox, negative_prompt
 from .trigger_box import TriggerBox
 from .words import explained, status_line, told
 
-_HISTORY = 60  # pictures that are shown
+HISTORY = 60  # pictures that are shown
 _GO, _GOING = "Generate", "Drawing …"
 
 
@@ -139,7 +139,7 @@ class GenerateTab:
 
     def resume(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: the pictures that are being drawn, or those of before."""
-        yield (gr.skip(), gr.skip(), gr.skip(), self._earlier(person), *[gr.skip()] * 3)
+        yield (gr.skip(), gr.skip(), gr.skip(), self.earlier(person), *[gr.skip()] * 3)
         yield from self._follow(person, None)
 
     def _follow(self, person: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
@@ -150,7 +150,7 @@ class GenerateTab:
                 status_line(now),
                 gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
                 [(str(path), caption) for path, caption in now.found] if fresh else gr.skip(),
-                self._earlier(person) if now.ended else gr.skip(),
+                self.earlier(person) if now.ended else gr.skip(),
                 gr.skip() if seed is None else seed,
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
@@ -197,8 +197,9 @@ class GenerateTab:
             None, told(f"the settings of {name} are in the form", *notes),
         )  # fmt: skip
 
-    def _earlier(self, person: str) -> list[tuple[str, str]]:
-        return [(str(path), self.session.caption(path)) for path in self.session.history(person)[:_HISTORY]]
+    def earlier(self, person: str) -> list[tuple[str, str]]:
+        """This person's pictures, newest first, each with its caption."""
+        return [(str(path), self.session.caption(path)) for path in self.session.history(person)[:HISTORY]]
 
 
 def _path_of(payload: Any) -> str | None:

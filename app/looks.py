@@ -63,6 +63,7 @@ CSS = """
 #about details th { white-space: normal; width: 45%; }
 #curve:not(:has(svg)) { margin-top: calc(-1 * var(--layout-gap)); }
 #curve { color: var(--body-text-color-subdued); font-size: 0.8rem; }
+#curve:has(svg) { margin-bottom: 1.25rem; } /* its labels hang out of it */
 #curve .dots, #curve .mean { stroke: var(--color-accent); }
 .dark #curve .dots, .dark #curve .mean { stroke: var(--primary-400); }
 #fixed { display: flex; flex-direction: column; justify-content: end; }

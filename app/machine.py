@@ -19,7 +19,7 @@ from .words import UNFORESEEN, explained, is_out_of_memory
 State = Literal["waiting", "working", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 _LOG = logging.getLogger(__name__)
-_KEPT = 200  # ended jobs that can still be asked for
+_KEPT = 50  # ended jobs that can still be asked for, with the pictures that they found
 
 
 class Cancelled(Exception):  # noqa: N818 - what was asked for is no error
@@ -67,6 +67,7 @@ class Job:
 
     owner: str
     kind: str
+    about: str = ""  # id of what is worked on, where there is one
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     started: float | None = None
 
@@ -139,19 +140,12 @@ class Machine:
         self._jobs: dict[str, Job] = {}
         self._threads: list[threading.Thread] = []
 
-    def start(self, owner: str, kind: str, work: Callable[[Job], object]) -> Job:
-        """Queue work.
-
-        Args:
-            owner: who asks; nobody else can see or cancel the job.
-            kind: what sort of work, to find it again.
-            work: called in a thread of its own, when it is its turn. An exception ends the job as failed, with the
-                exception explained; `Cancelled` as cancelled.
+    def check(self, owner: str) -> None:
+        """Whether more of this owner's work may be queued.
 
         Raises:
             Busy: too much is waiting, or too much of this owner.
         """
-        job = Job(owner, kind)
         with self._lock:
             own = sum(waiting.owner == owner for waiting in self._waiting)
             if len(self._waiting) >= self.most_waiting or own >= self.most_of_one:
@@ -161,6 +155,23 @@ class Machine:
                     expected=f"at most {self.most_of_one} of one person, and {self.most_waiting} in all",
                     fix="wait for some to be done, or cancel one",
                 )  # fmt: skip
+
+    def start(self, owner: str, kind: str, work: Callable[[Job], object], about: str = "") -> Job:
+        """Queue work.
+
+        Args:
+            owner: who asks; nobody else can see or cancel the job.
+            kind: what sort of work, to find it again.
+            work: called in a thread of its own, when it is its turn. An exception ends the job as failed, with the
+                exception explained; `Cancelled` as cancelled.
+            about: id of what is worked on, where there is one.
+
+        Raises:
+            Busy: too much is waiting, or too much of this owner.
+        """
+        job = Job(owner, kind, about)
+        with self._lock:
+            self.check(owner)
             self._forget()
             self._served.setdefault(owner, time.monotonic())
             self._jobs[job.id] = job
@@ -191,6 +202,15 @@ class Machine:
                 if newest is not job:
                     break
                 yield now
+
+    def going(self, kind: str) -> list[Job]:
+        """Jobs of a kind, of everybody, that wait or work."""
+        return [job for job in list(self._jobs.values()) if job.kind == kind and not job.progress.ended]
+
+    def forget_ended(self, owner: str, kind: str) -> None:
+        """Let go of this owner's ended jobs of a kind, and of what they found."""
+        with self._lock:
+            self._keep(lambda job: (job.owner, job.kind) != (owner, kind) or not job.progress.ended)
 
     def cancel(self, owner: str, job_id: str) -> bool:
         """Cancel a job of this owner's; whether there was one to cancel."""
@@ -279,8 +299,15 @@ class Machine:
             before = (*before, job)
 
     def _forget(self) -> None:
+        """Of ended jobs, only the newest of an owner's kind can be asked for, and of all the last `_KEPT`."""
+        newest = {(job.owner, job.kind): job.id for job in self._jobs.values()}
+        self._keep(lambda job: not job.progress.ended or newest[job.owner, job.kind] == job.id)
         ended = [job.id for job in self._jobs.values() if job.progress.ended]
-        for job_id in ended[: max(0, len(ended) - _KEPT)]:
-            del self._jobs[job_id]
+        old = set(ended[: max(0, len(ended) - _KEPT)])
+        self._keep(lambda job: job.id not in old)
+
+    def _keep(self, wanted: Callable[[Job], bool]) -> None:
+        """Only these, and of those who were served only their owners."""
+        self._jobs = {job.id: job for job in self._jobs.values() if wanted(job)}
         known = {job.owner for job in self._jobs.values()}
         self._served = {owner: when for owner, when in self._served.items() if owner in known}

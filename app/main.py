@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from oft_diffusion.errors import ConfigError
 
 from .looks import CSS, HEAD, theme
 from .session import Session
+from .workspace import Workspace
 
 # How many events the page and programs may have going at once.
 QUEUE: dict[str, Any] = {"max_size": 256, "default_concurrency_limit": 16, "api_open": False}
@@ -24,23 +26,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`oft-diffusion app`.
 
     Raises:
-        ConfigError: the model cannot be loaded, or the options would open the app to everyone.
+        ConfigError: the model cannot be loaded, another server has the workspace, the port is in use, or the options
+            would open the app to everyone.
     """
     options, auth = arguments_of(arguments)
     workspace = options.workspace.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "temporary")  # before gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[options.dtype]
-    session = Session(workspace, options.model, config_dir=options.config_dir, device=options.device, dtype=dtype)
+    with Workspace(workspace).alone():
+        session = Session(workspace, options.model, config_dir=options.config_dir, device=options.device, dtype=dtype)
+        _serve(session, options, auth)
+    return 0
+
+
+def _serve(session: Session, options: argparse.Namespace, auth: list[tuple[str, str]] | None) -> None:
     from .page import build
 
-    page = build(session)
+    page, ended = build(session), threading.Event()
     page.queue(**QUEUE)
+    threading.Thread(target=session.workspace.keep_clean, args=(ended,), daemon=True).start()
     try:
-        page.launch(**served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
+        _launch(page, served(session, options.host, options.port, auth, share=options.share), inbrowser=options.open)
+        page.block_thread()
     finally:
+        ended.set()
         session.machine.stop()
-    return 0
+
+
+def _launch(page: Any, how: dict[str, Any], *, inbrowser: bool) -> None:
+    """Serve a page, and go on.
+
+    Raises:
+        ConfigError: its port is in use.
+    """
+    try:
+        page.launch(**how, inbrowser=inbrowser, prevent_thread_lock=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the app cannot be served at {how['server_name']}, port {how['server_port'] or '7860 to 7959'}",
+            expected="a port that nothing else uses, at an address of this machine",
+            fix="choose another --port, or end what uses it",
+        ) from error
 
 
 def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]] | None]:

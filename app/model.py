@@ -9,13 +9,18 @@ from typing import Any
 
 import psutil
 import torch
+from PIL import Image
 from torch import nn
 
 from oft_diffusion.formats.components import modules_of
+from oft_diffusion.generate import Picture
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path
 
-from .drawing import Abilities, Studio
+from .drawing import Abilities, Request, Studio
+from .machine import Job
+from .presets import POCKET, Preset, beginning, fitting
+from .shelf import Card
 
 _SHIPPED = "pocket"
 
@@ -56,7 +61,7 @@ class Model:
         with self._loading:  # libraries patch torch while they load: never in two threads
             if self._studio is None:
                 pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
-                steps, guidance = (STEPS, GUIDANCE) if self.shipped else (25, 7.5)
+                steps, guidance = (STEPS, GUIDANCE) if self.shipped else beginning(pipe)
                 self._studio = Studio(
                     pipe, "the pocket base" if self.shipped else Path(self.name).name, steps, guidance
                 )
@@ -67,6 +72,14 @@ class Model:
         """What the model can be asked."""
         return self.studio().abilities
 
+    def portrait(self, card: Card) -> Image.Image:
+        """What an adapter is for, in one picture. In the machine's turn, as all drawing."""
+        drawn: list[Picture] = []
+        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
+        request = Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
+        self.studio().draw(request, Job("the server", "cover"), drawn.append)
+        return drawn[0].image
+
     def parts(self) -> dict[str, nn.Module]:
         """The components that adapters are for."""
         return dict(modules_of(self.studio().pipe))
@@ -75,6 +88,16 @@ class Model:
         """Whether a picture or an adapter that names its model means this one."""
         own = str(getattr(self.studio().pipe.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
         return name in (self.name, own)
+
+    def presets(self) -> dict[str, Preset]:
+        """Training settings for this model, by name, those that fit its device best first."""
+        return POCKET if self.shipped else fitting(type(self.studio().pipe).__name__, self.memory())
+
+    def precision(self) -> str:
+        """In what `mixed_precision` its device trains: bfloat16 only where it computes in that."""
+        if not self.device.startswith("cuda"):
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     def memory(self) -> int:
         """Bytes of its device's memory, used or not."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import gradio as gr
 
 from .adapter_slots import NONE
@@ -15,11 +18,38 @@ from .train_tab import TrainTab
 from .workspace import is_token, new_token
 
 
-def build(session: Session) -> gr.Blocks:
+class Page(gr.Blocks):
+    """Blocks whose events trust no browser to say who somebody with a password is.
+
+    Attributes:
+        person: the component that says who somebody without one is.
+        token_of: gives the token of a user.
+    """
+
+    person: gr.BrowserState
+    token_of: Callable[[str], str]
+
+    async def process_api(
+        self, block_fn: Any, inputs: list[Any], state: Any = None, request: Any = None, *rest: Any, **more: Any
+    ) -> dict[str, Any]:
+        """As gradio's; each event passes here, those of parts that are laid out later, too."""
+        user = getattr(request[0] if isinstance(request, list) else request, "username", None)
+        if user:
+            event = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
+            own = self.token_of(str(user))
+            inputs = [
+                own if block is self.person else value for block, value in zip(event.inputs, inputs, strict=False)
+            ]
+        return await super().process_api(block_fn, inputs, state, request, *rest, **more)
+
+
+def build(session: Session) -> Page:
     """The page as gradio Blocks."""
-    with gr.Blocks(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        Api(session)  # first, so that its names are not taken
+    with Page(title="oft-diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        programs = Api(session)  # first, so that its names are not taken
+        page.unload(programs.gone)
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
+        page.person, page.token_of = person, session.workspace.token_of
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
             f"anywhere under *Generate*. {_where(session.model.device)}",
@@ -30,7 +60,7 @@ def build(session: Session) -> gr.Blocks:
         compare_place = gr.Tab("Compare", id="compare")
         train_place = gr.Tab("Train", id="train")
         with gr.Tab("Adapters", id="adapters"):
-            shelf = AdaptersTab(session, [(menu, _or_none) for menu in drawing.slots.menus])
+            shelf = AdaptersTab(session, person, [(menu, _or_none) for menu in drawing.slots.menus])
         with compare_place:
             comparing = CompareTab(session, person)
             shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
@@ -38,15 +68,21 @@ def build(session: Session) -> gr.Blocks:
         shelf.wire()
         with train_place:
             training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
+        shelf.kept.shows = [
+            (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
+            (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
+            (training.along, lambda person: gr.update(choices=training.runs(person), value="")),
+            (drawing.history, drawing.earlier),
+        ]
+        shelf.kept.wire()
 
-        def who(token: object, request: gr.Request) -> str:
-            """A user with a password is the same person in each browser; others are known by their browser."""
-            if request.username:
-                return session.workspace.token_of(str(request.username))
+        def who(token: object) -> str:
+            """A token for a browser that has none; a user with a password has one already (`Page`)."""
             return str(token) if is_token(token) else new_token()
 
         known = page.load(who, [person], [person], **PRIVATE)
         known.then(shelf.refresh, None, shelf.changed, **PRIVATE)
+        known.then(shelf.again, [person], shelf.working, concurrency_limit=None, **PRIVATE)
         known.then(training.look, [person], training.looked, **PRIVATE)
         drawing.begin(known)
         comparing.begin(known)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import TrainConfig, TrainResult, TrainStep, estimate, train
 from oft_diffusion.training.checkpoint import list_checkpoints
+from oft_diffusion.training.class_images import class_record
+from oft_diffusion.training.find import download_base, find_base, is_hub_id
 
 from .machine import Cancelled, Job
 from .photos import Photos
@@ -27,9 +29,14 @@ from .workspace import Workspace, new_id
 CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
 _HERE = Path(__file__).parent
 PRESETS = next(p for p in (_HERE / "presets", _HERE.parent / "train_scripts" / "configs") if p.is_dir())  # of a wheel
+Asked = Literal["save", "sample"]
 _TELL_EVERY = 0.3  # seconds between steps that are told one by one
 _CHECKPOINTS = 5  # of a run, evenly: to go on from, and to compare
-_UNPACK = "# In the folder that this was unpacked to:  oft-diffusion train --config config.toml"
+LIMITS = {  # of what a person may fill in
+    "steps": (1, 20_000), "learning_rate": (1e-7, 1.0), "block_size": (2, 128), "batch_size": (1, 16),
+    "num_class_images": (1, 1000), "validation_count": (1, 16), "sampling_steps": (1, 150),
+}  # fmt: skip
+MOST_PROMPTS, LONGEST_PROMPT, LONGEST_WORD = 12, 500, 100
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,17 @@ class Runs:
         self.check(wish, photos)
         run_id = new_id()
         folder = self.workspace.run(run_id)
-        photos.copy_to(folder / PHOTOS)
         config = self.config(wish, folder)
-        write_atomically(folder / CONFIG, config.to_toml().encode())
-        begun = {"name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps}
-        self._note(run_id, begun | {"done": False})
+        with ExitStack() as unless_done:
+            unless_done.callback(shutil.rmtree, folder, ignore_errors=True)
+            photos.copy_to(folder / PHOTOS)
+            write_atomically(folder / CONFIG, config.to_toml().encode())
+            begun = {
+                "name": checked_name(wish.name), "owner": photos.owner, "step": 0, "steps": config.steps,
+                "model": self.moved_model,
+            }  # fmt: skip
+            self._note(run_id, begun | {"done": False})
+            unless_done.pop_all()
         return run_id
 
     def estimate(self, wish: Wish, photos: Photos, job: Job) -> None:
@@ -145,7 +158,7 @@ class Runs:
 
         with TemporaryDirectory(dir=self.workspace.temporary) as folder:
             photos.copy_to(Path(folder) / PHOTOS)
-            found = estimate(self.config(wish, Path(folder)), tell)
+            found = estimate(self._reusing(self.config(wish, Path(folder))), tell)
         job.check()
         job.tell(found)
 
@@ -161,16 +174,31 @@ class Runs:
         checked_name(wish.name)
         if photos.count() < 2:
             raise ConfigError("fewer than two pictures", expected="3 to 8 of the subject", fix="drop some more")
-        self.config(wish, self.workspace.temporary)
+        check_limits(self.config(wish, self.workspace.temporary))
+
+    def _reusing(self, config: TrainConfig) -> TrainConfig:
+        """With the class images of an earlier run, where that made the same."""
+        if not config.prior_preservation:
+            return config
+        model = download_base(config.model) if is_hub_id(config.model) else config.model
+        record = class_record(config, find_base(model, config.config_dir))
+        folder = self.workspace.class_images(record)
+        if folder.is_dir():
+            os.utime(folder)  # it is in use
+        return replace(config, class_dir=str(folder))
 
     def work(self, run_id: str, job: Job) -> None:
-        """Train, or go on, telling the job of steps and pictures. What a job finds: `TrainStep`s, then the `Card`."""
-        folder, control = self.workspace.run(run_id), Control()
-        config = TrainConfig.from_toml(folder / CONFIG, self._resumed(folder))
+        """Train, or go on, telling the job of steps and pictures.
+
+        What a job finds: `TrainStep`s and, of what was asked for meanwhile, sentences; then the `Card`.
+        """
+        folder = self.workspace.run(run_id)
+        control = Control(max(_checkpoints(folder), default=0))
         self._control[job.id] = control
         try:
             job.on_cancel = lambda: self.stop(job, pause=True)  # as the server ends
             job.tell(text="preparing")
+            config = self._reusing(TrainConfig.from_toml(folder / CONFIG, self._resumed(folder)))
             with train(
                 config, progress=False, on_note=lambda note: job.tell(text=note),
                 on_item=lambda *item: _prepare(job, control, *item),
@@ -179,13 +207,16 @@ class Runs:
                 _end_early(job, control)
                 told = 0.0
                 for step in run:
-                    self._note(run_id, {"step": step.step}) if step.checkpoint else None
                     if control.sample.is_set():
                         control.sample.clear()
                         step = replace(step, pictures=run.sample())
+                        job.tell(f"Drew pictures after step {step.step}")
                     if control.save.is_set():
                         control.save.clear()
-                        run.save()
+                        step = replace(step, checkpoint=run.save())
+                        job.tell(f"Saved a checkpoint after step {step.step}")
+                    if step.checkpoint:
+                        self._note(run_id, {"step": step.step})
                     if time.monotonic() - told > _TELL_EVERY or step.pictures or step.step == step.steps:
                         told = time.monotonic()
                         _tell(job, self._for_page(run_id, step))
@@ -203,10 +234,12 @@ class Runs:
             control.paused, control.ended = pause, True
             control.stop_run()
 
-    def ask(self, job: Job, what: str) -> None:
-        """Have a run "save" a checkpoint, or "sample" pictures, after its step."""
-        if (control := self._control.get(job.id)) is not None:
-            {"save": control.save, "sample": control.sample}[what].set()
+    def ask(self, job: Job, what: Asked) -> bool:
+        """Have a run "save" a checkpoint, or "sample" pictures, after its step; whether it is under way."""
+        if (control := self._control.get(job.id)) is None:
+            return False
+        {"save": control.save, "sample": control.sample}[what].set()
+        return True
 
     def earlier(self) -> list[Earlier]:
         """All runs, newest first."""
@@ -223,29 +256,20 @@ class Runs:
                 )
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            checkpoints = {int(p.name.rpartition("-")[2]): p for p in list_checkpoints(folder / "run")}
-            found.append(Earlier(folder.name, *told, checkpoints))
+            found.append(Earlier(folder.name, *told, _checkpoints(folder)))
         return found
 
     def with_checkpoints(self) -> list[Earlier]:
         """Those that have any to compare, newest first."""
         return [run for run in self.earlier() if run.checkpoints]
 
-    def command(self, run_id: str) -> str:
-        """The command line that trains the same on this machine."""
-        return f"oft-diffusion train --config {shlex.quote(str(self.workspace.run(run_id) / CONFIG))}"
+    def model_of(self, run_id: str) -> str:
+        """What a run was begun on, as the app's `--model` has it."""
+        return str(self._state(run_id).get("model", self.moved_model))  # runs of earlier versions do not tell
 
-    def packed(self, run_id: str) -> Path:
-        """A ZIP in the temporary folder that trains the same on another machine: configuration, pictures, captions."""
-        source, folder = self.workspace.run(run_id), self.workspace.temporary / new_id()
-        folder.mkdir()
-        config = TrainConfig.from_toml(source / CONFIG)
-        moved = replace(config, instance_dir=PHOTOS, output_dir="run", model=self.moved_model)
-        with zipfile.ZipFile(folder / "training.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(CONFIG, f"{_UNPACK}\n{moved.to_toml()}")
-            for path in sorted((source / PHOTOS).iterdir()):
-                archive.write(path, f"{PHOTOS}/{path.name}")
-        return folder / "training.zip"
+    def config_of(self, run_id: str) -> TrainConfig:
+        """The configuration that a run was begun with."""
+        return TrainConfig.from_toml(self.workspace.run(run_id) / CONFIG)
 
     def _finish(self, run_id: str, job: Job, result: TrainResult, control: Control) -> None:
         self._note(run_id, {"step": result.steps})
@@ -280,12 +304,41 @@ class Runs:
 
 
 class Control:
-    """What can be asked of a run from outside."""
+    """What can be asked of a run from outside.
 
-    def __init__(self) -> None:
+    Attributes:
+        begun: step of the checkpoint that it goes on from.
+    """
+
+    def __init__(self, begun: int) -> None:
+        self.begun = begun
         self.paused = self.ended = False
         self.save, self.sample = threading.Event(), threading.Event()
         self.stop_run: Any = lambda: None
+
+
+def check_limits(config: TrainConfig) -> None:
+    """Refuse what would keep the machine, or fill its disk, for far longer than an adapter takes.
+
+    Raises:
+        ConfigError: with the limit.
+    """
+    for knob, (least, most) in LIMITS.items():
+        value = getattr(config, knob)
+        if value != "auto" and not least <= value <= most:
+            raise ConfigError(f"{knob} = {value:g}", expected=f"{least:g} to {most:g}", fix="change it")
+    if len(config.validation_prompts) > MOST_PROMPTS:
+        raise ConfigError(
+            f"{len(config.validation_prompts)} prompts", expected=f"at most {MOST_PROMPTS}", fix="leave some out"
+        )
+    lengths = {LONGEST_PROMPT: config.validation_prompts, LONGEST_WORD: (config.trigger, config.class_word)}
+    for longest, texts in lengths.items():
+        if any(len(text) > longest for text in texts):
+            raise ConfigError("a text too long", expected=f"at most {longest} letters", fix="shorten it")
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    return {int(path.name.rpartition("-")[2]): path for path in list_checkpoints(folder / "run")}
 
 
 def _prepare(job: Job, control: Control, what: str, done: int, total: int) -> None:
@@ -294,9 +347,12 @@ def _prepare(job: Job, control: Control, what: str, done: int, total: int) -> No
 
 
 def _end_early(job: Job, control: Control) -> None:
-    if control.ended:
-        job.tell(text=f"{'paused' if control.paused else 'stopped'} before the first step")
-        raise Cancelled
+    if not control.ended:
+        return
+    how, begun = "paused" if control.paused else "stopped", control.begun
+    kept = f" at step {begun}, before it went on: it can still be gone on with" if begun else " before the first step"
+    job.tell(text=f"{how}{kept}")
+    raise Cancelled
 
 
 def _tell(job: Job, step: TrainStep) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from oft_diffusion.arithmetic import compose, interpolate
-from oft_diffusion.convert import convert
-from oft_diffusion.errors import ConfigError, DataError, OFTError
-from oft_diffusion.files import load_adapter_file, save_adapter_file
+from oft_diffusion.errors import DataError, OFTError
+from oft_diffusion.files import load_adapter_file
 from oft_diffusion.generate import Picture
 from oft_diffusion.images import read_settings, save_png
 
@@ -24,15 +21,8 @@ from .model import Model
 from .shelf import Card, Shelf
 from .training import Training
 from .words import caption
+from .workshop import Workshop
 from .workspace import Workspace, new_id
-
-EXPORTS = {
-    "oft": "oft-diffusion",
-    "onetrainer": "OneTrainer",
-    "comfyui-oftv2": "ComfyUI with the OFTv2 node",
-    "sd-scripts": "sd-scripts",
-    "lora": "a LoRA that every tool loads (large)",
-}
 
 
 class Session:
@@ -45,6 +35,7 @@ class Session:
         model: what draws.
         training: what becomes of pictures.
         comparing: several drawings on one sheet.
+        workshop: what becomes of adapters.
     """
 
     def __init__(
@@ -59,6 +50,7 @@ class Session:
         self._captions: dict[Path, str] = {}  # of pictures, which never change
         self.training = Training(self.workspace, self.shelf, self.machine, self.model)
         self.comparing = Comparing(self.workspace, self.machine, self.model, self.training)
+        self.workshop = Workshop(self.workspace, self.shelf, self.machine, self.model)
 
     @property
     def abilities(self) -> Abilities:
@@ -86,17 +78,23 @@ class Session:
             OFTError: before anyone waits, where the request cannot be right, or too much waits already.
         """
         check(request, self.abilities)
+        self.training.kept.check_room(person)
         folder = self.workspace.pictures(person)
         return self.machine.start(person, "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder)))
 
-    def draw_for_program(self, caller: str, request: Request) -> Job:
+    def draw_for_program(self, caller: str, request: Request, connection: str = "") -> Job:
         """As `draw`, for a caller of the API: the PNG is kept as long as uploads are."""
         check(request, self.abilities)
-        folder = self.workspace.temporary / new_id()
-        folder.mkdir()
+        folder = self.workspace.fresh()
         return self.machine.start(
-            f"api {caller}", "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder))
+            f"api {caller}", "program", lambda job: self.model.studio().draw(request, job, _keeper(folder)), connection
         )
+
+    def hang_up(self, connection: str) -> None:
+        """Cancel what a program asked for that has gone: nobody waits for it."""
+        for job in self.machine.going("program"):
+            if connection and job.about == connection:
+                self.machine.cancel(job.owner, job.id)
 
     # -- history -----------------------------------------------------------------------------------------------------
 
@@ -192,47 +190,14 @@ class Session:
         """
         return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
-    def combine(self, how: str, first: str, second: str, share: float) -> Card:
-        """A new adapter of two: "interpolate" between them, or "compose" one after the other.
-
-        Raises:
-            OFTError: they are one, or cannot be one.
-        """
-        cards = [self.shelf.card(first), self.shelf.card(second)]
-        files = [load_adapter_file(card.file) for card in cards]
-        made = interpolate(files[0], files[1], share) if how == "interpolate" else compose(files)
-        names = " and ".join(card.name for card in cards)[:50]
-        folder = self.workspace.adapter(new_id())
-        path = save_adapter_file(folder, made.components, made.metadata)
-        self.shelf.rename(folder.name, names)
-        return self.shelf.card(path.parent.name)
-
-    def export(self, adapter_id: str, to: str) -> tuple[Path, list[str]]:
-        """A file in another tool's format, in the workspace's temporary folder; and what a user should know.
-
-        Raises:
-            OFTError: that format cannot hold it, or there is no such format.
-        """
-        if to not in EXPORTS:
-            raise ConfigError(f"there is no format {to!r}", expected=", ".join(EXPORTS), fix="choose one of these")
-        card, folder = self.shelf.card(adapter_id), self.workspace.temporary / new_id()
-        folder.mkdir()
-        target = folder / f"{_file_name(card.name)}-{to}.safetensors"
-        options = [str(card.file), str(target), "--to", to]
-        if to != "oft":
-            options += ["--model", self.model.source]
-        if to == "lora":
-            options += ["--naming", "diffusers"]
-        return target, convert(options)[:-1]
-
     def delete(self, adapter_id: str) -> None:
-        """Remove an adapter, also from the pipeline when the machine is free.
+        """Remove an adapter; what waits to be drawn with it will say that it is gone.
 
         Raises:
             OFTError: there is none.
         """
         self.shelf.delete(adapter_id)
-        self.machine.start("the server", "forget", lambda _: self.model.studio().forget(adapter_id))
+        self.model.studio().forget(adapter_id)
 
 
 def _keeper(folder: Path) -> Callable[[Picture], tuple[Path, str]]:
@@ -241,10 +206,6 @@ def _keeper(folder: Path) -> Callable[[Picture], tuple[Path, str]]:
         return path, caption(picture.settings)
 
     return keep
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "adapter"
 
 
 def _digest(card: Card) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ class Shelf:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._known: dict[tuple[Path, int], Card] = {}  # by file and time of change
+        self._known: dict[Path, tuple[int, Card]] = {}  # by file, with its time of change
         self._fits: dict[tuple[Any, ...], str] = {}  # by file, which never changes, and model
 
     def cards(self) -> list[Card]:
@@ -100,10 +99,12 @@ class Shelf:
         file = folder / FILE_NAME
         if not file.is_file():
             raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
-        key = (file, file.stat().st_mtime_ns)
-        if key not in self._known:
-            self._known[key] = read_card(adapter_id, load_adapter_file(file))
-        return _labelled(self._known[key], folder)
+        changed = file.stat().st_mtime_ns
+        known, card = self._known.get(file, (None, None))
+        if card is None or known != changed:
+            card = read_card(adapter_id, load_adapter_file(file))
+            self._known[file] = (changed, card)
+        return _labelled(card, folder)
 
     def add(self, file: Path, name: str) -> Card:
         """Take a copy of a file of ours.
@@ -161,9 +162,16 @@ class Shelf:
         write_atomically(folder / _LABEL, json.dumps({"name": name}).encode())
 
     def delete(self, adapter_id: str) -> None:
-        """Remove an adapter for good."""
-        self.card(adapter_id)
-        shutil.rmtree(self.workspace.adapter(adapter_id))
+        """Remove an adapter for good, whole or not at all.
+
+        Raises:
+            OFTError: there is none.
+        """
+        file = self.card(adapter_id).file
+        self.workspace.remove(self.workspace.adapter(adapter_id))
+        self._known.pop(file, None)
+        for key in [key for key in list(self._fits) if key[0] == file]:
+            self._fits.pop(key, None)
 
     def fits(self, card: Card, parts: Mapping[str, nn.Module]) -> str:
         """Why an adapter cannot be used on these components; empty where it can."""

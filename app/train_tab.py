@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,21 +13,17 @@ from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
 from .events import PRIVATE
-from .machine import Busy, Job, Progress
+from .machine import Job, Progress
+from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
-from .runs import Wish
+from .runs import LIMITS, LONGEST_WORD, Wish
 from .session import Session
 from .shelf import LONGEST_NAME, Card
 from .words import empty, explained, status_line, told
 
+_FORM = ("what is filled in here", "")
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
-_PRESETS = {
-    "pocket": "the pocket base",
-    "sd15": "Stable Diffusion, for 14 GB of memory or more",
-    "sd15_text_encoder": "the same, with the text encoder",
-    "sd15_low_memory": "Stable Diffusion, where memory is short",
-}
 
 
 class TrainTab:
@@ -67,25 +64,31 @@ class TrainTab:
         with gr.Row():
             self.trigger = gr.Textbox(
                 value=trigger, label="Trigger", info="a word that means nothing yet: it will name the subject",
-                max_lines=1, elem_id="run-trigger", min_width=150,
+                max_lines=1, max_length=LONGEST_WORD, elem_id="run-trigger", min_width=150,
             )  # fmt: skip
             self.class_word = gr.Textbox(
-                label="Class word", info="what the subject is, for example mug", max_lines=1, elem_id="run-class",
-                min_width=150,
+                label="Class word", info="what the subject is, for example mug", max_lines=1, max_length=LONGEST_WORD,
+                elem_id="run-class", min_width=150,
             )  # fmt: skip
         self.words_note = gr.HTML(told(""), elem_id="words-note")
 
     def _settings(self) -> None:
-        defaults, presets = self.training.defaults(), self.training.runs.presets
+        defaults, presets = self.training.defaults(), self.training.model.presets()
         with gr.Row():
             self.preset = gr.Dropdown(
-                [(_PRESETS.get(name, name), name) for name in presets], value=presets[0], label="For",
+                [(preset.about, name) for name, preset in presets.items()], value=next(iter(presets)), label="For",
                 elem_id="run-preset", visible=len(presets) > 1,
             )  # fmt: skip
             self.length = gr.Radio(list(LENGTHS), value="as recommended", label="How long", elem_id="run-length")
         with gr.Row():
             self.steps = gr.Number(
-                value=int(defaults["steps"]), precision=0, minimum=1, label="Steps", elem_id="run-steps", min_width=120
+                value=int(defaults["steps"]),
+                precision=0,
+                minimum=1,
+                maximum=LIMITS["steps"][1],
+                label="Steps",
+                elem_id="run-steps",
+                min_width=120,
             )
             self.rate = gr.Number(
                 value=float(defaults["learning_rate"]), label="Learning rate", step=0.0001, elem_id="run-rate",
@@ -122,18 +125,24 @@ class TrainTab:
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
         self.status = gr.HTML(status_line(None), elem_id="train-status")
+        self.note = gr.HTML(told(""), elem_id="train-note")
         gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
         self.curve = gr.HTML(elem_id="curve")
         self.grids = gr.Gallery(
             show_label=False, columns=3, height=420, object_fit="contain", interactive=False,
             visible=False, elem_id="train-grids", buttons=["download", "fullscreen"],
         )  # fmt: skip
-        with gr.Accordion("Take this run to another machine", open=False, visible=False) as self.elsewhere:
-            self.command = gr.Code(label="The command line", language="shell", lines=2, elem_id="run-command")
-            self.pack = gr.Button("Pack settings and pictures", size="sm", elem_id="run-pack")
-            self.packed = gr.File(
-                label="Unpack it there", interactive=False, height=90, visible=False, elem_id="packed"
-            )
+        with gr.Accordion("Take it to another machine", open=False):
+            self.along = gr.Dropdown([_FORM], value="", label="What", elem_id="along")
+            with gr.Row():
+                self.pack = gr.Button("Pack settings and pictures", size="sm", elem_id="run-pack")
+                self.alone = gr.Button("Settings alone", size="sm", elem_id="run-settings")
+            self.packing = gr.HTML(told(""), elem_id="pack-note")
+            self.packed = gr.File(label="File", interactive=False, height=90, visible=False, elem_id="packed")
+            self.command = gr.Code(
+                COMMAND, language=None, lines=1, interactive=False, wrap_lines=True, elem_id="run-command",
+                label=f"There, in the folder that {ZIP} was unpacked to",
+            )  # fmt: skip
         with gr.Accordion("Go on with an earlier run", open=False):
             self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
             self.resume = gr.Button("Go on", elem_id="train-resume")
@@ -154,8 +163,8 @@ class TrainTab:
         self.looked = self.photos.looked
         self.look = self.photos.look
         self.shown = [
-            self.status, self.curve, self.grids, self.elsewhere, self.command, self.go, self.stop, self.pause,
-            self.sample, self.save, self.earlier, *self.changed,
+            self.status, self.note, self.curve, self.grids, self.go, self.stop, self.pause, self.sample, self.save,
+            self.earlier, self.along, *self.changed,
         ]  # fmt: skip
         going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
         self.go.click(self.train, asked, self.shown, **going)
@@ -169,8 +178,15 @@ class TrainTab:
             (self.sample, lambda person: self.training.ask(person, "sample")),
             (self.save, lambda person: self.training.ask(person, "save")),
         ):
-            button.click(act, [self.person], None, queue=False, **PRIVATE)
-        self.pack.click(self.take_along, [self.person], [self.packed], **PRIVATE)
+            button.click(
+                lambda person, act=act: told(act(person)), [self.person], [self.note], queue=False, **PRIVATE
+            )  # fmt: skip
+        taken = [self.person, self.along, *asked[1:]]
+        for button, make in ((self.pack, self.training.packed), (self.alone, self.training.settings_of)):
+            button.click(
+                lambda person, what, *form, make=make: self.take_along(make, person, what, *form), taken,
+                [self.packing, self.packed], **PRIVATE,
+            )  # fmt: skip
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +209,7 @@ class TrainTab:
         """Train on the pictures, and show how it goes."""
         try:
             job = self.training.start(person, self._wish(name, trigger, class_word, *knobs))
-        except (OFTError, Busy, TypeError, ValueError) as error:
+        except (OFTError, TypeError, ValueError) as error:
             yield self._problem(explained(error))
             return
         yield from self.follow(job)
@@ -204,7 +220,7 @@ class TrainTab:
         """What it would take, measured."""
         try:
             job = self.training.estimate(person, self._wish(name, trigger, class_word, *knobs))
-        except (OFTError, Busy, TypeError, ValueError) as error:
+        except (OFTError, TypeError, ValueError) as error:
             yield gr.update(value=status_line(None, explained(error)), visible=True), gr.skip(), gr.skip()
             return
         yield from self._follow_estimate(job)
@@ -234,7 +250,7 @@ class TrainTab:
         """Go on with an earlier run."""
         try:
             job = self.training.resume(person, run_id or "")
-        except (OFTError, Busy) as error:
+        except OFTError as error:
             yield self._problem(explained(error))
             return
         yield from self.follow(job)
@@ -244,35 +260,41 @@ class TrainTab:
         if (job := self.machine.newest(person, "train")) is not None:
             yield from self.follow(job)
         else:
-            skipped = [gr.skip()] * len(self.shown)
-            skipped[self.shown.index(self.earlier)] = gr.update(choices=self._earlier(person))
-            yield tuple(skipped)
+            menus = {self.earlier: self.unfinished(person), self.along: self.runs(person)}
+            yield tuple(gr.update(choices=menus[part]) if part in menus else gr.skip() for part in self.shown)
 
     def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
         """Show a run's progress until it ends."""
-        seen, drawn = -1, -1
+        seen, drawn, said = -1, -1, -1
         for now in job.watch(timeout=15):
             steps = [found for found in now.found if isinstance(found, TrainStep)]
             grids = [(str(step.pictures), f"step {step.step}") for step in steps if step.pictures]
+            notes = [found for found in now.found if isinstance(found, str)]
             fresh, seen = len(steps) != seen, len(steps)
+            news, said = len(notes) != said, len(notes)
             moved, drawn = len(grids) != drawn, len(grids)
             yield (
                 status_line(now),
+                told(*notes[-1:]) if news or now.ended else gr.skip(),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
                 gr.update(value=grids, visible=True, selected_index=drawn - 1) if moved and grids else gr.skip(),
-                gr.update(visible=True) if fresh else gr.skip(),
-                self.training.command(job) if fresh else gr.skip(),
                 gr.update(interactive=now.ended),
                 *[gr.update(interactive=not now.ended)] * 2,
                 *[gr.update(interactive=now.state == "working")] * 2,
-                gr.update(choices=self._earlier(job.owner)) if now.ended else gr.skip(),
+                gr.update(choices=self.unfinished(job.owner)) if now.ended else gr.skip(),
+                gr.update(choices=self.runs(job.owner)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
 
-    def take_along(self, person: str) -> Any:
-        """The ZIP with this run's settings and pictures."""
-        path = self.training.packed(person)
-        return gr.update(value=None if path is None else str(path), visible=path is not None)
+    def take_along(
+        self, make: Callable[[str, Wish | str], Path], person: str, what: str, *form: Any
+    ) -> tuple[str, Any]:  # fmt: skip
+        """A file with what is filled in, or with a run's settings, for another machine."""
+        try:
+            path = make(person, what or self._wish(*form))
+        except (OFTError, TypeError, ValueError) as error:
+            return told(explained(error)), gr.update(value=None, visible=False)
+        return told(""), gr.update(value=str(path), visible=True)
 
     def _wish(self, name: str, trigger: str, class_word: str, preset: str, *knobs: Any) -> Wish:
         steps, rate, block, seed, prompts = knobs
@@ -293,6 +315,11 @@ class TrainTab:
     def _problem(self, text: str) -> tuple[Any, ...]:
         return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
 
-    def _earlier(self, person: str) -> list[tuple[str, str]]:
+    def runs(self, person: str) -> list[tuple[str, str]]:
+        """What can be taken along, for the menu."""
+        return [_FORM, *((f"the run {run.name}, {run.steps} steps", run.id) for run in self.training.mine(person))]
+
+    def unfinished(self, person: str) -> list[tuple[str, str]]:
+        """Runs that can be gone on with, for the menu."""
         unfinished = self.training.unfinished(person)
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]

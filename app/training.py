@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from oft_diffusion.errors import ConfigError, OFTError
-from oft_diffusion.generate import Picture
 from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
+from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.tokens import check_trigger
 
-from .drawing import Request
-from .machine import Job, Machine
+from .kept import Kept
+from .machine import Busy, Job, Machine
 from .model import Model
+from .packing import packed, settings, settings_file
 from .photos import Photos
-from .runs import Earlier, Runs, Wish
+from .runs import PHOTOS, Asked, Earlier, Runs, Wish, check_limits
 from .shelf import Card, Shelf
 from .workspace import Workspace
-
-_ENOUGH = 14e9  # bytes of memory, for the presets that spend it on speed
 
 
 class Training:
@@ -30,23 +29,20 @@ class Training:
 
     def __init__(self, workspace: Workspace, shelf: Shelf, machine: Machine, model: Model) -> None:
         self.workspace, self.shelf, self.machine, self.model = workspace, shelf, machine, model
-        self._run_of: dict[str, str] = {}  # job to run
-        self._job_of: dict[str, Job] = {}  # run to its last job
+        self.kept = Kept(workspace, machine, lambda: self.runs.earlier())
         self._taking = threading.Lock()
 
     @cached_property
     def runs(self) -> Runs:
         """With the presets that fit the model and this machine."""
-        model = self.model
-        if model.shipped:
-            return Runs(self.workspace, self.shelf, model.source, model.name, ["pocket"], {}, self._cover)
-        presets = ["sd15", "sd15_text_encoder", "sd15_low_memory"]
-        if model.memory() < _ENOUGH:
-            presets.reverse()
-        knobs: dict[str, Any] = {"resolution": model.abilities.size, "config_dir": model.config_dir}
-        if model.device == "cpu":
-            knobs["mixed_precision"] = "no"
-        return Runs(self.workspace, self.shelf, model.source, model.name, presets, knobs, self._cover)
+        model, knobs = self.model, dict[str, Any]()
+        if not model.shipped:
+            own = model.abilities
+            knobs = {
+                "resolution": own.size, "config_dir": model.config_dir, "mixed_precision": model.precision(),
+                "sampling_steps": own.steps, "guidance_scale": own.guidance,
+            }  # fmt: skip
+        return Runs(self.workspace, self.shelf, model.source, model.name, list(model.presets()), knobs, self._cover)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -105,15 +101,22 @@ class Training:
         """Train on this person's pictures; the job finds the steps that were told, and at last the adapter's card.
 
         Raises:
-            OFTError, Busy: before anyone waits, where something is missing or wrong.
+            OFTError: before anyone waits, where something is missing or wrong.
         """
-        return self._start(person, self.runs.prepare(wish, self.photos(person)))
+        self.machine.check(person)
+        self.kept.check_room(person)
+        run_id = self.runs.prepare(wish, self.photos(person))
+        try:
+            return self._start(person, run_id)
+        except Busy:  # somebody was quicker
+            self.workspace.remove(self.workspace.run(run_id))
+            raise
 
     def estimate(self, person: str, wish: Wish) -> Job:
         """Measure what that training would take, named or not; the job finds an `Estimate`.
 
         Raises:
-            OFTError, Busy: before anyone waits, where something is missing or wrong.
+            OFTError: before anyone waits, where something is missing or wrong.
         """
         photos, wish = self.photos(person), dataclasses.replace(wish, name=wish.name or "nameless")
         self.runs.check(wish, photos)
@@ -123,10 +126,15 @@ class Training:
         """Go on with a run that was paused or cut off.
 
         Raises:
-            OFTError, Busy: there is no such run of this person.
+            OFTError: there is no such run of this person, or it was begun on another model.
         """
         if run_id not in {run.id for run in self.unfinished(person)}:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
+        if (begun_on := self.runs.model_of(run_id)) != self.model.name:
+            raise ConfigError(
+                f"this run was begun on {begun_on}, and this server has {self.model.name}",
+                expected="the model that it was begun on", fix=f"start the app with --model {begun_on}",
+            )  # fmt: skip
         return self._start(person, run_id)
 
     def unfinished(self, person: str) -> list[Earlier]:
@@ -134,39 +142,76 @@ class Training:
 
         Nobody else's: who goes on with a run can take its pictures along.
         """
-        owner = self.workspace.person(person)
-        jobs = {run: job for run, job in self._job_of.items() if not job.progress.ended}
-        return [run for run in self.runs.earlier() if run.owner == owner and not run.done and run.id not in jobs]
+        going = {job.about for job in self.machine.going("train")}
+        return [run for run in self.mine(person) if not run.done and run.id not in going]
 
-    def stop(self, person: str, *, pause: bool) -> None:
-        """End this person's run after its step; paused, it can be gone on with."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            if job.progress.state == "waiting":
-                self.machine.cancel(person, job.id)
-            self.runs.stop(job, pause=pause)
-
-    def ask(self, person: str, what: str) -> None:
-        """Have this person's run "save" or "sample" after its step."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            self.runs.ask(job, what)
-
-    def command(self, job: Job) -> str:
-        """The command line that trains the same on this machine."""
-        return self.runs.command(self._run_of[job.id])
-
-    def packed(self, person: str) -> Path | None:
-        """A ZIP that trains the same as this person's last run, on another machine."""
+    def stop(self, person: str, *, pause: bool) -> str:
+        """End this person's run after its step; paused, it can be gone on with. What will be, in a sentence."""
         job = self.machine.newest(person, "train")
-        return None if job is None else self.runs.packed(self._run_of[job.id])
+        if job is None or job.progress.ended:
+            return "Nothing is being trained"
+        if job.progress.state == "waiting":
+            self.machine.cancel(person, job.id)
+        self.runs.stop(job, pause=pause)
+        return "It pauses after this step" if pause else "It ends after this step, and the adapter is kept"
+
+    def ask(self, person: str, what: Asked) -> str:
+        """Have this person's run "save" or "sample" after its step. What will be, in a sentence."""
+        job = self.machine.newest(person, "train")
+        if job is None or not self.runs.ask(job, what):
+            return "Nothing is being trained"
+        return {
+            "save": "Asked: a checkpoint is saved after this step",
+            "sample": "Asked: pictures are drawn after this step",
+        }[what]
+
+    # -- elsewhere ---------------------------------------------------------------------------------------------------
+
+    def mine(self, person: str) -> list[Earlier]:
+        """This person's runs, newest first."""
+        owner = self.workspace.person(person)
+        return [run for run in self.runs.earlier() if run.owner == owner]
+
+    def settings_of(self, person: str, what: Wish | str) -> Path:
+        """The settings of what is filled in, or of a run, as a file for another machine.
+
+        Raises:
+            OFTError: a setting is unusable, or this person has no such run.
+        """
+        config, _ = self._config(person, what)
+        return settings_file(self.workspace.fresh(), settings(config, self.model.name))
+
+    def packed(self, person: str, what: Wish | str) -> Path:
+        """The same with pictures and captions, as a ZIP that trains the same on another machine.
+
+        Raises:
+            OFTError: as `settings_of`, or there are no pictures.
+        """
+        config, pictures = self._config(person, what)
+        folder = self.workspace.fresh()
+        if pictures is None:
+            photos, pictures = self.photos(person), folder / PHOTOS
+            if photos.count() == 0:
+                raise ConfigError("there are no pictures to pack", expected="3 to 8 of the subject", fix="drop some")
+            photos.copy_to(pictures)
+        return packed(folder, settings(config, self.model.name), pictures)
+
+    def _config(self, person: str, what: Wish | str) -> tuple[TrainConfig, Path | None]:
+        """A configuration, and where a run's pictures are."""
+        if isinstance(what, Wish):
+            config = self.runs.config(what, self.workspace.temporary)
+            check_limits(config)
+            return config, None
+        if what not in {run.id for run in self.mine(person)}:
+            raise ConfigError("there is no such run", expected="one of yours", fix="choose one")
+        return self.runs.config_of(what), self.workspace.run(what) / PHOTOS
 
     def _cover(self, card: Card) -> Card:
-        drawn: list[Picture] = []
-        own = self.model.abilities
-        request = Request(f"a {card.phrase}", (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        self.model.studio().draw(request, Job("the server", "cover"), drawn.append)
-        return self.shelf.give_cover(card, drawn[0].image)
+        return self.shelf.give_cover(card, self.model.portrait(card))
 
     def _start(self, person: str, run_id: str) -> Job:
-        job = self.machine.start(person, "train", lambda job: self.runs.work(run_id, job))
-        self._run_of[job.id], self._job_of[run_id] = run_id, job
-        return job
+        def work(job: Job) -> None:
+            self.model.studio().rest()  # training holds the model once more
+            self.runs.work(run_id, job)
+
+        return self.machine.start(person, "train", work, run_id)

@@ -29,6 +29,9 @@ _JOBS = {  # one, and several
     "compare": ("a comparison", "comparisons"),
     "train": ("a training", "trainings"),
     "estimate": ("an estimate", "estimates"),
+    "export": ("a file", "files"),
+    "combine": ("one adapter of two", "adapters of two"),
+    "program": ("a program's drawing", "programs' drawings"),
 }
 
 
@@ -161,7 +164,7 @@ def card_page(card: Card, problem: str) -> str:
         "Trigger": card.phrase or "none",
         "Trained on": card.base or "unknown",
         "Blocks": f"of size {card.block_sizes}, on {card.layers} layers",
-        "Orthogonality error": f"{card.error:.0e} (0 is an exact rotation)",
+        "Orthogonality error": f"{card.error:.0e}: {_how_far(card.error)}",
         "Recommended strength": f"{card.strength:g}",
         "File": f"{card.bytes / 1e6:.2f} MB",
         "Made": card.created[:16].replace("T", " "),
@@ -172,6 +175,11 @@ def card_page(card: Card, problem: str) -> str:
     return f"{warning}{_table(rows)}{more}"
 
 
+def _how_far(error: float) -> str:
+    """What an orthogonality error means."""
+    return "rotations, but for rounding" if error < 1e-4 else "not quite rotations: what the base knows may suffer"
+
+
 def _table(rows: Mapping[str, str]) -> str:
     lines = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows.items()
@@ -180,7 +188,8 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _card(card: Card, problem: str) -> str:
-    cover = f'<img src="/gradio_api/file={escape(quote(str(card.cover)))}" alt="">' if card.cover else "<span></span>"
+    source = f"/gradio_api/file={quote(card.cover.as_posix())}" if card.cover else ""
+    cover = f'<img src="{escape(source)}" alt="cover of {escape(card.name)}">' if source else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
     made = f"<time>{escape(card.created[:10])}</time>"
     sizes = f"{card.bytes / 1e6:.2f} MB, block {escape(card.block_sizes)}, {made}"

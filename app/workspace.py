@@ -1,6 +1,7 @@
 """Where the app keeps things: one folder, in which everything goes by an id that the server made.
 
-`adapters/<id>/`, `runs/<id>/`, `people/<digest of a token>/pictures/<id>.png`, and `uploads/` beside. Ids and tokens
+`adapters/<id>/`, `runs/<id>/`, `people/<digest of a token>/pictures/<id>.png`, and `uploads/` beside;
+`class_images/<digest of how they were made>/` are for all runs. Ids and tokens
 are checked before they become part of a path; nothing else that a browser sends ever does.
 """
 
@@ -8,19 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from oft_diffusion.disk import is_writable, write_atomically
 from oft_diffusion.errors import ConfigError, DataError
 
 _ID = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(r"[0-9a-f]{32}")
-_KEEP_UPLOADS = 24 * 3600  # seconds
+_KEEP_UPLOADS = _KEEP_COPIES = 24 * 3600  # seconds
+_KEEP_CLASS_IMAGES = 30 * 24 * 3600  # seconds since a run began that used them
+_CLEAN_EVERY = 3600  # seconds
 
 
 _born = 0  # when the last id was, in ticks of 65 microseconds
@@ -79,6 +88,17 @@ class Workspace:
         """For gradio's own copies."""
         return self.root / "temporary"
 
+    def class_images(self, record: Mapping[str, Any]) -> Path:
+        """The folder of class images that were made in one way, for all runs that want such."""
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+        return self.root / "class_images" / digest
+
+    def fresh(self) -> Path:
+        """A new temporary folder."""
+        folder = self.temporary / new_id()
+        folder.mkdir()
+        return folder
+
     def adapter(self, adapter_id: str) -> Path:
         """The folder of an adapter."""
         return self.adapters / _checked(adapter_id)
@@ -117,15 +137,54 @@ class Workspace:
             path.chmod(0o600)
         return hmac.new(path.read_bytes(), user.encode(), "sha256").hexdigest()[:32]
 
-    def clean(self) -> None:
-        """Remove uploads and grids that are a day old, and gradio's copies."""
-        limit = time.time() - _KEEP_UPLOADS
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else serves this folder meanwhile: two servers would remove each other's files.
+
+        Raises:
+            ConfigError: another server does.
+        """
+        lock = FileLock(self.root / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ConfigError(
+                f"another server works in {self.root}", expected="a workspace of its own for each",
+                fix="end that one, or choose another --workspace",
+            ) from error  # fmt: skip
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clean(self, copies: float = 0.0) -> None:
+        """Remove uploads and grids that are a day old, class images unused for a month, and what is temporary.
+
+        Args:
+            copies: how old that has to be, in seconds. By when it came here: a copy is as old as what it is of.
+        """
+        now = time.time()
         for kind in ("uploads", "grids"):
             for left in self.people.glob(f"*/{kind}/*"):
-                if left.stat().st_mtime < limit:
+                if left.stat().st_mtime < now - _KEEP_UPLOADS:
                     _remove(left)
+        for left in self.root.glob("class_images/*"):
+            if left.stat().st_mtime < now - _KEEP_CLASS_IMAGES:
+                _remove(left)
         for left in self.temporary.iterdir():
-            _remove(left)
+            if left.stat().st_ctime <= now - copies:
+                _remove(left)
+
+    def keep_clean(self, until: threading.Event) -> None:
+        """Clean each hour, leaving what is temporary for a day."""
+        while not until.wait(_CLEAN_EVERY):
+            self.clean(_KEEP_COPIES)
+
+    def remove(self, folder: Path) -> None:
+        """Remove a folder, which is gone at once, and whole: what cannot be deleted waits for `clean`."""
+        gone = self.temporary / new_id()
+        folder.rename(gone)
+        _remove(gone)
 
     def _of(self, person: str, kind: str) -> Path:
         folder = self.people / person / kind

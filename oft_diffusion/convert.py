@@ -63,8 +63,12 @@ def convert_main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def convert(arguments: Sequence[str]) -> list[str]:
+def convert(arguments: Sequence[str], on_part: Callable[[str], object] = lambda part: None) -> list[str]:
     """What the command does, and the lines that it prints.
+
+    Args:
+        arguments: the command's.
+        on_part: called before each part of the work, with what it is; what it raises ends it, and nothing is left.
 
     Raises:
         OFTError: an option, the adapter or the model is unusable, or the target cannot hold the adapter.
@@ -104,7 +108,7 @@ def convert(arguments: Sequence[str]) -> list[str]:
     _check_target(_written(options), _read_from(options), overwrite=options.overwrite or options.to in _FOLDERS)
     if options.to in _FOLDERS:
         check_new(options.target)
-    told = _export(options) if options.to in _WEIGHTS else _rename(options)
+    told = _export(options, on_part) if options.to in _WEIGHTS else _rename(options, on_part)
     return [*told, f"wrote {options.target}"]
 
 
@@ -279,8 +283,9 @@ def _read(options: argparse.Namespace, parts: Mapping[str, nn.Module] | None) ->
     return imported if options.only is None else replace(imported, file=part_of(imported.file, options.only))
 
 
-def _rename(options: argparse.Namespace) -> list[str]:
+def _rename(options: argparse.Namespace, on_part: Callable[[str], object]) -> list[str]:
     """Formats that hold the rotations themselves: names, signs and series, and no base."""
+    on_part("reading the adapter")
     parts = None if options.model is None else _parts(options)
     imported = _read(options, parts)
     file, notes = imported.file, list(imported.notes)
@@ -293,6 +298,7 @@ def _rename(options: argparse.Namespace) -> list[str]:
             )
         combined = power(file, options.strength)
         file, notes = combined, [*notes, *combined.notes]
+    on_part("writing the adapter")
     if options.to == "oft":
         save_adapter_file(options.target, file.components, file.metadata)
         return notes
@@ -304,15 +310,18 @@ def _rename(options: argparse.Namespace) -> list[str]:
     return [*notes, *write_single_file(options.target, file, parts, naming, tool=options.to, dtype=dtype).notes]
 
 
-def _export(options: argparse.Namespace) -> list[str]:
+def _export(options: argparse.Namespace, on_part: Callable[[str], object]) -> list[str]:
     """Formats that hold changed weights, computed from the base's."""
+    on_part("loading the base")
     pipe = load_pipeline(_model(options), torch.float32, config_dir=options.config_dir)
+    on_part("reading the adapter")
     imported = _read(options, modules_of(pipe))
     with tempfile.TemporaryDirectory() as folder:  # so that loading checks this file as it does any
         file = Path(folder) / f"{imported.file.path.stem}.safetensors"
         name = load_oft_weights(pipe, save_adapter_file(file, imported.file.components, imported.file.metadata)).name
     set_oft_adapters(pipe, name, options.strength, options.mode or imported.mode)
     notes = list(imported.notes)
+    on_part("writing the weights")
     if options.to == "folder":
         export_folder(pipe, options.target)
         return notes

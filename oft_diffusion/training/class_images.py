@@ -47,15 +47,9 @@ class ClassImages:
     record: dict[str, Any]
 
 
-def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
-    """What lies in the class folder, and what is missing; nothing is written.
-
-    Raises:
-        DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken; it
-            is the instance images' folder, or some of the user's own images or captions cannot be read.
-    """
-    folder = config.class_folder
-    record: dict[str, Any] = {
+def class_record(config: TrainConfig, base: Base) -> dict[str, Any]:
+    """What makes class images what they are, but for their number. Runs of equal records may share a `class_dir`."""
+    return {
         "prompts": [config.fill(prompt) for prompt in config.class_prompts],
         "base": base.fingerprint(),
         "seed": config.seed,
@@ -64,6 +58,16 @@ def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
         "guidance_scale": config.guidance_scale,
         "clip_skip": config.clip_skip,
     }
+
+
+def look_at_class_images(config: TrainConfig, base: Base) -> ClassImages:
+    """What lies in the class folder, and what is missing; nothing is written.
+
+    Raises:
+        DataError: the images there were made by another model, prompt, seed or sampling, or the record is broken; it
+            is the instance images' folder, or some of the user's own images or captions cannot be read.
+    """
+    folder, record = config.class_folder, class_record(config, base)
     if folder.is_file():
         raise DataError(f"class_dir = {str(folder)!r} is a file", expected="a folder", fix="choose another class_dir")
     present = image_files(folder, "class_dir") if folder.is_dir() else []

@@ -187,3 +187,16 @@ def test_new_names_do_not_come_before_those_who_wait(machine: Machine, held: tup
     held[1].set()
     assert {end(job).state for job in jobs} == {"done"}
     assert order[0] == "ada"
+
+
+def test_of_ended_jobs_the_newest_of_each_kind_is_kept(machine: Machine) -> None:
+    for kind in ("draw", "compare"):
+        jobs = [machine.start("ada", kind, lambda job: job.tell(b"a picture")) for _ in range(2)]
+        for job in jobs:
+            end(job)
+        machine.start("bo", "draw", lambda job: None)
+        assert machine.find("ada", jobs[0].id) is None
+        assert machine.newest("ada", kind) is jobs[1]
+    machine.forget_ended("ada", "compare")
+    assert machine.newest("ada", "compare") is None
+    assert machine.newest("ada", "draw") is not None

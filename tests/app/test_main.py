@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from app.main import main
+from app.workspace import Workspace
 from oft_diffusion import cli
 from oft_diffusion.errors import ConfigError
 
@@ -39,3 +41,14 @@ def test_without_gradio_there_is_one_sentence(capsys: Any, monkeypatch: pytest.M
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "gradio" else found(name))
     assert cli.main(["app"]) == 1
     assert "pip install 'oft-diffusion[app]'" in capsys.readouterr().err
+
+
+def test_a_used_port_is_one_sentence(tmp_path: Any) -> None:
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot be served at 127.0.0.1, port {port}"):
+            main(["--port", str(port), "--workspace", str(tmp_path / "work")])
+    with Workspace(tmp_path / "work").alone():
+        pass  # nothing is left behind

@@ -12,9 +12,11 @@ import pytest
 
 from app.drawing import Request
 from app.machine import Job
+from app.packing import COMMAND
 from app.runs import Wish
 from app.session import Session
 from app.workspace import new_token
+from oft_diffusion import cli
 from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainStep, train
@@ -23,7 +25,7 @@ from tests.app.test_photos import noise
 QUICK: dict[str, Any] = {
     "steps": 6, "resolution": 32, "validation_prompts": ["a {trigger} {class_word}"], "validation_every": 3,
     "validation_count": 1, "sampling_steps": 1, "mixed_precision": "no", "batch_size": 1, "checkpoint_every": 2,
-    "block_size": 8,
+    "block_size": 8, "num_class_images": 4,
 }  # fmt: skip
 
 
@@ -34,6 +36,7 @@ def filled(session: Session, person: str, tmp_path: Path) -> Session:
 
 
 def wish(name: str = "My thing", **settings: Any) -> Wish:
+    """Six steps on little pictures, or what differs from that."""
     return Wish(name, "zwx", "thing", QUICK | settings)
 
 
@@ -54,9 +57,7 @@ def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -
     assert [c.id for c in filled.shelf.cards()] == [card.id]
     assert filled.fits(card) == ""
     assert filled.training.unfinished(person) == []
-    command = filled.training.command(job)
-    assert command.startswith("oft-diffusion train --config ")
-    assert TrainConfig.from_toml(Path(command.split()[-1])).steps == 6
+    assert filled.training.runs.config_of(job.about).steps == 6
 
 
 def listened(job: Job, listen: Callable[[str], object]) -> Job:
@@ -127,9 +128,9 @@ def test_a_run_is_ended_while_its_class_images_are_made(
 
 
 def test_what_fails_at_once_is_not_to_be_gone_on_with(filled: Session, person: str) -> None:
-    *_, last = filled.training.start(person, wish(learning_rate=-1.0)).watch(timeout=60)
+    *_, last = filled.training.start(person, wish(weight_decay=-1.0)).watch(timeout=60)
     assert last.state == "failed"
-    assert "learning_rate" in last.error
+    assert "weight_decay" in last.error
     assert filled.training.unfinished(person) == []
 
 
@@ -168,7 +169,9 @@ def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, b
         assert filled.machine.newest(other, kind) is None
     assert not filled.machine.cancel(other, job.id)
     assert training.photos(other).count() == 0
-    assert training.packed(other) is None
+    for take in (training.packed, training.settings_of):
+        with pytest.raises(ConfigError, match="no such run"):
+            take(other, job.about)
     busy.set()
     assert ended(job).found[-1].name == "My thing"
     assert ended(asked).found
@@ -184,7 +187,8 @@ def test_a_run_is_gone_on_with_by_whoever_began_it_alone(filled: Session, person
     assert filled.training.unfinished(other) == []
     with pytest.raises(ConfigError, match="no such run"):
         filled.training.resume(other, run.id)
-    assert filled.training.packed(other) is None
+    with pytest.raises(ConfigError, match="no such run"):
+        filled.training.packed(other, run.id)
     assert ended(filled.training.resume(person, run.id)).found[-1].name == "Mine"
 
 
@@ -196,16 +200,80 @@ def test_a_name_that_no_adapter_can_have_is_refused_before_anything_is_trained(f
 
 
 def test_saving_and_drawing_when_asked(filled: Session, person: str) -> None:
-    job = filled.training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
+    training = filled.training
+    assert training.ask(person, "save") == training.stop(person, pause=True) == "Nothing is being trained"
+    job = training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
     after(job, 2)
-    for what in ("sample", "save"):
-        filled.training.ask(person, what)
+    assert training.ask(new_token(), "save") == "Nothing is being trained"
+    assert training.ask(person, "sample") == "Asked: pictures are drawn after this step"
+    assert training.ask(person, "save") == "Asked: a checkpoint is saved after this step"
     after(job, job.progress.found[-1].step + 10)
-    filled.training.stop(person, pause=False)
-    ended(job)
+    assert training.stop(person, pause=False) == "It ends after this step, and the adapter is kept"
+    said = [found for found in ended(job).found if isinstance(found, str)]
+    drew, saved = said
+    step = drew.rpartition(" ")[2]
+    assert (drew, saved) == (f"Drew pictures after step {step}", f"Saved a checkpoint after step {step}")
     folder = next(filled.workspace.runs.iterdir()) / "run"
     assert len(list((folder / "samples").glob("*.png"))) >= 2
     assert len(list(folder.glob("checkpoint-*"))) == 2
+
+
+def test_a_run_that_is_stopped_while_it_prepares_to_go_on_can_still_be_gone_on_with(
+    filled: Session, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = filled.training
+    job = training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))
+    after(job, 2)
+    training.stop(person, pause=True)
+    ended(job)
+    [run] = training.unfinished(person)
+    reusing = training.runs._reusing
+
+    def stopped(config: TrainConfig) -> TrainConfig:
+        training.stop(person, pause=False)
+        return reusing(config)
+
+    monkeypatch.setattr(training.runs, "_reusing", stopped)
+    *_, last = training.resume(person, run.id).watch(timeout=120)
+    assert last.state == "cancelled"
+    assert last.text == f"stopped at step {run.step}, before it went on: it can still be gone on with"
+    assert training.unfinished(person) == [run]
+
+
+def test_class_images_are_made_once_for_runs_that_want_the_same(filled: Session, person: str) -> None:
+    def made(**settings: Any) -> list[str]:
+        told: list[str] = []
+        job = filled.training.start(person, wish(steps=1, prior_preservation=True, **settings))
+        listened(job, told.append)
+        assert ended(job).found
+        return [text for text in told if text.startswith("preparing class images")]
+
+    assert made()
+    assert not made(name="Another")
+    runs = filled.training.runs
+    folders = {
+        runs._reusing(runs.config(wish(prior_preservation=True, seed=seed), Path())).class_dir for seed in (0, 0, 1)
+    }
+    assert len(folders) == 2
+    [present] = filled.workspace.root.glob("class_images/*")
+    assert str(present) in folders
+    newest, _ = filled.training.mine(person)
+    assert "class_dir" not in filled.training.settings_of(person, newest.id).read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 10**6}, {"steps": 0}, {"block_size": 4096}, {"learning_rate": 5.0}, {"batch_size": 10**4},
+        {"validation_prompts": ["a"] * 13}, {"validation_prompts": ["a" * 501]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_would_keep_the_machine_too_long_is_refused(filled: Session, person: str, settings: Any) -> None:
+    for act in (filled.training.start, filled.training.estimate, filled.training.packed):
+        with pytest.raises(ConfigError, match=r"= |13 prompts|a text too long"):
+            act(person, wish(**settings))
+    assert filled.training.runs.earlier() == []
 
 
 @pytest.mark.parametrize(
@@ -248,18 +316,39 @@ def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> No
 def test_what_is_packed_trains_the_same_elsewhere(
     filled: Session, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert filled.training.packed(new_token()) is None
-    card = ended(filled.training.start(person, wish())).found[-1]
-    path = filled.training.packed(person)
-    assert path is not None
+    filled.training.photos(person).describe(filled.training.photos(person).look(32)[1].id, "a red thing")
     elsewhere = tmp_path / "elsewhere"
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(filled.training.packed(person, wish())) as archive:  # before anything is trained
         assert str(filled.workspace.root) not in archive.read("config.toml").decode()
         archive.extractall(elsewhere)
     monkeypatch.chdir(elsewhere)
+    assert (elsewhere / "photos" / "02.txt").read_text() == "a red thing"
     with train(TrainConfig.from_toml(Path("config.toml")), progress=False) as run:
         assert len(list(run)) == 6
+    job = filled.training.start(person, wish())
+    card = ended(job).found[-1]
     assert load_adapter_file(run.result.adapter).metadata.sha256 == load_adapter_file(card.file).metadata.sha256
+    with zipfile.ZipFile(filled.training.packed(person, job.about)) as archive:
+        assert TrainConfig.from_toml(Path(archive.extract("config.toml"))).steps == 6
+        assert "photos/02.txt" in archive.namelist()
+
+
+def test_the_command_line_works_in_the_folder_that_was_unpacked(
+    filled: Session, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with zipfile.ZipFile(filled.training.packed(person, wish(""))) as archive:
+        archive.extractall(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    program, *arguments = COMMAND.split()
+    assert program == "oft-diffusion"
+    assert cli.main([*arguments, "--estimate"]) == 0
+    assert "6 steps" in capsys.readouterr().out
+    alone = filled.training.settings_of(person, wish())
+    assert alone.read_text() == Path("config.toml").read_text()
+    assert "name the one on yours" in alone.read_text()  # its model is a folder
+    filled.training.photos(person).clear()
+    with pytest.raises(ConfigError, match="no pictures to pack"):
+        filled.training.packed(person, wish())
 
 
 def test_settings_follow_the_length_of_a_run(filled: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from oft_diffusion.errors import ConfigError, DataError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.generate import generate
 from oft_diffusion.load import load_pipeline
+from oft_diffusion.pipeline import list_oft_adapters
 from tests.library.support import PROMPT
 
 
@@ -74,6 +76,32 @@ def test_adapters_come_and_go_without_a_trace(session: Session, person: str, mug
         card = session.shelf.add(make(f"other{seed}", seed=seed + 3), f"other {seed}")
         drawn(session, person, asked((card, 1.0)))
     assert np.array_equal(pixels(drawn(session, person, asked((mug, 1.0)))[0]), before)
+
+
+def test_an_adapter_goes_whole_also_while_nobody_can_wait_any_more(
+    session: Session, person: str, mug: Card, busy: threading.Event
+) -> None:
+    waiting = [session.draw(new_token(), asked((mug, 1.0))) for _ in range(session.machine.most_waiting)]
+    session.delete(mug.id)
+    assert not mug.file.parent.exists()
+    assert session.shelf.cards() == []
+    for job in waiting[1:]:
+        session.machine.cancel(job.owner, job.id)
+    busy.set()
+    *_, last = waiting[0].watch(timeout=60)
+    assert last.state == "failed"
+    assert "adapter My mug was deleted meanwhile" in last.error
+    drawn(session, person, asked())
+
+
+def test_a_deleted_adapter_that_was_in_the_pipeline_leaves_it(session: Session, person: str, mug: Card) -> None:
+    base = pixels(drawn(session, person, asked())[0])
+    drawn(session, person, asked((mug, 1.0)))
+    session.delete(mug.id)
+    *_, last = session.draw(person, asked((mug, 1.0))).watch(timeout=60)
+    assert "was deleted meanwhile" in last.error
+    assert np.array_equal(pixels(drawn(session, person, asked())[0]), base)
+    assert list_oft_adapters(session.model.studio().pipe) == []
 
 
 def test_pictures_tell_their_settings_and_give_them_back(session: Session, person: str, mug: Card) -> None:

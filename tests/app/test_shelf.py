@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from app.session import Session
 from app.shelf import Card
+from app.words import card_page, cards_page
 from app.workspace import new_id
 from oft_diffusion.errors import OFTError
 from oft_diffusion.formats.components import modules_of
@@ -31,7 +33,10 @@ def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) 
     for name in ("", "   ", "x" * 61):
         with pytest.raises(OFTError):
             session.shelf.rename(mug.id, name)
+    assert session.fits(mug) == ""
     session.delete(mug.id)
+    assert mug.file not in session.shelf._known
+    assert not any(mug.file in key for key in session.shelf._fits)
     assert [card.id for card in session.shelf.cards()] == [style.id]
     for gone in (mug.id, new_id(), "../x"):
         for act in (session.shelf.card, session.shelf.delete, lambda i: session.shelf.rename(i, "x")):
@@ -73,3 +78,16 @@ def test_broken_files_are_passed_over_and_refused(session: Session, mug: Card, t
     assert [card.id for card in session.shelf.cards()] == [mug.id]
     mug.file.write_bytes(broken.read_bytes())
     assert session.shelf.cards() == []
+
+
+def test_covers_have_a_text_and_an_address_whatever_they_are_called(mug: Card) -> None:
+    cover = Path("/a #place/of 100%/cover.png")
+    shown = cards_page([(dataclasses.replace(mug, name='"Tea" <cup>', cover=cover), "")])
+    assert 'src="/gradio_api/file=/a%20%23place/of%20100%25/cover.png"' in shown
+    assert 'alt="cover of &quot;Tea&quot; &lt;cup&gt;"' in shown
+
+
+def test_an_orthogonality_error_is_explained(mug: Card) -> None:
+    assert "rotations, but for rounding" in card_page(mug, "")
+    assert "not quite rotations" in card_page(dataclasses.replace(mug, error=0.02), "")
+    assert '<th scope="row">Trigger</th>' in card_page(mug, "")

@@ -6,10 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from app.drawing import Request
+from app.machine import Cancelled, Job
+from app.model import Model
+from app.presets import POCKET, PRESETS, beginning, fitting
+from app.runs import Wish
 from app.session import Session
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.pocket import SUBJECTS
+from tests.app.test_photos import noise
+from tests.helpers.tiny_families import tiny_family, write_tiny_family
 
 
 @pytest.fixture(scope="module")
@@ -60,5 +68,81 @@ def test_other_models_have_presets_that_fit_the_machine(
     assert orders[0][0] == "sd15_low_memory"
     assert orders[1][0] == "sd15"
     assert sorted(orders[0]) == sorted(orders[1])
-    for preset in orders[0]:
-        assert Path(f"train_scripts/configs/{preset}.toml").is_file()
+
+
+def test_every_preset_is_there_and_fits_by_memory() -> None:
+    for presets in (*PRESETS.values(), POCKET):
+        for name in presets:
+            assert Path(f"train_scripts/configs/{name}.toml").is_file()
+    assert next(iter(fitting("StableDiffusionXLPipeline", 12e9))) == "sdxl_low_memory"
+    assert next(iter(fitting("StableDiffusionXLPipeline", 80e9))) == "sdxl"
+    assert list(fitting("FluxPipeline", 80e9)) == ["flux"]
+    assert list(fitting("SanaPipeline", 80e9)) == ["sd35"]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "steps", "guidance"),
+    [
+        ("StableDiffusionXLPipeline", "sdxl", 25, 5.0),
+        ("StableDiffusion3Pipeline", "sd35", 28, 7.0),
+        ("FluxPipeline", "flux", 28, 3.5),
+        ("QwenImagePipeline", "sd35", 25, 4.0),
+    ],
+)
+def test_a_model_draws_and_trains_with_its_own_steps_and_guidance(
+    tmp_path: Path, name: str, preset: str, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "memory", lambda _: 80e9)
+    session = Session(tmp_path / "work", str(write_tiny_family(name, tmp_path)))
+    own, begun = session.abilities, session.training.defaults()
+    assert (own.steps, own.guidance) == (begun["sampling_steps"], begun["guidance_scale"]) == (steps, guidance)
+    assert session.training.runs.presets[0] == preset
+
+
+def test_what_was_distilled_begins_with_few_steps_and_no_guidance(tmp_path: Path) -> None:
+    pipe = tiny_family("FluxPipeline", tmp_path)
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    assert beginning(pipe) == (4, 1.0)
+
+
+@pytest.mark.parametrize(("able", "wanted"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_trains_in_what_it_computes_in(able: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: able)
+    assert Model(device="cuda").precision() == wanted
+    assert Model(device="mps").precision() == Model().precision() == "no"
+
+
+def test_the_drawing_pipeline_leaves_a_gpu_to_training(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    studio = session.model.studio()
+    moved: list[str] = []
+    here = torch.device("cuda")
+    monkeypatch.setattr(type(studio.pipe), "device", property(lambda _: here))
+    monkeypatch.setattr(type(studio.pipe), "to", lambda _, device: moved.append(str(device)))
+    studio.rest()
+    assert moved == ["cpu"]
+    here = torch.device("cpu")
+    studio.device = torch.device("cuda")
+    studio.rest()
+    assert moved == ["cpu"]
+    with pytest.raises(Cancelled):
+        studio.draw(Request("a mug", (1,), steps=1), cancelled(), lambda _: None)
+    assert moved == ["cpu", "cuda"]
+
+
+def cancelled() -> Job:
+    job = Job("somebody", "draw")
+    job.cancel()
+    return job
+
+
+def test_a_run_goes_on_only_on_the_model_that_it_was_begun_with(
+    session: Session, person: str, model_folder: Path, tmp_path: Path
+) -> None:
+    session.training.photos(person).add([noise(tmp_path / f"{i}.png", seed=i) for i in range(3)])
+    run_id = session.training.runs.prepare(Wish("One", "zwx", "thing", {}), session.training.photos(person))
+    other = tmp_path / "other"
+    other.symlink_to(model_folder)
+    again = Session(session.workspace.root, str(other))
+    with pytest.raises(ConfigError, match=r"this run was begun on .*, and this server has .*other"):
+        again.training.resume(person, run_id)
+    assert again.machine.newest(person, "train") is None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.main import main
 from app.workspace import Workspace, is_token, new_id, new_token
 from oft_diffusion.errors import ConfigError, DataError
 
@@ -57,6 +59,33 @@ def test_old_uploads_and_copies_are_cleaned_away(tmp_path: Path) -> None:
     assert [path.name for path in uploads.iterdir()] == ["new.png"]
     assert [path.name for path in workspace.pictures(token).iterdir()] == ["old.png"]
     assert list(workspace.temporary.iterdir()) == []
+
+
+def test_what_is_temporary_stays_for_a_day_while_a_server_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, ended = Workspace(tmp_path), threading.Event()
+    old, waits = workspace.fresh(), iter((False, False, True))
+    monkeypatch.setattr(ended, "wait", lambda seconds: next(waits))
+    workspace.keep_clean(ended)
+    assert list(workspace.temporary.iterdir()) == [old]
+    now, waits = time.time(), iter((False, True))
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    workspace.keep_clean(ended)
+    assert list(workspace.temporary.iterdir()) == []
+
+
+def test_two_servers_in_one_workspace_are_refused(tmp_path: Path) -> None:
+    first, second = Workspace(tmp_path), Workspace(tmp_path)
+    with first.alone():
+        copy = first.fresh()
+        with pytest.raises(ConfigError, match="another server works in"), second.alone():
+            raise AssertionError
+        with pytest.raises(ConfigError, match="another server works in"):
+            main(["--workspace", str(tmp_path)])
+        assert copy.is_dir()
+    with second.alone():
+        pass
 
 
 def test_a_workspace_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -125,14 +125,16 @@ def assert_same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-def assert_read_as_merged(pipe: Any, path: Path, readers: Sequence[Any], base: Weights, turned: Weights) -> None:
+def assert_read_as_merged(
+    pipe: Any, path: Path, readers: Sequence[Any], base: Weights, turned: Weights, tolerance: float = 1e-5
+) -> None:
     tensors = load_file(path)
     reached = set()
     for key, meaning in keys_in(pipe, tensors).items():
         before, after = native(meaning, base), native(meaning, turned)
         for reader in readers:
             for strength in STRENGTHS:
-                assert_same(reader(before, of_layer(tensors, key), strength), blend(before, after, strength))
+                assert_same(reader(before, of_layer(tensors, key), strength), blend(before, after, strength), tolerance)
         assert of_layer(tensors, key)
         reached |= {(meaning.component, layer) for layer in meaning.layers}
     assert reached >= {layer for layer in base if not torch.equal(base[layer], turned[layer])}

@@ -24,8 +24,10 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served_session(session: Session, port: int | None = None) -> Iterator[str]:
-    """The app on a port, or a free one: its address."""
+def served_session(
+    session: Session, port: int | None = None, auth: list[tuple[str, str]] | None = None
+) -> Iterator[str]:
+    """The app on a port, or a free one, for everybody or for those with a password: its address."""
     before = os.environ.get("GRADIO_TEMP_DIR", "")
     os.environ["GRADIO_TEMP_DIR"] = str(session.workspace.temporary)
     from app.main import QUEUE, served
@@ -33,7 +35,7 @@ def served_session(session: Session, port: int | None = None) -> Iterator[str]:
 
     page = build(session)
     page.queue(**QUEUE)
-    _, url, _ = page.launch(**served(session, "127.0.0.1", port, None), prevent_thread_lock=True, quiet=True)
+    _, url, _ = page.launch(**served(session, "127.0.0.1", port, auth), prevent_thread_lock=True, quiet=True)
     _COPIES[url] = session.workspace.temporary
     try:
         yield url

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.app_page import choose, go_to, opened_part, text
+from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text
 
 pytestmark = pytest.mark.browser
 
@@ -61,6 +61,27 @@ def test_two_become_one(opened: Any, server: Any) -> None:
     choose(page, "second", "My mug")
     page.locator("#compose").click()
     page.wait_for_function("document.querySelectorAll('#cards .card').length === 2")
+    page.wait_for_function("[...document.querySelectorAll('#cards img')].every(cover => cover.naturalWidth > 0)")
     for card in session.shelf.cards():
         if card.name != "My mug":
             session.delete(card.id)
+
+
+def test_what_is_kept_is_told_and_deleted(opened: Any, pictures: Any) -> None:
+    before = set(pictures())
+    page = opened()
+    quick(page, 1)
+    draw(page, "a mug")
+    [drawn] = set(pictures()) - before
+    opened_part(page, "Earlier pictures")
+    page.wait_for_selector("#history img")
+    go_to(page, "Adapters")
+    opened_part(page, "What you keep here")
+    page.wait_for_function("document.querySelector('#kept').innerText.includes('1 picture,')")
+    choose(page, "kept-what", f"all pictures, {drawn.stat().st_size / 1e3:.0f} KB")
+    page.get_by_label("Yes, delete this for good").check()
+    page.locator("#kept-delete:not([disabled])").click()
+    page.wait_for_function("document.querySelector('#kept').innerText.includes('Deleted 1 picture')")
+    assert set(pictures()) == before
+    page.wait_for_selector("#history img", state="detached")
+    reload(page)

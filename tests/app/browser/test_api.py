@@ -76,6 +76,18 @@ def test_a_program_that_asks_without_end_is_refused(server: Any) -> None:
     assert all(call.result()[1]["prompt"] == "a mug" for call in calls if not call.done() or not call.exception())
 
 
+@pytest.mark.slow  # gradio looks every fifteen seconds who is there
+def test_what_a_program_asked_for_is_not_drawn_once_it_has_gone(server: Any) -> None:
+    session, url = server
+    with occupied(session.machine):
+        stays, leaves = (Client(url, verbose=False) for _ in range(2))
+        call, _ = (client.submit(prompt="a mug", steps=1, api_name="/draw") for client in (stays, leaves))
+        until(lambda: len(session.machine.going("program")) == 2)
+        leaves.close()
+        until(lambda: len(session.machine.going("program")) == 1)
+    assert call.result()[1]["prompt"] == "a mug"
+
+
 def test_nothing_else_has_a_name(server: Any) -> None:
     named = Client(server[1], verbose=False).view_api(return_format="dict")["named_endpoints"]
     assert set(named) == {"/adapters", "/draw"}

@@ -48,7 +48,8 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     page.wait_for_selector("#train-grids img")
     captions = [p.read_text() for p in sorted(session.workspace.runs.glob("*/photos/*.txt"))[-5:]]
     assert captions[1] == "a white cat, as <b>I</b> say"
-    opened_part(page, "Take this run to another machine")
+    opened_part(page, "Take it to another machine")
+    choose(page, "along", "the run Cat one, 6 steps")
     page.get_by_role("button", name="Pack settings and pictures").click()
     page.wait_for_selector("#packed a")
     go_to(page, "Generate")
@@ -78,6 +79,8 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
     assert page.locator("#train").is_disabled()
     shown = page.locator("#train-grids img").count()
     page.locator("#train-sample:not([disabled])").click()
+    page.wait_for_function("document.querySelector('#train-note').innerText.includes('Asked: pictures are drawn')")
+    page.wait_for_function("document.querySelector('#train-note').innerText.includes('Drew pictures after step')")
     page.wait_for_function(f"document.querySelectorAll('#train-grids img').length > {shown}")
     page.locator("#train-pause:not([disabled])").click()
     page.wait_for_selector("#train-status .done")
@@ -176,6 +179,11 @@ def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: An
     page.locator("#train").click()
     page.wait_for_selector("#train-status .problem")
     assert "name is missing" in page.locator("#train-status").inner_text()
+    opened_part(page, "Take it to another machine")
+    page.get_by_role("button", name="Pack settings and pictures").click()
+    page.wait_for_function("document.querySelector('#pack-note').innerText.includes('no pictures to pack')")
+    page.get_by_role("button", name="Settings alone").click()
+    page.wait_for_selector("#packed a")
     fake = tmp_path / "fake.png"
     fake.write_bytes(b"no picture")
     small = tmp_path / "small.png"
