@@ -76,7 +76,8 @@ def server(pocket_server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) 
 
 # Of a page that is left (`reload`), and of a server that ends.
 _LEFT = re.compile(
-    "AbortError|BodyStreamBuffer was aborted|Connection errored out|Server stopped unexpectedly|ERR_CONN|Unable to preload"
+    "AbortError|BodyStreamBuffer was aborted|Connection errored out|Server stopped unexpectedly|ERR_CONN"
+    "|Unable to preload"
 )
 Opened = Callable[..., Any]
 
