@@ -64,7 +64,6 @@ def take_turns(
     methods = list(stage)
     with _no_collection():
         for turn in range(rounds):
-            gc.collect()
             start = turn % len(methods) if methods else 0
             for method in methods[start:] + methods[:start]:
                 if method in reasons:
@@ -136,12 +135,12 @@ class _Stand:
         for method in self.setup.methods:  # all are adapted before any is compiled: adapting makes dynamo forget
             with self._falling_out(method):
                 candidates[method] = Candidate(work, targets, method, self.setup)
-            _collect(self.device)
+            _give_back(self.device)
         for method in list(candidates):
             self._check_time(0.0)
             with self._falling_out(method, candidates):
                 self._warm_up(method, candidates[method])
-            _collect(self.device)
+            _give_back(self.device)
         for stage in range(max((len(candidate.stages()) for candidate in candidates.values()), default=0)):
             for method in list(candidates):
                 with self._falling_out(method, candidates):
@@ -247,20 +246,22 @@ def run(
 ) -> None:
     """Measure what is not measured yet, until time is up."""
     deadline = time.monotonic() + 60 * minutes
-    for setup in setups:
-        if not again and is_done(setup, device, load(out)):
-            print(f"measured already: {setup}", flush=True)
-            continue
-        try:
-            if time.monotonic() > deadline:
-                raise OutOfTimeError
-            measure(setup, device, out, deadline, rounds)
-        except OutOfTimeError:
-            print(f"no time left, run it again: {setup}", flush=True)
-        else:
-            print(f"measured: {setup}", flush=True)
-        torch.compiler.reset()
-        _collect(device)
+    with _set_aside():
+        for setup in setups:
+            if not again and is_done(setup, device, load(out)):
+                print(f"measured already: {setup}", flush=True)
+                continue
+            try:
+                if time.monotonic() > deadline:
+                    raise OutOfTimeError
+                measure(setup, device, out, deadline, rounds)
+            except OutOfTimeError:
+                print(f"no time left, run it again: {setup}", flush=True)
+            else:
+                print(f"measured: {setup}", flush=True)
+            torch.compiler.reset()
+            gc.collect()
+            _give_back(device)
 
 
 def main() -> None:
@@ -310,20 +311,33 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _collect(device: str) -> None:
-    gc.collect()
+def _give_back(device: str) -> None:
+    """What a card's memory still holds of a method that fell out, or of what building another left behind."""
     if device != "cpu":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """No garbage collection amid a step."""
+    gc.collect()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+
+
+@contextmanager
+def _set_aside() -> Iterator[None]:
+    """What was imported is no garbage, and need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 if __name__ == "__main__":
