@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from uuid import uuid4
 import torch
 
 from benchmarks.candidates import Candidate, builder
-from benchmarks.methods import UnsupportedError
 from benchmarks.records import DATA, append, environment, load
 from benchmarks.speed_setups import KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
+from benchmarks.turns import Around, Calls, take_turns, told
 from benchmarks.works import WORKS, Work
 
 FILE = DATA / "speed.csv"
@@ -40,50 +40,10 @@ WARM_UPS = 2
 _FIGURES = ("peak_bytes", "operations", "saved_bytes", "kernels")
 # What makes two rows the same measurement, made again.
 _SAME = ("hardware", "threads", "commit", "oft-diffusion", "torch", "diffusers", "transformers", "peft", "lycoris")
-Calls = Mapping[str, Callable[[], object]]
-Around = Callable[[], AbstractContextManager[None]]
 
 
 class OutOfTimeError(Exception):
     """A setup does not fit into what is left."""
-
-
-def take_turns(
-    stage: Mapping[str, Calls], rounds: int, device: str = "cpu", around: Mapping[str, Around] | None = None
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """Seconds of each method's calls, by kind, one per round, and why a method fell out.
-
-    Args:
-        stage: by method, what it does within one turn, by kind.
-        rounds: how often each has its turn. Each round begins one method later than the one before.
-        device: what is waited for before the clock is read.
-        around: by method, what its turns are taken in; not timed.
-    """
-    times: dict[str, dict[str, list[float]]] = {m: {kind: [] for kind in calls} for m, calls in stage.items()}
-    reasons: dict[str, str] = {}
-    methods = list(stage)
-    with _no_collection():
-        for turn in range(rounds):
-            start = turn % len(methods) if methods else 0
-            for method in methods[start:] + methods[:start]:
-                if method in reasons:
-                    continue
-                try:
-                    with (around or {}).get(method, nullcontext)():
-                        for kind, call in stage[method].items():
-                            times[method][kind].append(seconds_of(call, device))
-                except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                    reasons[method] = told(error)
-    return {method: taken for method, taken in times.items() if method not in reasons}, reasons
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Until all of it is done, on a card too."""
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
 
 
 def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int | None = None) -> None:
@@ -100,7 +60,8 @@ def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int |
     run = uuid4().hex[:8]
     rows = [
         {
-            **_versions(), "run": run, **setup.columns(), **stand.about, "kind": kind, "method": method,
+            **_versions(), "device": device, "run": run, **setup.columns(), **stand.about,
+            "kind": kind, "method": method,
             **dict.fromkeys(("settings", "trained", "adapter_bytes", *_FIGURES), ""),
             **stand.figures.get((method, kind), {}), **_spread(stand.times.get((method, kind), [])),
             "load": f"{load_before:.1f}",
@@ -202,13 +163,13 @@ class _Stand:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is
-            self.reasons |= {(method, kind): told(error) for kind in KINDS[self.setup.kind]}
+            self.reasons |= {(method, kind): told(method, error) for kind in KINDS[self.setup.kind]}
             if candidates is not None:
                 del candidates[method]
 
 
 def make_work(setup: Setup, device: str) -> Work:
-    """Its work on a device, with random weights and inputs of the setup's dtype, frozen."""
+    """A setup's work on a device, with random weights and inputs of its dtype, frozen."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, setup.dtype))  # made as such: in float32 Flux.1 has 48 GB
@@ -217,18 +178,7 @@ def make_work(setup: Setup, device: str) -> Work:
             work = WORKS[setup.work](setup.sizes, text=setup.text, small=setup.small)
     finally:
         torch.set_default_dtype(before)
-    return work.requires_grad_(False)
-
-
-def told(error: Exception) -> str:
-    """A reason as a row holds it: one line, and no paths of this machine."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    if "CUDA error" in str(error):
-        raise error  # nothing that follows in this process would be true
-    lines = str(error).strip().splitlines() or [""]
-    text = re.sub(r"(/[\w.+-]+){2,}", "...", lines[0])[:160]
-    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
+    return work.to(device).requires_grad_(False)
 
 
 def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> bool:
@@ -271,6 +221,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument("--device", choices=SETUPS, default="cpu", help="(default: cpu)")
     parser.add_argument("--only", default="", metavar="WORDS", help="setups whose line in --list has these words in it")
+    parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave a method out")
     parser.add_argument("--minutes", type=float, default=13.0, help="start nothing that takes longer (default: 13)")
     parser.add_argument("--rounds", type=int, help="in place of each setup's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default: all)")
@@ -283,7 +234,11 @@ def main() -> None:
         if options.table:
             print(table(load(options.out)))
         return
-    setups = [setup for setup in SETUPS[options.device] if options.only in str(setup)]
+    setups = [
+        replace(setup, methods=tuple(method for method in setup.methods if method not in options.without))
+        for setup in SETUPS[options.device]
+        if options.only in str(setup)
+    ]
     if options.list:
         print("\n".join(map(str, setups)))
         return
@@ -306,27 +261,11 @@ def _spread(times: Sequence[float]) -> dict[str, str]:
     return {"rounds": str(len(times)), **cells, "seconds": " ".join(f"{t:.6g}" for t in times)}
 
 
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
 def _give_back(device: str) -> None:
     """What a card's memory still holds of a method that fell out, or of what building another left behind."""
     if device != "cpu":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection amid a step."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager

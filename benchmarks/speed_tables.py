@@ -68,7 +68,9 @@ class Group:
 
     def machine(self) -> str:
         row = self.about
-        where = f"{row['hardware']}, {row['threads']} threads" + (f", CUDA {row['cuda']}" if row["cuda"] else "")
+        where = f"{row['hardware']}, {row['threads']} threads" + (
+            f", CUDA {row['cuda']}" if row["device"] == "cuda" else ""
+        )
         versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "diffusers", "peft", "lycoris"))
         return f"{where}; {versions}; commit {row['commit'] or 'unknown'}; {row['date']}"
 
@@ -199,8 +201,7 @@ def aims(found: Sequence[Group], bandwidth: Sequence[Row] | None = None) -> str:
     lines = ["| aim | at most | measured | on | reached |", "|---|---|---|---|---|"]
     for aim in AIMS:
         for group in found:
-            device = "cuda" if group.about["cuda"] and "cores" not in group.about["hardware"] else "cpu"
-            if group.kind != aim.kind or aim.device not in ("", device) or group.about["work"] == STACK:
+            if group.kind != aim.kind or aim.device not in ("", group.about["device"]) or group.about["work"] == STACK:
                 continue
             value = aim.figure(group)
             if value is not None:

@@ -36,6 +36,7 @@ from benchmarks.methods import (
 )  # fmt: skip
 from benchmarks.speed_setups import BUILDS, KINDS, SETUPS, STACK, Setup
 from benchmarks.speed_tables import groups, plots, scaling, table
+from benchmarks.turns import take_turns, told
 from benchmarks.weight_centric import rotate_weight
 from benchmarks.works import WORKS, Sizes, Work
 from oft_diffusion.targets import find_targets
@@ -186,7 +187,7 @@ def test_setups_name_works_and_methods_that_are_there() -> None:
 def test_rounds_are_interleaved_and_begin_one_method_later_each_time() -> None:
     seen: list[str] = []
     stage = {name: {"train": lambda name=name: seen.append(name)} for name in "abc"}
-    times, reasons = speed.take_turns(stage, 4)
+    times, reasons = take_turns(stage, 4)
     assert "".join(seen) == "abcbcacababc"
     assert {name: len(taken["train"]) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert reasons == {}
@@ -196,9 +197,11 @@ def test_a_method_that_breaks_off_has_no_figure_and_the_others_go_on() -> None:
     def fail() -> None:
         raise ValueError("no /some/place/of/this/machine.so here\nand more")
 
-    times, reasons = speed.take_turns({"a": {"train": fail}, "b": {"train": lambda: None}}, 3)
+    times, reasons = take_turns({"a": {"train": fail}, "b": {"train": lambda: None}}, 3)
     assert list(times) == ["b"]
     assert reasons == {"a": "ValueError: no ... here"}
+    with pytest.raises(SystemExit, match="--without 'a'"):
+        told("a", RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_every_method_is_measured_or_has_a_reason(tmp_path: Path) -> None:
@@ -299,7 +302,8 @@ def test_the_most_that_is_allocated_at_once_is_counted() -> None:
 
 ROW = {
     "date": "2030-01-01", "hardware": "A card", "threads": "2", "torch": "3", "diffusers": "1", "transformers": "1",
-    "oft-diffusion": "1", "commit": "abc", "peft": "1", "lycoris": "1", "cuda": "13", "work": "SDXL", "cut": "",
+    "oft-diffusion": "1", "commit": "abc", "peft": "1", "lycoris": "1", "cuda": "13", "device": "cuda",
+    "work": "SDXL", "cut": "",
     "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "block_size": "32", "compiled": "no",
     "checkpointing": "no", "text": "no", "small": "no", "batch": "1", "tokens": "", "width": "", "layers": "",
     "kind": "train", "settings": "", "trained": "", "adapter_bytes": "", "peak_bytes": "", "operations": "",
