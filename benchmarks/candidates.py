@@ -82,9 +82,9 @@ class Candidate:
     def can(self, verb: str) -> bool:
         return all(getattr(adapted, verb) is not None for adapted in self.adapted)
 
-    def reason(self, kind: str) -> str:
-        """Why a kind is not among the stages."""
-        return f"no {kind}: " + (self.adapted[0].lacks or "it offers none")
+    def reason(self) -> str:
+        """Why some kinds are not among the stages."""
+        return self.adapted[0].lacks or "it has none"
 
     def train(self) -> None:
         """One step, the optimiser's included. Of the base, gradients up to its inputs."""

@@ -112,7 +112,7 @@ class _Stand:
         for method, candidate in candidates.items():
             for kind in KINDS[self.setup.kind]:
                 if (method, kind) not in self.times and (method, kind) not in self.reasons:
-                    self.reasons[method, kind] = candidate.reason(kind)
+                    self.reasons[method, kind] = candidate.reason()
 
     def build(self) -> None:
         """D of the work's layers, by each parametrisation."""

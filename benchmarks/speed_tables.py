@@ -24,6 +24,8 @@ _KINDS = {
     "merge": "merging", "unmerge": "unmerging", "swap": "swapping", "build": "building D",
     "build and backward": "building D, and its gradient",
 }  # fmt: skip
+_SIZES = {"tokens": "tokens", "width": "wide", "layers": "layers"}
+_SWITCHES = {"checkpointing": "gradient checkpointing", "text": "text encoders too"}
 _SCALED = {"tokens": "tokens", "width": "width", "layers": "layers", "block_size": "block size"}
 
 
@@ -60,11 +62,10 @@ class Group:
         """What was measured, in words."""
         row = self.about
         told = [row["cut"], row["dtype"], f"batch {row['batch']}"]
-        told += [f"{row[name]} {word}" for name, word in _SCALED.items() if row[name] and name != "block_size"]
+        told += [f"{row[name]} {word}" for name, word in _SIZES.items() if row[name]]
         told += [f"b = {row['block_size']}", "compiled" if row["compiled"] == "yes" else "eager"]
-        told += [name for name in ("checkpointing", "text") if row[name] == "yes"]
-        words = ", ".join(filter(None, told)).replace(", text", ", text encoders too")
-        return f"{row['work']}, {_KINDS[self.kind]} ({words})"
+        told += [words for name, words in _SWITCHES.items() if row[name] == "yes"]
+        return f"{row['work']}, {_KINDS[self.kind]} ({', '.join(filter(None, told))})"
 
     def machine(self) -> str:
         row = self.about
