@@ -17,9 +17,11 @@ TORCH_PIN := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 SOURCES := $(wildcard oft_diffusion train_scripts tests benchmarks app)
 # Small tensors: threads of two workers on the same cores only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+# Each profile would write two lines of its own otherwise.
+QUIET := KINETO_LOG_LEVEL=99
 FULL_LOG := docs/logs/test-full.log
 
-.PHONY: help install demo app test test-full lint types format wheel constraints clean
+.PHONY: help install demo app test test-full bench bench-gpu lint types format wheel constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -58,6 +60,14 @@ test-full: install  ## everything that this machine can run; writes docs/logs/te
 	@mkdir -p $(dir $(FULL_LOG))
 	@HYPOTHESIS_PROFILE=full $(PYTEST) --durations=15 2>&1 \
 	  | sed -u -e "s#$(CURDIR)#.#g" -e "s#$${HOME:-/nonexistent}#~#g" | tee $(FULL_LOG)
+
+bench: install  ## speed and memory beside LoRA and others, on this processor: under 15 minutes, on an idle machine
+	$(QUIET) $(PYTHON) -m benchmarks.speed
+	@$(PYTHON) -m benchmarks.speed --table
+
+bench-gpu: install  ## the same on a CUDA card: under 20 minutes
+	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 18
+	@$(PYTHON) -m benchmarks.speed --table
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

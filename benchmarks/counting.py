@@ -55,3 +55,25 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
         result = forward()
     del result
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def peak_allocated(call: Callable[[], object]) -> int:
+    """Bytes that a call allocates on the processor at most at once, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results = profiler.profiler
+    assert results is not None
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def kernel_launches(call: Callable[[], object]) -> int:
+    """Kernels that a call starts on a CUDA card."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum("LaunchKernel" in event.name for event in profiler.events())

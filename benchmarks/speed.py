@@ -1,0 +1,283 @@
+"""Speed and memory of adapting a diffusion model, method beside method: benchmarks/data/speed.csv.
+
+python -m benchmarks.speed                  # measures the processor and appends; make bench
+python -m benchmarks.speed --device cuda    # a CUDA card; make bench-gpu
+python -m benchmarks.speed --list           # what would be measured
+python -m benchmarks.speed --table          # the newest figures as Markdown, from the data alone
+
+All methods of a setup (`speed_setups`) lie in one process, upon the same weights. After a warm-up they take turns: in
+each round every method makes one step, and each round begins with another method, so that noise hits all alike. What
+was measured by the same commit on the same hardware is skipped, so a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from benchmarks.candidates import Candidate, builder
+from benchmarks.records import DATA, append, environment, load
+from benchmarks.speed_setups import KINDS, SETUPS, Setup
+from benchmarks.speed_tables import plots, table
+from benchmarks.turns import Around, Calls, take_turns, told
+from benchmarks.works import WORKS, Work
+
+FILE = DATA / "speed.csv"
+LEAST = 3  # rounds, without which there is no spread
+WARM_UPS = 2
+_FIGURES = ("peak_bytes", "operations", "saved_bytes", "kernels")
+# What makes two rows the same measurement, made again.
+_SAME = ("hardware", "threads", "commit", "oft-diffusion", "torch", "diffusers", "transformers", "peft", "lycoris")
+
+
+class OutOfTimeError(Exception):
+    """A setup does not fit into what is left."""
+
+
+def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int | None = None) -> None:
+    """Append the rows of one setup.
+
+    Raises:
+        OutOfTimeError: it does not fit before the deadline, by `time.monotonic`; nothing is written then.
+    """
+    load_before = os.getloadavg()[0]
+    stand = _Stand(setup, device, deadline, rounds or setup.rounds)
+    # One code object serves every block of every method: by default dynamo would fall back to eager, and say nothing.
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        (stand.build if setup.kind == "build" else stand.compare)()
+    run = uuid4().hex[:8]
+    rows = [
+        {
+            **_versions(), "device": device, "run": run, **setup.columns(), **stand.about,
+            "kind": kind, "method": method,
+            **dict.fromkeys(("settings", "trained", "adapter_bytes", *_FIGURES), ""),
+            **stand.figures.get((method, kind), {}), **_spread(stand.times.get((method, kind), [])),
+            "load": f"{load_before:.1f}",
+            "reason": "" if (method, kind) in stand.times else stand.reasons.get((method, kind), ""),
+        }
+        for method, kind in setup.cells()
+    ]  # fmt: skip
+    append(out, rows, device)
+
+
+class _Stand:
+    """What is found of one setup, by method and kind."""
+
+    def __init__(self, setup: Setup, device: str, deadline: float, rounds: int) -> None:
+        self.setup, self.device, self.deadline, self.rounds = setup, device, deadline, rounds
+        self.times: dict[tuple[str, str], list[float]] = {}
+        self.figures: dict[tuple[str, str], dict[str, Any]] = {}
+        self.reasons: dict[tuple[str, str], str] = {}
+        self.about = {"cut": "", "base_parameters": "", "base_bytes": ""}
+
+    def compare(self) -> None:
+        """Methods upon one work."""
+        work = make_work(self.setup, self.device)
+        parameters = list(work.parameters())
+        self.about = {
+            "cut": work.note,
+            "base_parameters": str(sum(p.numel() for p in parameters)),
+            "base_bytes": str(sum(p.numel() * p.element_size() for p in parameters)),
+        }
+        targets = work.targets()
+        candidates: dict[str, Candidate] = {}
+        for method in self.setup.methods:  # all are adapted before any is compiled: adapting makes dynamo forget
+            with self._falling_out(method):
+                candidates[method] = Candidate(work, targets, method, self.setup)
+            _give_back(self.device)
+        for method in list(candidates):
+            self._check_time(0.0)
+            with self._falling_out(method, candidates):
+                self._warm_up(method, candidates[method])
+            _give_back(self.device)
+        for stage in range(max((len(candidate.stages()) for candidate in candidates.values()), default=0)):
+            for method in list(candidates):
+                with self._falling_out(method, candidates):
+                    candidates[method].between(stage)
+            calls = {method: candidate.stages()[stage] for method, candidate in candidates.items()}
+            around = {method: candidate.kernels for method, candidate in candidates.items()}
+            self._take_turns({method: own for method, own in calls.items() if own}, around)
+        for method, candidate in candidates.items():
+            for kind in KINDS[self.setup.kind]:
+                if (method, kind) not in self.times and (method, kind) not in self.reasons:
+                    self.reasons[method, kind] = candidate.reason()
+
+    def build(self) -> None:
+        """D of the work's layers, by each parametrisation."""
+        with torch.device("meta"):
+            work = WORKS[self.setup.work](self.setup.sizes, text=self.setup.text, small=self.setup.small)
+        parts = zip(work.components(), work.targets(), strict=True)
+        layers: list[Any] = [part.get_submodule(name) for part, names in parts for name in names]
+        blocks = sum(layer.in_features for layer in layers) // self.setup.block_size
+        self.about["cut"] = work.note
+        self._take_turns(
+            {method: builder(method, blocks, self.setup.block_size, self.device) for method in self.setup.methods}
+        )
+        for method in self.setup.methods:
+            for kind in KINDS["build"]:
+                self.figures[method, kind] = {"settings": f"{blocks} blocks of {self.setup.block_size}"}
+
+    def _warm_up(self, method: str, candidate: Candidate) -> None:
+        """And note what is counted."""
+        noted = {
+            "settings": " and ".join(dict.fromkeys(a.settings for a in candidate.adapted if a.settings)),
+            "trained": sum(p.numel() for p in candidate.trained),
+            "adapter_bytes": candidate.adapter_bytes,
+        }
+        with candidate.kernels():
+            candidate.warm_up(WARM_UPS)
+            counted = candidate.counts()
+        for kind in KINDS[self.setup.kind]:
+            self.figures[method, kind] = noted | (counted if kind in ("train", "live") else {})
+
+    def _take_turns(self, stage: Mapping[str, Calls], around: Mapping[str, Around] | None = None) -> None:
+        once, failed = take_turns(stage, 1, self.device, around)  # a warm-up that says how long a round takes
+        a_round = sum(sum(taken[-1] for taken in kinds.values()) for kinds in once.values())
+        self._check_time(LEAST * a_round)
+        fitting = int((self.deadline - time.monotonic()) / a_round) if a_round else self.rounds
+        live = {method: calls for method, calls in stage.items() if method in once}
+        times, late = take_turns(live, max(LEAST, min(self.rounds, fitting)), self.device, around)
+        for method, reason in {**failed, **late}.items():
+            self.reasons |= {(method, kind): reason for kind in stage[method]}
+        self.times |= {(method, kind): taken for method, kinds in times.items() for kind, taken in kinds.items()}
+
+    def _check_time(self, seconds: float) -> None:
+        if time.monotonic() + seconds > self.deadline:
+            raise OutOfTimeError
+
+    @contextmanager
+    def _falling_out(self, method: str, candidates: dict[str, Candidate] | None = None) -> Iterator[None]:
+        """A method that fails in here is out, with its reason; the others go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self.reasons |= {(method, kind): told(method, error) for kind in KINDS[self.setup.kind]}
+            if candidates is not None:
+                del candidates[method]
+
+
+def make_work(setup: Setup, device: str) -> Work:
+    """A setup's work on a device, with random weights and inputs of its dtype, frozen."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, setup.dtype))  # made as such: in float32 Flux.1 has 48 GB
+    try:
+        with torch.device(device):
+            work = WORKS[setup.work](setup.sizes, text=setup.text, small=setup.small)
+    finally:
+        torch.set_default_dtype(before)
+    return work.to(device).requires_grad_(False)
+
+
+def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the data has every row of a setup, by this commit and hardware. What differs from a commit never is."""
+    now = environment(device) | _versions()
+    if now["commit"].endswith("+"):
+        return False
+    wanted = {name: now[name] for name in _SAME} | setup.columns()
+    found = {(row["method"], row["kind"]) for row in rows if all(row.get(k) == v for k, v in wanted.items())}
+    return found >= set(setup.cells())
+
+
+def run(
+    setups: Sequence[Setup], device: str, out: Path, *, minutes: float, rounds: int | None = None, again: bool = False
+) -> None:
+    """Measure what is not measured yet, until time is up."""
+    deadline = time.monotonic() + 60 * minutes
+    with _set_aside():
+        for setup in setups:
+            if not again and is_done(setup, device, load(out)):
+                print(f"measured already: {setup}", flush=True)
+                continue
+            try:
+                if time.monotonic() > deadline:
+                    raise OutOfTimeError
+                measure(setup, device, out, deadline, rounds)
+            except OutOfTimeError:
+                print(f"no time left, run it again: {setup}", flush=True)
+            else:
+                print(f"measured: {setup}", flush=True)
+            torch.compiler.reset()
+            gc.collect()
+            _give_back(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the newest figures, measure nothing")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the newest figures, measure nothing")
+    parser.add_argument("--list", action="store_true", help="print what would be measured")
+    parser.add_argument("--device", choices=SETUPS, default="cpu", help="(default: cpu)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="setups whose line in --list has these words in it")
+    parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave a method out")
+    parser.add_argument("--minutes", type=float, default=13.0, help="start nothing that takes longer (default: 13)")
+    parser.add_argument("--rounds", type=int, help="in place of each setup's own")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default: all)")
+    parser.add_argument("--out", type=Path, default=FILE, help="another file to append to, and to read")
+    parser.add_argument("--again", action="store_true", help="measure what was measured already, too")
+    options = parser.parse_args()
+    if options.table or options.plots:
+        if options.plots:
+            print("\n".join(map(str, plots(load(options.out), options.plots))))
+        if options.table:
+            print(table(load(options.out)))
+        return
+    setups = [
+        replace(setup, methods=tuple(method for method in setup.methods if method not in options.without))
+        for setup in SETUPS[options.device]
+        if options.only in str(setup)
+    ]
+    if options.list:
+        print("\n".join(map(str, setups)))
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: this measures a card")
+    torch.set_num_threads(options.threads)
+    run(setups, options.device, options.out, minutes=options.minutes, rounds=options.rounds, again=options.again)
+
+
+def _versions() -> dict[str, str]:
+    """Of the peers; `records.environment` has the rest."""
+    return {"peft": version("peft"), "lycoris": version("lycoris-lora"), "cuda": torch.version.cuda or ""}
+
+
+def _spread(times: Sequence[float]) -> dict[str, str]:
+    """Median and quartiles, and all of them, in the order of the rounds, so that ratios can be paired."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if times else ("", "", "")
+    shown = {"median": median, "low": low, "high": high}
+    cells = {name: f"{value:.6g}" if times else "" for name, value in shown.items()}
+    return {"rounds": str(len(times)), **cells, "seconds": " ".join(f"{t:.6g}" for t in times)}
+
+
+def _give_back(device: str) -> None:
+    """What a card's memory still holds of a method that fell out, or of what building another left behind."""
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _set_aside() -> Iterator[None]:
+    """What was imported is no garbage, and need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What `benchmarks.speed` measures, as data: one entry per set of rows, the most telling first: time may run out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from benchmarks.methods import BASE, EQUAL_LORA, FULL, LORA, METHODS, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
+from benchmarks.works import Sizes
+
+_USUAL = Sizes()
+STACK = "stack of linear layers"
+# Of D for all layers at once: the exact rotation by a solve, and the series.
+BUILDS = ("cayley", "cayley_neumann")
+_SWITCHES = ("compiled", "checkpointing", "text", "small")
+KINDS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "inference": ("live", "fused", "merge", "unmerge", "swap"),
+    "build": ("build", "build and backward"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One work, measured with several methods in turn.
+
+    Attributes:
+        kind: "train" is a step of training, "inference" one of a sampler with the adapter live and fused, and what it
+            takes to merge and to swap, "build" that of making D alone.
+        text: text encoders are run and adapted, too; without it their outputs are given.
+        small: cut for processors, see `works`.
+        rounds: at most; fewer, never less than `speed.LEAST`, where time runs out.
+    """
+
+    work: str
+    kind: Literal["train", "inference", "build"] = "train"
+    methods: tuple[str, ...] = tuple(METHODS)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compiled: bool = False
+    checkpointing: bool = False
+    text: bool = False
+    small: bool = False
+    block_size: int = 32
+    sizes: Sizes = _USUAL
+    rounds: int = 15
+
+    def cells(self) -> list[tuple[str, str]]:
+        """(method, kind) of every row."""
+        return [(method, kind) for method in self.methods for kind in KINDS[self.kind]]
+
+    def columns(self) -> dict[str, str]:
+        """What tells its rows from others'."""
+        own = ("work", "dtype", "block_size")
+        switches = {name: "yes" if getattr(self, name) else "no" for name in _SWITCHES}
+        sizes = {"batch": self.sizes.batch}
+        if self.work == STACK:
+            sizes |= {"tokens": self.sizes.tokens, "width": self.sizes.width, "layers": self.sizes.layers}
+        blank = dict.fromkeys(("tokens", "width", "layers"), "")
+        told = {name: str(getattr(self, name)) for name in own} | switches | blank
+        return told | {name: str(size) for name, size in sizes.items()}
+
+    def __str__(self) -> str:
+        told = [self.kind, self.dtype, f"batch {self.sizes.batch}"]
+        told += [name for name in _SWITCHES if getattr(self, name)]
+        if self.work == STACK:
+            told += [f"{self.sizes.tokens} tokens, {self.sizes.width} wide, {self.sizes.layers} layers"]
+        return f"{self.work} ({', '.join(told)}, b = {self.block_size})"
+
+
+_INFERENCE = tuple(name for name in METHODS if name != FULL)
+_MAIN = (BASE, OURS, LORA, PEFT_OFT)
+_COMPILED = (BASE, OURS, LORA)
+_SCALED = (*_MAIN, WEIGHT_CENTRIC)
+
+
+def _scaling(usual: Setup, tokens: tuple[int, ...], widths: tuple[int, ...]) -> list[Setup]:
+    """One size at a time away from the usual ones."""
+    sizes = [replace(usual.sizes, tokens=n) for n in tokens] + [replace(usual.sizes, width=n) for n in widths]
+    sizes += [replace(usual.sizes, layers=n) for n in (2, 32)]
+    return [usual, *(replace(usual, sizes=s) for s in sizes), *(replace(usual, block_size=b) for b in (16, 64))]
+
+
+_CPU_TRAIN = Setup("SD 1.5", small=True, rounds=20)
+_CPU_MAIN = replace(_CPU_TRAIN, methods=_MAIN, rounds=10)
+CPU: list[Setup] = [
+    _CPU_TRAIN,
+    replace(_CPU_TRAIN, kind="inference", methods=_INFERENCE),
+    Setup("SD 1.5", kind="build", methods=BUILDS, rounds=7),
+    *_scaling(Setup(STACK, methods=_SCALED, rounds=10), tokens=(64, 1024), widths=(320, 1280)),
+    replace(_CPU_MAIN, checkpointing=True),
+    replace(_CPU_MAIN, text=True),
+    replace(_CPU_MAIN, dtype="bfloat16"),
+    *(Setup(work, methods=_MAIN, small=True, rounds=5) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
+    *(Setup(work, "inference", _MAIN, small=True, rounds=5) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
+    replace(_CPU_MAIN, compiled=True, methods=_COMPILED),
+    replace(_CPU_MAIN, compiled=True, methods=_COMPILED, kind="inference"),
+]
+
+_GPU_TRAIN = Setup("SDXL", dtype="bfloat16", rounds=12)
+_GPU_MAIN = (BASE, OURS, TRITON, LORA, EQUAL_LORA, PEFT_OFT, WEIGHT_CENTRIC)
+_LARGE = Sizes(tokens=4096, width=1280, layers=16)
+CUDA: list[Setup] = [
+    _GPU_TRAIN,
+    replace(_GPU_TRAIN, kind="inference", methods=_INFERENCE, rounds=8),
+    Setup("Flux.1", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=6),
+    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", rounds=10),
+    Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=10),
+    Setup("SDXL", kind="build", methods=BUILDS),
+    Setup("SD 1.5", methods=_COMPILED, dtype="bfloat16", sizes=Sizes(batch=4), compiled=True),
+    Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=8),
+    Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
+    *_scaling(
+        Setup(STACK, methods=(*_SCALED, TRITON), dtype="bfloat16", sizes=_LARGE),
+        tokens=(1024, 16384),
+        widths=(640, 2560),
+    ),
+    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
+    Setup("Flux.1", kind="inference", methods=_MAIN, dtype="bfloat16", rounds=6),
+    Setup("SD 3.5 Medium", kind="inference", methods=_MAIN, dtype="bfloat16", rounds=8),
+    Setup("SDXL", methods=_COMPILED, dtype="bfloat16", compiled=True),
+    Setup("SDXL", kind="inference", methods=_COMPILED, dtype="bfloat16", compiled=True),
+    Setup("SD 3.5 Medium", methods=_COMPILED, dtype="bfloat16", compiled=True),
+    Setup("SD 1.5", methods=_GPU_MAIN, dtype="float32", rounds=8),
+]
+SETUPS: dict[str, list[Setup]] = {"cpu": CPU, "cuda": CUDA}

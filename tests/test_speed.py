@@ -1,0 +1,374 @@
+"""The speed benchmark: equal targets for all methods, turns that hit all alike, reasons in place of guesses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import methods, records, speed
+from benchmarks.candidates import Candidate
+from benchmarks.counting import peak_allocated, saved_bytes
+from benchmarks.methods import (
+    BASE,
+    BOFT,
+    DENSE,
+    DORA,
+    EQUAL_LORA,
+    FULL,
+    LORA,
+    LYCORIS,
+    METHODS,
+    OURS,
+    PEFT_OFT,
+    TRITON,
+    WEIGHT_CENTRIC,
+    Adapted,
+    Method,
+    UnsupportedError,
+    disturb,
+    equal_rank,
+)  # fmt: skip
+from benchmarks.speed_setups import BUILDS, KINDS, SETUPS, STACK, Setup
+from benchmarks.speed_tables import groups, plots, scaling, table
+from benchmarks.turns import take_turns, told
+from benchmarks.weight_centric import rotate_weight
+from benchmarks.works import WORKS, Sizes, Work
+from oft_diffusion.targets import find_targets
+from tests.helpers.tiny_denoisers import unet
+
+TINY = Sizes(tokens=8, width=64, layers=2)
+NO_MERGING = {LYCORIS, WEIGHT_CENTRIC, DENSE}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_commit", lambda: "abc")
+    monkeypatch.setitem(WORKS, "tiny", lambda sizes, **_: Work(*unet(), note="tiny"))
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return [target.name for target in find_targets(model, "attention")]
+
+
+# -- methods
+
+
+def rotated(generators: Callable[[nn.Sequential], list[Tensor]]) -> tuple[Tensor, ...]:
+    """Output of two layers under a random adapter, and gradients of input and generators."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)).requires_grad_(False)
+    x = torch.randn(5, 64, requires_grad=True)
+    trained = generators(model)
+    rows = 0.1 * torch.randn(7, 120)  # 64 and 48 inputs: 4 and 3 blocks of 16, of one parameter or two
+    with torch.no_grad():
+        for parameter, own in zip(trained, rows.split([len(p) for p in trained]), strict=True):
+            parameter.copy_(own)
+    out = model(x)
+    out.square().sum().backward()
+    grads = [p.grad for p in trained if p.grad is not None]
+    assert len(grads) == len(trained)
+    assert x.grad is not None
+    return out.detach(), x.grad, torch.cat([g.flatten() for g in grads])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_weight_centric_reference_computes_what_ours_does(dense: bool) -> None:
+    def reference(model: nn.Sequential) -> list[Tensor]:
+        return [rotate_weight(layer, 16, dense=dense) for layer in model]
+
+    def own(model: nn.Sequential) -> list[Tensor]:
+        return list(methods.ours(model, ["0", "1"], 16).trained)
+
+    for mine, theirs in zip(rotated(own), rotated(reference), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_all_methods_adapt_the_same_layers() -> None:
+    model, _ = unet()
+    names = names_of(model)
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    ins, outs = sum(layer.in_features for layer in layers), sum(layer.out_features for layer in layers)
+    rank = equal_rank(model, names, 32)
+    wanted = {
+        BASE: 0, OURS: ins * 31 / 2, PEFT_OFT: ins * 31 / 2, WEIGHT_CENTRIC: ins * 31 / 2, DENSE: ins * 31 / 2,
+        LORA: 16 * (ins + outs), EQUAL_LORA: rank * (ins + outs), DORA: 16 * (ins + outs) + outs,
+        BOFT: 16 * ins + outs, FULL: sum(p.numel() for p in model.parameters()),
+        LYCORIS: sum(min(32, layer.out_features // 32) * layer.out_features for layer in layers),
+    }  # fmt: skip
+    assert abs(wanted[EQUAL_LORA] - wanted[OURS]) <= (ins + outs) / 2
+    assert wanted.keys() | {TRITON} == METHODS.keys()
+    for method, count in wanted.items():
+        model, inputs = unet()
+        torch.manual_seed(1)
+        model.requires_grad_(False)
+        before = model(**inputs).sample
+        adapted = METHODS[method].adapt(model, names, 32)
+        assert sum(p.numel() for p in adapted.trained) == count, method
+        if method not in (BASE, FULL):
+            disturb(adapted.trained)
+            assert not torch.equal(model(**inputs).sample, before), method
+            model(**inputs).sample.square().mean().backward()
+            assert all(p.grad is not None for p in adapted.trained), method
+
+
+def test_a_method_that_adapts_other_layers_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="1 of 2 target layers"):
+        methods._expect(2, 1)
+
+
+def test_copies_share_weights_and_merging_changes_only_their_own() -> None:
+    setup = Setup("tiny", "inference")
+    work = speed.make_work(setup, "cpu")
+    before = {name: p.clone() for name, p in work.named_parameters()}
+    result = work()
+    candidates = {m: Candidate(work, work.targets(), m, setup) for m in (BASE, OURS, LORA, PEFT_OFT, WEIGHT_CENTRIC)}
+    unadapted = ("denoiser.conv_in.weight",)
+    for candidate in candidates.values():
+        shared = dict(candidate.work.named_parameters())
+        assert all(shared[name].data_ptr() == work.get_parameter(name).data_ptr() for name in unadapted)
+    for method, candidate in candidates.items():
+        live = candidate.work()
+        assert torch.equal(live, result) == (method == BASE)
+        candidate.between(2)
+        assert candidate.can("merge") == (method in (OURS, LORA, PEFT_OFT))
+        torch.testing.assert_close(candidate.work(), live, rtol=1e-3, atol=1e-4)
+        candidate.between(3)
+        torch.testing.assert_close(candidate.work(), live, rtol=1e-3, atol=1e-4)
+    assert torch.equal(work(), result)
+    assert all(torch.equal(p, before[name]) for name, p in work.named_parameters())
+
+
+# -- works
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "targets"),
+    [
+        ("SD 1.5", 859.5, [128, 48]), ("SDXL", 2567.5, [560, 44, 128]), ("SD 3.5 Medium", 2243.2, [242, 48, 128]),
+        ("Flux.1", 11901.4, [266, 48]),
+    ],
+)  # fmt: skip
+def test_works_are_of_the_real_sizes(name: str, millions: float, targets: list[int]) -> None:
+    with torch.device("meta"):
+        work = WORKS[name](Sizes(), text=True)
+        assert sum(p.numel() for p in work.denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+        assert [len(names) for names in work.targets()] == targets
+        assert work.note == ""
+
+
+@pytest.mark.parametrize("name", [name for name in WORKS if name not in ("tiny", STACK)])
+def test_works_run_in_bfloat16_with_their_text_encoders(name: str) -> None:
+    work = speed.make_work(Setup(name, dtype="bfloat16", text=True, small=True), "meta")
+    work.let_gradients_through()
+    result = work()
+    assert result.dtype == torch.bfloat16
+    assert result.requires_grad
+    assert work.note
+
+
+def test_setups_name_works_and_methods_that_are_there() -> None:
+    for device, setups in SETUPS.items():
+        assert len({str(setup) for setup in setups}) == len(setups)
+        for setup in setups:
+            assert setup.work in WORKS
+            assert set(setup.methods) <= (set(BUILDS) if setup.kind == "build" else METHODS.keys())
+            assert setup.small == (device == "cpu" and setup.kind != "build" and setup.work != STACK)
+
+
+# -- the harness
+
+
+def test_rounds_are_interleaved_and_begin_one_method_later_each_time() -> None:
+    seen: list[str] = []
+    stage = {name: {"train": lambda name=name: seen.append(name)} for name in "abc"}
+    times, reasons = take_turns(stage, 4)
+    assert "".join(seen) == "abcbcacababc"
+    assert {name: len(taken["train"]) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert reasons == {}
+
+
+def test_a_method_that_breaks_off_has_no_figure_and_the_others_go_on() -> None:
+    def fail() -> None:
+        raise ValueError("no /some/place/of/this/machine.so here\nand more")
+
+    times, reasons = take_turns({"a": {"train": fail}, "b": {"train": lambda: None}}, 3)
+    assert list(times) == ["b"]
+    assert reasons == {"a": "ValueError: no ... here"}
+    with pytest.raises(SystemExit, match="--without 'a'"):
+        told("a", RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_every_method_is_measured_or_has_a_reason(tmp_path: Path) -> None:
+    out = tmp_path / "speed.csv"
+    stack = [Setup(STACK, sizes=TINY), Setup(STACK, "inference", sizes=TINY)]
+    build = Setup("SD 1.5", "build", BUILDS, small=True, block_size=8)
+    speed.run([*stack, build], "cpu", out, minutes=3, rounds=3)
+    rows = records.load(out)
+    assert len(rows) == sum(len(setup.cells()) for setup in (*stack, build))
+    assert all(row["hardware"] and row["torch"] and row["peft"] and row["lycoris"] and row["load"] for row in rows)
+    assert all(bool(row["seconds"]) != bool(row["reason"]) for row in rows)
+    assert all(len(row["seconds"].split()) == int(row["rounds"]) == 3 for row in rows if row["seconds"])
+    missing = {(row["method"], row["kind"]) for row in rows if row["reason"]}
+    unmerged = {(m, kind) for m in (BASE, FULL, *NO_MERGING) for kind in ("merge", "unmerge")}
+    unfused = {(m, "fused") for m in (FULL, *NO_MERGING)} | {(m, "swap") for m in (BASE, FULL, WEIGHT_CENTRIC, DENSE)}
+    triton = {(TRITON, kind) for kind in ("train", *KINDS["inference"])}
+    assert missing == unmerged | unfused | triton
+    trained = {row["method"]: row for row in rows if row["kind"] == "train" and row["seconds"]}
+    own, lora, base = trained[OURS], trained[LORA], trained[BASE]
+    assert int(base["operations"]) < int(own["operations"])
+    assert int(lora["peak_bytes"]) > int(base["peak_bytes"]) > 0
+    assert int(own["adapter_bytes"]) == 4 * int(own["trained"]) == 4 * 128 * 31 / 2
+    assert (own["kernels"], own["cuda"]) == ("", "")
+
+
+def test_what_was_measured_by_the_same_commit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, setup = tmp_path / "speed.csv", Setup(STACK, methods=(BASE, OURS), sizes=TINY)
+    speed.run([setup], "cpu", out, minutes=1, rounds=3)
+    own = [{k: v for k, v in row.items() if k not in records.environment("cpu")} for row in records.load(out)]
+    assert len(own) == 2
+    monkeypatch.setattr(speed, "measure", lambda *_: records.append(out, own))
+    counts = []
+    for commit, again in (("abc", False), ("abc", True), ("def", False), ("def", False), ("d+", False), ("d+", False)):
+        monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
+        speed.run([setup], "cpu", out, minutes=1, again=again)
+        counts.append(len(records.load(out)))
+    assert counts == [2, 4, 6, 6, 8, 10]
+    monkeypatch.setattr(records, "_commit", lambda: "abc")
+    assert speed.is_done(setup, "cpu", records.load(out))
+    assert not speed.is_done(Setup(STACK, methods=(BASE, OURS, LORA), sizes=TINY), "cpu", records.load(out))
+    assert not speed.is_done(Setup(STACK, methods=(BASE, OURS)), "cpu", records.load(out))
+    assert not speed.is_done(setup, "cpu", [row | {"hardware": "another"} for row in records.load(out)])
+
+
+def test_nothing_is_written_where_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = Setup(STACK, methods=(BASE, OURS), sizes=TINY)
+    speed.run([setup], "cpu", tmp_path / "speed.csv", minutes=0)
+    assert "run it again" in capsys.readouterr().out
+    with pytest.raises(speed.OutOfTimeError):
+        speed.measure(setup, "cpu", tmp_path / "speed.csv", time.monotonic() - 1)
+    assert not (tmp_path / "speed.csv").exists()
+
+
+def test_a_method_that_cannot_be_built_or_warmed_up_gives_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unbuilt(model: nn.Module, names: Any, size: int) -> Adapted:
+        raise UnsupportedError("it knows no such layer")
+
+    def unrun(model: Any, names: Any, size: int) -> Adapted:
+        model[0].register_forward_hook(lambda *_: 1 / 0)
+        return Adapted([nn.Parameter(torch.zeros(1))])
+
+    monkeypatch.setitem(METHODS, "unbuilt", Method(unbuilt))
+    monkeypatch.setitem(METHODS, "unrun", Method(unrun))
+    speed.run(
+        [Setup(STACK, methods=("unbuilt", OURS, "unrun"), sizes=TINY)], "cpu", tmp_path / "s.csv", minutes=1, rounds=3
+    )
+    rows = {row["method"]: row for row in records.load(tmp_path / "s.csv")}
+    assert rows["unbuilt"]["reason"] == "it knows no such layer"
+    assert rows["unrun"]["reason"].startswith("ZeroDivisionError")
+    assert rows["unbuilt"]["median"] == rows["unrun"]["median"] == ""
+    assert float(rows[OURS]["median"]) > 0
+
+
+@pytest.mark.parametrize("method", [BASE, OURS, LORA])
+def test_checkpointing_keeps_less_for_backward(method: str) -> None:
+    saved = []
+    for checkpointing in (False, True):
+        setup = Setup("tiny", checkpointing=checkpointing, dtype="bfloat16")
+        work = speed.make_work(setup, "cpu")
+        candidate = Candidate(work, work.targets(), method, setup)
+        candidate.train()
+        saved.append(saved_bytes(candidate.loss, [*candidate.work.parameters(), *candidate.trained]))
+    assert 0 < saved[1] < saved[0]
+
+
+def test_the_most_that_is_allocated_at_once_is_counted() -> None:
+    def call() -> None:
+        for _ in range(3):
+            torch.ones(1_000_000)
+
+    assert 4_000_000 <= peak_allocated(call) < 4_100_000
+
+
+# -- tables
+
+
+ROW = {
+    "date": "2030-01-01", "hardware": "A card", "threads": "2", "torch": "3", "diffusers": "1", "transformers": "1",
+    "oft-diffusion": "1", "commit": "abc", "peft": "1", "lycoris": "1", "cuda": "13", "device": "cuda",
+    "work": "SDXL", "cut": "",
+    "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "block_size": "32", "compiled": "no",
+    "checkpointing": "no", "text": "no", "small": "no", "batch": "1", "tokens": "", "width": "", "layers": "",
+    "kind": "train", "settings": "", "trained": "", "adapter_bytes": "", "peak_bytes": "", "operations": "",
+    "saved_bytes": "", "kernels": "", "load": "0.1", "reason": "", "run": "one",
+}  # fmt: skip
+
+
+def row(method: str, *seconds: float, **figures: object) -> dict[str, str]:
+    times = {"rounds": str(len(seconds)), "seconds": " ".join(map(str, seconds))}
+    return ROW | {"method": method} | times | {name: str(value) for name, value in figures.items()}
+
+
+ROWS = [
+    row(OURS, 9.0, 9.0, run="an older one"),
+    row(BASE, 1.0, 2.0, 1.0, operations=100, peak_bytes=5_000_000),
+    row(OURS, 1.2, 2.2, 1.2, operations=120, peak_bytes=6_000_000, trained=1234),
+    row(LORA, 1.5, 2.5, 1.5, operations=200, peak_bytes=7_000_000),
+    row(BOFT, reason="no | such thing"),
+]
+
+
+def test_tables_pair_rounds_and_leave_out_what_is_empty() -> None:
+    text = table(ROWS)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| | "))
+    assert head == (
+        "| | trained | ms | of LoRA | of the base | overhead, ms | operations | peak above weights, MB | why not |"
+    )
+    [own] = [line for line in lines if line.startswith("| ours |")]
+    assert own == (
+        "| ours | 1,234 | 1200.0 (1200.0 to 1700.0) | 0.80 (0.80 to 0.84) | 1.20 (1.15 to 1.20) | "
+        "200.0 (200.0 to 200.0) | 120 | 6.0 |  |"
+    )
+    assert "| PEFT BOFT |  |  |  |  |  |  |  | no / such thing |" in lines
+    assert "A card, 2 threads, CUDA 13" in text
+
+
+def test_aims_stand_beside_what_was_reached() -> None:
+    lines = table(ROWS).splitlines()
+    told = {line.split(" | ")[0][2:]: [*line.split(" | ")[1:3], line.split(" | ")[-1]] for line in lines[2:10]}
+    assert told["adapter operations, of PEFT LoRA's"] == ["0.35", "0.20", "yes |"]
+    assert told["training step, of PEFT LoRA's"] == ["1.00", "0.80", "yes |"]
+    assert told["overhead, of PEFT LoRA's"] == ["0.50", "0.40", "yes |"]
+    assert not any("weight-centric" in line for line in lines)  # not measured
+    slow = [row(OURS, 1.6, 2.6, 1.6) if r["method"] == OURS else r for r in ROWS]
+    assert any(line.startswith("| training step") and line.endswith("| no |") for line in table(slow).splitlines())
+    assert table([]) == "No figures have been taken yet."
+
+
+def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
+    usual = {"work": STACK, "tokens": 64, "width": 32, "layers": 2}
+    stacks = [
+        row(method, *(n * factor for n in (1.0, 1.0, 1.0)), run=f"{i}", **(usual | change))
+        for i, change in enumerate(({}, {"tokens": 128}, {"tokens": 32}, {"width": 64}))
+        for method, factor in ((BASE, 1.0), (OURS, 2.0 + i))
+    ]
+    found = groups(stacks)
+    assert scaling(found, "tokens") == [{OURS: [(32.0, 3000.0), (64.0, 1000.0), (128.0, 2000.0)]}]
+    assert scaling(found, "width") == [{OURS: [(32.0, 1000.0), (64.0, 4000.0)]}]
+    assert scaling(found, "layers") == []
+    written = plots([*ROWS, *stacks], tmp_path / "plots")
+    assert [path.name for path in written] == ["speed_step_0.png", "speed_tokens_0.png", "speed_width_0.png"]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_the_page_shows_what_the_data_says() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [line for line in table(records.load(speed.FILE)).splitlines() if line not in text] == []
