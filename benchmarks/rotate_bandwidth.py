@@ -4,8 +4,7 @@ python -m benchmarks.rotate_bandwidth            # measures and appends
 python -m benchmarks.rotate_bandwidth --table    # the newest run as Markdown
 
 A rotation reads x once and writes it once, as `copy_` does; dD reads two tensors and is counted so. Ways are taken in
-turn, figures are medians. The aim is 80 % of the copy's bandwidth. Not run yet: there
-is no file until a card was there.
+turn, figures are medians. The aim is 80 % of the copy's bandwidth.
 """
 
 from __future__ import annotations

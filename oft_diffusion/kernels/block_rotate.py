@@ -106,7 +106,7 @@ def delta_grad_on_gpu(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
 def triton_kernels() -> ModuleType | None:
     """`oft_diffusion.kernels.triton_rotate` where `OFT_DIFFUSION_TRITON=1` asks for it; else, or without Triton, None.
 
-    To be asked for, since no card has run these kernels yet: `tests/core/test_gpu_rotate.py` is to pass on one first.
+    To be asked for: where a tensor is small, launching these costs more than they save (docs/benchmarks.md).
 
     Triton compiles a launcher in C at a kernel's first use, and raises where there is no compiler; a GPU's owner who
     only draws pictures often has none, and the pure-torch form serves.
