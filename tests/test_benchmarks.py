@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import estimates, pocket_base, pocket_look, pocket_recipe, pocket_subjects, records, swapping
+from benchmarks import app_page, estimates, pocket_base, pocket_look, pocket_recipe, pocket_subjects, records, swapping
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -248,8 +248,10 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
         ("evaluation.md", pocket_look.table),
         ("pocket.md", pocket_base.table),
         ("using.md", swapping.table),
+        ("app.md", app_page.table),
+        ("app.md", estimates.table),
     ],
-    ids=["subjects", "recipe", "eyes", "base", "swapping"],
+    ids=["subjects", "recipe", "eyes", "base", "swapping", "page", "estimates"],
 )
 def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
