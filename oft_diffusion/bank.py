@@ -189,8 +189,7 @@ class OFTBank(AdapterChoice):
         elif self._mixed is not None:
             self._clear_slots()  # the next rows may be others'
         for hook in self.hooks.values():
-            if hook.shared is not None:
-                hook.shared.forget()
+            hook.ready = None  # what nobody came for
         if self._acting and not failed and not in_compiled_call():
             self._audit.end(module, self.hooks, self._acting)
 

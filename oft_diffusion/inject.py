@@ -141,7 +141,7 @@ def _add(model: nn.Module, name: str, adapter: Adapter, targets: Iterable[Target
             bank.hooks[site] = HOOKS[place_of(site)](bank, site)
             bank.hooks[site].register(modules[layer_of(site)])
     for names in projections_of_one_input(model, targets):
-        hooks = [bank.hooks[name] for name in names if place_of(name) == "input" and name in bank.hooks]
+        hooks = [bank.hooks[name] for name in names if name in bank.hooks]  # of inputs: others have marked sites
         if len(hooks) > 1 and not all(hook.shared is not None for hook in hooks):
             SharedInput(hooks)
     bank.activate(name)

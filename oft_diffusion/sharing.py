@@ -48,11 +48,6 @@ class SharedInput:
             return ready.rotated
         return block_rotate(x, delta)
 
-    def forget(self) -> None:
-        """Drop what nobody came for."""
-        for hook in self.hooks:
-            hook.ready = None
-
     def give_up(self) -> None:
         """Let each of the layers rotate its input by itself from now on."""
         for hook in self.hooks:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 # Not `torch.library.custom_op`: its wrapper, in Python around every call, costs more than a small rotation does.
 OPS = torch.library.Library("oft_diffusion", "DEF")
-# torch multiplies into strided memory block by block, which saves a pass over x, and costs a call per block.
-_MANY_ROWS = 2048
 TAGS = (torch.Tag.pt2_compliant_tag,)
 OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
 OPS.define("block_rotate_delta_grad(Tensor x, Tensor grad, SymInt[] shape) -> Tensor", tags=TAGS)
+
+# torch multiplies into strided memory block by block, which saves a pass over x, and costs a call per block.
+_MANY_ROWS = 2048
 
 
 def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
@@ -47,13 +48,12 @@ def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
     _check(x, delta)
     rows = x.numel() // x.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if delta.dim() == 3 and rows < _MANY_ROWS:
         blocks = x.reshape(rows, *delta.shape[:2])
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.add(blocks, torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1), out=out.view_as(blocks))
         return out
     groups, block_size = delta.shape[0] if delta.dim() == 4 else 1, delta.shape[-1]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     deltas = delta.reshape(groups, -1, block_size, block_size)
     # Read and written where they lie: no permuted copy of x, nor of the product.
     for part, d, written in zip(
