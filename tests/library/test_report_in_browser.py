@@ -28,13 +28,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all that a run can have, and with long names."""
     pictures = [Image.open(p).convert("RGB") for p in sorted(subjects_path("party_car").glob("*.png"))]
     grid = labelled_grid(
-        [pictures, pictures], row_labels=["a qzxjkvwpfh car", "a qzxjkvwpfh car on the beach"], cell=128
+        [pictures, pictures], row_labels=["a qzxjkv car", "a qzxjkv car on the beach"], cell=128
     )
     words = "with the adapter, without it, and the difference"
     return write_report(
         tmp_path_factory.mktemp("report") / "report.html",
-        title="qzxjkvwpfh car: a DreamBooth run",
-        lead="OFTv2 taught the base the words “qzxjkvwpfh car” from 5 pictures.",
+        title="qzxjkv car: a DreamBooth run",
+        lead="OFTv2 taught the base the words “qzxjkv car” from 5 pictures.",
         sections=[
             Pictures(
                 "Before and after", "The same prompts and seeds.", {"Before": grid, "After": grid}, ["Before", "After"]
