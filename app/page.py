@@ -86,8 +86,7 @@ def build(session: Session) -> Page:
         known.then(training.look, [person], training.looked, **PRIVATE)
         drawing.begin(known)
         comparing.begin(known)
-        known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **PRIVATE)
-        known.then(training.again, [person], training.shown, concurrency_limit=None, **PRIVATE)
+        training.begin(known)
     return page
 
 
