@@ -72,7 +72,8 @@ def build(session: Session) -> Page:
             (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
             (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
             (training.along, lambda person: gr.update(choices=training.runs(person), value="")),
-            (drawing.history, drawing.earlier),
+            (drawing.history.pictures, lambda person: drawing.history.look(person)[0]),
+            (drawing.history.more, lambda person: drawing.history.look(person)[1]),
         ]
         shelf.kept.wire()
 

@@ -317,7 +317,8 @@ def _export(options: argparse.Namespace, on_part: Callable[[str], object]) -> li
     pipe = load_pipeline(_model(options), torch.float32, config_dir=options.config_dir)
     on_part("reading the adapter")
     imported = _read(options, modules_of(pipe))
-    with tempfile.TemporaryDirectory() as folder:  # so that loading checks this file as it does any
+    place = next(folder for folder in options.target.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=place) as folder:  # so that loading checks this file as it does any
         file = Path(folder) / f"{imported.file.path.stem}.safetensors"
         name = load_oft_weights(pipe, save_adapter_file(file, imported.file.components, imported.file.metadata)).name
     set_oft_adapters(pipe, name, options.strength, options.mode or imported.mode)
