@@ -82,7 +82,7 @@ class GenerateTab:
                 elem_id="pictures", buttons=["download", "fullscreen"],
             )  # fmt: skip
         self.recall = gr.File(
-            label="Settings from a picture", file_types=[".png"], height=130, elem_id="recall"
+            label="Settings from a picture drawn here", file_types=[".png"], height=130, elem_id="recall"
         )  # fmt: skip
         self.recalled = gr.HTML(told(""), elem_id="recall-note")
         self.history = HistoryBox(self.session, self.person)
