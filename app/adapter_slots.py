@@ -41,22 +41,24 @@ class AdapterSlots:
 
     def _row(self, index: int) -> tuple[gr.Checkbox, gr.Dropdown, gr.Slider]:
         label = "then" if index else "Adapter"
-        with gr.Row(equal_height=True):
-            menu = gr.Dropdown(
-                choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160, elem_id=f"adapter-{index}"
-            )
-            strength = as_it_came(
-                gr.Slider(
-                    *STRENGTHS, 1.0, step=0.05, label="Strength", info=_ABOUT if index == 0 else None, scale=4,
-                    min_width=180, elem_id=f"strength-{index}",
+        with gr.Group():
+            with gr.Row(equal_height=True):
+                menu = gr.Dropdown(
+                    choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160,
+                    elem_id=f"adapter-{index}",
+                )  # fmt: skip
+                strength = as_it_came(
+                    gr.Slider(
+                        *STRENGTHS, 1.0, step=0.05, label="Strength", info=_ABOUT if index == 0 else None, scale=4,
+                        min_width=180, elem_id=f"strength-{index}",
+                    )
+                )  # fmt: skip
+            with gr.Row(elem_classes="slot-tools"):
+                acts = gr.Checkbox(
+                    value=True, label="In use", elem_id=f"acts-{index}", container=False, min_width=100, scale=0
                 )
-            )  # fmt: skip
-        with gr.Row(elem_classes="slot-tools"):
-            acts = gr.Checkbox(
-                value=True, label="In use", elem_id=f"acts-{index}", container=False, min_width=100, scale=0
-            )
-            if index:
-                self._moves.append(gr.Button("Move up", size="sm", elem_id=f"up-{index}", min_width=100, scale=0))
+                if index:
+                    self._moves.append(gr.Button("Move up", size="sm", elem_id=f"up-{index}", min_width=100, scale=0))
         return acts, menu, strength
 
     def wire(self) -> None:

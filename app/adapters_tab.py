@@ -108,7 +108,7 @@ class AdaptersTab:
     def wire(self) -> None:
         """Connect everything, once all menus are known."""
         changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
-        look = [self.about, self.name]
+        look = [self.about, self.name, self.sure]
         self.all.click(self.choose, None, [self.chosen], queue=False, **PRIVATE)
         self.chosen.change(self.look, [self.chosen], look, queue=False, **PRIVATE)
         self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **PRIVATE)
@@ -140,13 +140,13 @@ class AdaptersTab:
         clicked = str(getattr(event, "id", ""))
         return clicked if clicked in {card.id for card in self.session.shelf.cards()} else gr.skip()
 
-    def look(self, adapter: str | None) -> tuple[str, str]:
-        """What the chosen adapter is."""
+    def look(self, adapter: str | None) -> tuple[str, str, bool]:
+        """What the chosen adapter is. That another one was to be deleted does not count for it."""
         try:
             card = self.session.shelf.card(adapter or "")
         except OFTError:
-            return "", ""
-        return card_page(self.session.known(card), self.session.fits(card)), card.name
+            return "", "", False
+        return card_page(self.session.known(card), self.session.fits(card)), card.name, False
 
     def take_in(self, path: str | None, component: str) -> tuple[Any, ...]:
         """A file of any tool, and what is to be known of it."""
@@ -158,15 +158,15 @@ class AdaptersTab:
         except OFTError as error:
             return (None, *self.refresh(explained(error)))
 
-    def call(self, adapter: str, name: str) -> tuple[Any, ...]:
+    def call(self, adapter: str | None, name: str) -> tuple[Any, ...]:
         """Another name."""
-        return self._done(lambda: self.session.shelf.rename(adapter, name), "Renamed.")
+        return self._done(lambda: self.session.shelf.rename(adapter or "", name or ""), "Renamed.")
 
-    def remove(self, adapter: str, sure: bool) -> tuple[Any, ...]:
+    def remove(self, adapter: str | None, sure: bool) -> tuple[Any, ...]:
         """Delete, where that was confirmed."""
         if not sure:
             return (False, gr.skip(), *self.refresh())
-        return (False, None, *self._done(lambda: self.session.delete(adapter), "Deleted."))
+        return (False, None, *self._done(lambda: self.session.delete(adapter or ""), "Deleted."))
 
     def between(self, person: str, first: str, second: str, share: float, *words: str) -> Iterator[tuple[Any, ...]]:
         """A new adapter on the way between two."""

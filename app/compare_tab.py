@@ -83,7 +83,7 @@ class CompareTab:
             buttons=[], elem_id="compare-preview",
         )  # fmt: skip
         self.slider = gr.ImageSlider(
-            label="Left without, right with the adapter", interactive=False, visible=False, max_height=520,
+            label="Left without, right with", interactive=False, visible=False, max_height=520,
             elem_id="slider", buttons=["fullscreen"],
         )  # fmt: skip
         self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")

@@ -14,13 +14,13 @@ from oft_diffusion.errors import DataError, OFTError
 from .adapter_slots import AdapterSlots
 from .drawing import MOST_ADAPTERS, MOST_PICTURES, Request, number, seeds_from, settings_of, size_like
 from .events import LOOKING, PRIVATE, as_it_came
+from .history_box import HistoryBox
 from .photos import check_upload, uploaded
 from .session import Session
 from .settings_box import SettingsBox, negative_prompt
 from .trigger_box import TriggerBox
 from .words import explained, status_line, told
 
-HISTORY = 60  # pictures that are shown
 _GO, _GOING = "Generate", "Drawing …"
 
 
@@ -82,21 +82,19 @@ class GenerateTab:
                 elem_id="pictures", buttons=["download", "fullscreen"],
             )  # fmt: skip
         self.recall = gr.File(
-            label="Settings from a picture", file_types=[".png"], height=130, elem_id="recall"
+            label="Settings from a picture drawn here", file_types=[".png"], height=130, elem_id="recall"
         )  # fmt: skip
         self.recalled = gr.HTML(told(""), elem_id="recall-note")
-        with gr.Accordion("Earlier pictures", open=False):
-            self.history = gr.Gallery(
-                show_label=False, columns=6, object_fit="cover", height=320, interactive=False,
-                elem_id="history", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+        self.history = HistoryBox(self.session, self.person)
 
     def _wire(self) -> None:
         self.asked = [
             self.person, self.prompt, self.negative, *self.slots.inputs, self.seed, self.fixed, self.count, self.image,
             self.change, *self.settings.inputs,
         ]  # fmt: skip
-        self.shown = [self.status, self.preview, self.pictures, self.history, self.seed, self.go, self.cancel]
+        self.shown = [
+            self.status, self.preview, self.pictures, *self.history.shown, self.seed, self.go, self.cancel
+        ]  # fmt: skip
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         self.slots.wire()
         self.triggers.wire(self.slots.subjects, self.slots.chosen)
@@ -106,7 +104,8 @@ class GenerateTab:
             self.prompt, self.negative, *self.slots.inputs, self.slots.more, self.seed, self.fixed, self.change,
             *self.settings.inputs, self.recall, self.recalled,
         ]  # fmt: skip
-        self.recall.upload(self.take_over, [self.recall], taken, **PRIVATE)
+        self.recall.upload(self.recall_from, [self.recall], taken, **PRIVATE)
+        self.history.wire(self.take_over, taken)
 
     def begin(self, known: Any) -> None:
         """Connect Generate, and show, once it is known who looks, what that person is drawing.
@@ -133,13 +132,13 @@ class GenerateTab:
             )  # fmt: skip
             self.session.draw(person, request)
         except (OFTError, TypeError, ValueError, OverflowError) as error:
-            yield (status_line(None, explained(error)), *[gr.skip()] * 6)
+            yield (status_line(None, explained(error)), *[gr.skip()] * (len(self.shown) - 1))
             return
         yield from self._follow(person, first)
 
     def resume(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: the pictures that are being drawn, or those of before."""
-        yield (gr.skip(), gr.skip(), gr.skip(), self.earlier(person), *[gr.skip()] * 3)
+        yield (*[gr.skip()] * 3, *self.history.look(person), *[gr.skip()] * 3)
         yield from self._follow(person, None)
 
     def _follow(self, person: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
@@ -150,7 +149,7 @@ class GenerateTab:
                 status_line(now),
                 gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
                 [(str(path), caption) for path, caption in now.found] if fresh else gr.skip(),
-                self.earlier(person) if now.ended else gr.skip(),
+                *(self.history.look(person) if now.ended else [gr.skip()] * 2),
                 gr.skip() if seed is None else seed,
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
@@ -176,14 +175,17 @@ class GenerateTab:
         width, height = size_like(picture.size, own)
         return told(f"width and height are now {width} and {height}, its shape; others cut it"), width, height
 
-    def take_over(self, path: str | None) -> tuple[Any, ...]:
+    def recall_from(self, path: str | None) -> tuple[Any, ...]:
         """Settings out of a dropped picture."""
-        nothing = [gr.skip()] * (2 + 3 * MOST_ADAPTERS + 4 + len(self.settings.inputs))
         if path is None:
-            return (*nothing, gr.skip(), gr.skip())
-        name = Path(path).name
+            return (gr.skip(),) * (self._form_parts + 2)
+        return self.take_over(Path(path).name, Path(path))
+
+    def take_over(self, name: str, path: Path) -> tuple[Any, ...]:
+        """Settings out of a picture."""
+        nothing = [gr.skip()] * self._form_parts
         try:
-            request, notes = self.session.request_from(self.session.settings_in(check_upload(Path(path))))
+            request, notes = self.session.request_from(self.session.settings_in(check_upload(path)))
         except OFTError as error:
             return (*nothing, None, told(f"{name}: {explained(error)}"))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
@@ -197,9 +199,10 @@ class GenerateTab:
             None, told(f"the settings of {name} are in the form", *notes),
         )  # fmt: skip
 
-    def earlier(self, person: str) -> list[tuple[str, str]]:
-        """This person's pictures, newest first, each with its caption."""
-        return [(str(path), self.session.caption(path)) for path in self.session.history(person)[:HISTORY]]
+    @property
+    def _form_parts(self) -> int:
+        """How many components settings fill."""
+        return 2 + 3 * MOST_ADAPTERS + 4 + len(self.settings.inputs)
 
 
 def _path_of(payload: Any) -> str | None:

@@ -95,13 +95,37 @@ class Kept:
         self.workspace.remove(self.workspace.run(run.id))
         return f"Deleted the run {run.name}"
 
+    def picture(self, person: str, picture: str) -> Path:
+        """Where one of this person's pictures is.
+
+        Raises:
+            OFTError: there is none of that id.
+        """
+        path = self.workspace.picture(person, picture)
+        if not path.is_file():
+            raise DataError("this picture is gone", expected="one of yours", fix="choose another one")
+        return path
+
+    def delete_picture(self, person: str, picture: str) -> None:
+        """Delete one picture for good.
+
+        Raises:
+            OFTError: this person has none of that id.
+        """
+        self.picture(person, picture).unlink(missing_ok=True)
+        self._forget_jobs(person)
+
     def _delete_pictures(self, person: str, before: float) -> str:
         found = [path for path in self.workspace.pictures(person).iterdir() if path.stat().st_mtime <= before]
         for path in found:
             path.unlink(missing_ok=True)
-        for kind in ("draw", "compare"):  # a page that is loaded anew would look for them
-            self.machine.forget_ended(person, kind)
+        self._forget_jobs(person)
         return f"Deleted {len(found)} picture{'' if len(found) == 1 else 's'}"
+
+    def _forget_jobs(self, person: str) -> None:
+        """Those whose pictures a page that is loaded anew would look for."""
+        for kind in ("draw", "compare"):
+            self.machine.forget_ended(person, kind)
 
 
 def _bytes(folder: Path) -> int:

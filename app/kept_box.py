@@ -34,6 +34,7 @@ class KeptBox:
         """Connect everything, once `shows` is complete."""
         looked = [self.told, self.what]
         self.box.expand(self.look, [self.person], looked, **PRIVATE)
+        self.what.change(lambda: False, None, [self.sure], queue=False, **PRIVATE)  # what else was to be deleted
         self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.go], **PRIVATE)
         deleted = [self.sure, *looked, *(component for component, _ in self.shows)]
         self.go.click(self.delete, [self.person, self.what, self.sure], deleted, **PRIVATE)
@@ -53,7 +54,7 @@ class KeptBox:
     def delete(self, person: str, what: str | None, sure: bool) -> tuple[Any, ...]:
         """Delete what was chosen, where that was confirmed."""
         try:
-            note = self.kept.delete(person, what or "") if sure else ""
+            note = "" if not sure else self.kept.delete(person, what) if what else "Nothing is chosen"
         except OFTError as error:
             note = explained(error)
         return (False, *self.look(person, note), *(show(person) for _, show in self.shows))

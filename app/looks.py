@@ -18,15 +18,16 @@ CSS = """
 .status.problem .bar { visibility: hidden; }
 .note:not(:empty) { padding: 0.4rem 0.75rem; border-left: 3px solid var(--color-accent); }
 .note ul { margin: 0; padding-left: 1.1rem; }
-.block:has(.note:empty) { margin-top: calc(-1 * var(--layout-gap)); }
+.block:has(.note:empty):not(:has(.block)) { margin-top: calc(-1 * var(--layout-gap)); }
 #stage { position: relative; isolation: isolate; } /* nothing moves as an unfinished picture comes and goes */
 #stage > #preview { position: absolute; inset: 0; z-index: 99; height: auto !important; }
 #stage:has(#pictures img) > #preview { inset: auto 0.75rem 0.75rem auto; width: min(11rem, 40%); }
 #stage:has(#pictures img) > #preview { height: auto !important; aspect-ratio: 1; }
 :is(#preview, #compare-preview) :is(.image-container, .image-frame) { height: 100%; }
 :is(#preview, #compare-preview) img { width: 100%; height: 100%; object-fit: contain; }
-.slot-tools { align-items: center; justify-content: space-between; margin: -0.35rem 0 0.35rem; }
-.slot-tools .block { border-width: 0; background: none; box-shadow: none; padding: 0 0 0 0.75rem; }
+.slot-tools { align-items: center; justify-content: space-between; padding: 0.35rem 0.75rem 0.5rem; }
+.slot-tools { background: var(--block-background-fill); }
+.slot-tools .block { border-width: 0; background: none; box-shadow: none; padding: 0; }
 .gallery-item .caption-label { max-width: calc(100% - 1rem); overflow: hidden; text-overflow: ellipsis; }
 .gallery-item .caption-label { white-space: nowrap; }
 /* whoever uses no mouse sees where they are */

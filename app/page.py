@@ -72,7 +72,8 @@ def build(session: Session) -> Page:
             (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
             (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
             (training.along, lambda person: gr.update(choices=training.runs(person), value="")),
-            (drawing.history, drawing.earlier),
+            (drawing.history.pictures, lambda person: drawing.history.look(person)[0]),
+            (drawing.history.more, lambda person: drawing.history.look(person)[1]),
         ]
         shelf.kept.wire()
 
@@ -86,8 +87,7 @@ def build(session: Session) -> Page:
         known.then(training.look, [person], training.looked, **PRIVATE)
         drawing.begin(known)
         comparing.begin(known)
-        known.then(training.estimate_again, [person], training.measured, concurrency_limit=None, **PRIVATE)
-        known.then(training.again, [person], training.shown, concurrency_limit=None, **PRIVATE)
+        training.begin(known)
     return page
 
 

@@ -95,6 +95,8 @@ class Shelf:
         Raises:
             OFTError: there is none of that id, or its file is broken.
         """
+        if not adapter_id:
+            raise ConfigError("no adapter is chosen", expected="one on the shelf", fix="choose one")
         folder = self.workspace.adapter(adapter_id)
         file = folder / FILE_NAME
         if not file.is_file():
@@ -153,12 +155,10 @@ class Shelf:
         """Give another name.
 
         Raises:
-            ConfigError: it is empty or too long.
+            OFTError: there is none, or the name is empty or too long.
         """
+        folder = self.card(adapter_id).file.parent
         name = checked_name(name)
-        folder = self.workspace.adapter(adapter_id)
-        if not (folder / FILE_NAME).is_file():
-            raise AdapterFileError("this adapter is gone", expected="one on the shelf", fix="reload the page")
         write_atomically(folder / _LABEL, json.dumps({"name": name}).encode())
 
     def delete(self, adapter_id: str) -> None:
@@ -197,7 +197,9 @@ def checked_name(name: str) -> str:
         ConfigError: it is empty or too long.
     """
     name = " ".join(name.split())
-    if not 0 < len(name) <= LONGEST_NAME:
+    if not name:
+        raise ConfigError("the name is missing", expected=f"1 to {LONGEST_NAME} letters", fix="write one")
+    if len(name) > LONGEST_NAME:
         raise ConfigError(f"a name of {len(name)} letters", expected=f"1 to {LONGEST_NAME}", fix="choose another name")
     return name
 

@@ -12,8 +12,8 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
-from .events import PRIVATE
-from .machine import Job, Progress
+from .events import LOOKING, PRIVATE
+from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
 from .runs import LIMITS, LONGEST_WORD, Wish
@@ -21,6 +21,8 @@ from .session import Session
 from .shelf import LONGEST_NAME, Card
 from .words import empty, explained, status_line, told
 
+_GO, _GOING = "Train", "Training …"
+_ASK, _ASKING = "How long will it take?", "Measuring …"
 _FORM = ("what is filled in here", "")
 # How long, as a share of the preset's steps.
 LENGTHS = {"a quick look": 1 / 3, "as recommended": 1.0, "thorough": 2.0}
@@ -109,7 +111,7 @@ class TrainTab:
 
     def _estimate(self) -> None:
         with gr.Row():
-            self.ask = gr.Button("How long will it take?", elem_id="estimate", size="sm", min_width=120)
+            self.ask = gr.Button(_ASK, elem_id="estimate", size="sm", min_width=120)
             self.cancel_ask = gr.Button(
                 "Cancel", variant="stop", interactive=False, elem_id="estimate-cancel", size="sm", min_width=90
             )
@@ -117,7 +119,7 @@ class TrainTab:
 
     def _progress(self) -> None:
         with gr.Row():
-            self.go = gr.Button("Train", variant="primary", elem_id="train", min_width=90)
+            self.go = gr.Button(_GO, variant="primary", elem_id="train", min_width=90)
             self.stop = gr.Button("Stop and keep", interactive=False, elem_id="train-stop", min_width=90)
             self.pause = gr.Button("Pause", interactive=False, elem_id="train-pause", min_width=90)
         with gr.Row():
@@ -129,7 +131,7 @@ class TrainTab:
         gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
         self.curve = gr.HTML(elem_id="curve")
         self.grids = gr.Gallery(
-            show_label=False, columns=3, height=420, object_fit="contain", interactive=False,
+            show_label=False, columns=1, height=420, object_fit="contain", interactive=False,
             visible=False, elem_id="train-grids", buttons=["download", "fullscreen"],
         )  # fmt: skip
         with gr.Accordion("Take it to another machine", open=False):
@@ -156,7 +158,7 @@ class TrainTab:
             control.input(
                 self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **PRIVATE
             )
-        asked = [
+        self.asked = [
             self.person, self.name, self.trigger, self.class_word, self.preset, self.steps, self.rate, self.block,
             self.seed, self.prompts,
         ]  # fmt: skip
@@ -166,12 +168,9 @@ class TrainTab:
             self.status, self.note, self.curve, self.grids, self.go, self.stop, self.pause, self.sample, self.save,
             self.earlier, self.along, *self.changed,
         ]  # fmt: skip
-        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
-        self.go.click(self.train, asked, self.shown, **going)
+        self.buttons = [self.go, self.stop, self.pause, self.sample, self.save]
         self.measured = [self.estimated, self.ask, self.cancel_ask]
-        self.ask.click(self.estimate, asked, self.measured, **going)
         self.cancel_ask.click(self.stop_estimate, [self.person], None, queue=False, **PRIVATE)
-        self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **going)
         for button, act in (
             (self.stop, lambda person: self.training.stop(person, pause=False)),
             (self.pause, lambda person: self.training.stop(person, pause=True)),
@@ -181,12 +180,27 @@ class TrainTab:
             button.click(
                 lambda person, act=act: told(act(person)), [self.person], [self.note], queue=False, **PRIVATE
             )  # fmt: skip
-        taken = [self.person, self.along, *asked[1:]]
+        taken = [self.person, self.along, *self.asked[1:]]
         for button, make in ((self.pack, self.training.packed), (self.alone, self.training.settings_of)):
             button.click(
                 lambda person, what, *form, make=make: self.take_along(make, person, what, *form), taken,
                 [self.packing, self.packed], **PRIVATE,
             )  # fmt: skip
+
+    def begin(self, known: Any) -> None:
+        """Connect Train, and show, once it is known who looks, what that person is training, or has trained last.
+
+        The buttons keep the keyboard's focus, as Generate does.
+        """
+        measuring = known.then(self.estimate_again, [self.person], self.measured, **LOOKING)
+        measured = self.ask.click(self.estimate, self.asked, self.measured, **LOOKING)
+        for going in (measuring, measured):
+            going.then(self.rest_estimate, [self.person], [self.ask, self.cancel_ask], queue=False, **PRIVATE)
+        resumed = known.then(self.again, [self.person], self.shown, **LOOKING)
+        trained = self.go.click(self.train, self.asked, self.shown, **LOOKING)
+        gone_on = self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **LOOKING)
+        for going in (resumed, trained, gone_on):
+            going.then(self.rest, [self.person], self.buttons, queue=False, **PRIVATE)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -208,39 +222,46 @@ class TrainTab:
     def train(self, person: str, name: str, trigger: str, class_word: str, *knobs: Any) -> Iterator[tuple[Any, ...]]:
         """Train on the pictures, and show how it goes."""
         try:
-            job = self.training.start(person, self._wish(name, trigger, class_word, *knobs))
+            self.training.start(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, TypeError, ValueError) as error:
             yield self._problem(explained(error))
             return
-        yield from self.follow(job)
+        yield from self._follow(person)
 
     def estimate(
         self, person: str, name: str, trigger: str, class_word: str, *knobs: Any
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """What it would take, measured."""
         try:
-            job = self.training.estimate(person, self._wish(name, trigger, class_word, *knobs))
+            self.training.estimate(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, TypeError, ValueError) as error:
             yield gr.update(value=status_line(None, explained(error)), visible=True), gr.skip(), gr.skip()
             return
-        yield from self._follow_estimate(job)
+        yield from self._follow_estimate(person)
 
     def estimate_again(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: the estimate that is being made."""
-        job = self.machine.newest(person, "estimate")
-        if job is None or job.progress.ended:
-            yield (gr.skip(),) * len(self.measured)  # of no answer, gradio would make empty ones
-        else:
-            yield from self._follow_estimate(job)
+        yield (gr.skip(),) * len(self.measured)  # of no answer, gradio would make empty ones
+        if self._going(person, "estimate"):
+            yield from self._follow_estimate(person)
 
-    def _follow_estimate(self, job: Job) -> Iterator[tuple[Any, ...]]:
-        for now in job.watch(timeout=15):
-            ended = now.ended
+    def _follow_estimate(self, person: str) -> Iterator[tuple[Any, ...]]:
+        for now in self.machine.watch_newest(person, "estimate"):
             yield (
                 gr.update(value=status_line(now), visible=True),
-                gr.update(interactive=ended),
-                gr.update(interactive=not ended),
+                gr.update(value=_ASKING) if not now.ended else gr.skip(),
+                gr.update(interactive=not now.ended),
             )
+
+    def rest_estimate(self, person: str) -> tuple[Any, Any]:
+        """The buttons as they are while nothing is measured."""
+        if self._going(person, "estimate"):  # it was another event that has ended
+            return gr.skip(), gr.skip()
+        return gr.update(value=_ASK), gr.update(interactive=False)
+
+    def _going(self, person: str, kind: str) -> bool:
+        job = self.machine.newest(person, kind)
+        return job is not None and not job.progress.ended
 
     def stop_estimate(self, person: str) -> None:
         """Cancel this person's estimate."""
@@ -249,24 +270,27 @@ class TrainTab:
     def go_on(self, person: str, run_id: str | None) -> Iterator[tuple[Any, ...]]:
         """Go on with an earlier run."""
         try:
-            job = self.training.resume(person, run_id or "")
+            self.training.resume(person, run_id or "")
         except OFTError as error:
             yield self._problem(explained(error))
             return
-        yield from self.follow(job)
+        yield from self._follow(person)
 
     def again(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: the run that is going on, or the last one, and the runs that can be gone on with."""
-        if (job := self.machine.newest(person, "train")) is not None:
-            yield from self.follow(job)
-        else:
-            menus = {self.earlier: self.unfinished(person), self.along: self.runs(person)}
-            yield tuple(gr.update(choices=menus[part]) if part in menus else gr.skip() for part in self.shown)
+        menus = {self.earlier: self.unfinished(person), self.along: self.runs(person)}
+        yield tuple(gr.update(choices=menus[part]) if part in menus else gr.skip() for part in self.shown)
+        yield from self._follow(person)
 
-    def follow(self, job: Job) -> Iterator[tuple[Any, ...]]:
-        """Show a run's progress until it ends."""
+    def rest(self, person: str) -> tuple[Any, ...]:
+        """The buttons as they are while nothing is trained."""
+        if self._going(person, "train"):  # it was another event that has ended
+            return (gr.skip(),) * len(self.buttons)
+        return gr.update(value=_GO), *[gr.update(interactive=False)] * (len(self.buttons) - 1)
+
+    def _follow(self, person: str) -> Iterator[tuple[Any, ...]]:
         seen, drawn, said = -1, -1, -1
-        for now in job.watch(timeout=15):
+        for now in self.machine.watch_newest(person, "train"):
             steps = [found for found in now.found if isinstance(found, TrainStep)]
             grids = [(str(step.pictures), f"step {step.step}") for step in steps if step.pictures]
             notes = [found for found in now.found if isinstance(found, str)]
@@ -277,12 +301,12 @@ class TrainTab:
                 status_line(now),
                 told(*notes[-1:]) if news or now.ended else gr.skip(),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
-                gr.update(value=grids, visible=True, selected_index=drawn - 1) if moved and grids else gr.skip(),
-                gr.update(interactive=now.ended),
+                gr.update(value=grids[::-1], visible=True) if moved and grids else gr.skip(),
+                gr.update(value=_GOING) if not now.ended else gr.skip(),
                 *[gr.update(interactive=not now.ended)] * 2,
                 *[gr.update(interactive=now.state == "working")] * 2,
-                gr.update(choices=self.unfinished(job.owner)) if now.ended else gr.skip(),
-                gr.update(choices=self.runs(job.owner)) if fresh or now.ended else gr.skip(),
+                gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
+                gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
 

@@ -103,6 +103,7 @@ class Training:
         Raises:
             OFTError: before anyone waits, where something is missing or wrong.
         """
+        self._check_free(person)
         self.machine.check(person)
         self.kept.check_room(person)
         run_id = self.runs.prepare(wish, self.photos(person))
@@ -126,10 +127,11 @@ class Training:
         """Go on with a run that was paused or cut off.
 
         Raises:
-            OFTError: there is no such run of this person, or it was begun on another model.
+            OFTError: there is no such run of this person, or it was begun on another model, or another one is going on.
         """
         if run_id not in {run.id for run in self.unfinished(person)}:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
+        self._check_free(person)
         if (begun_on := self.runs.model_of(run_id)) != self.model.name:
             raise ConfigError(
                 f"this run was begun on {begun_on}, and this server has {self.model.name}",
@@ -208,6 +210,12 @@ class Training:
 
     def _cover(self, card: Card) -> Card:
         return self.shelf.give_cover(card, self.model.portrait(card))
+
+    def _check_free(self, person: str) -> None:
+        """One run of a person at a time: the page shows, stops and pauses one."""
+        job = self.machine.newest(person, "train")
+        if job is not None and not job.progress.ended:
+            raise ConfigError("you are training already", expected="one run at a time", fix="stop or pause it first")
 
     def _start(self, person: str, run_id: str) -> Job:
         def work(job: Job) -> None:

@@ -121,6 +121,10 @@ class Workspace:
         """One person's pictures."""
         return self._of(self.person(token), "pictures")
 
+    def picture(self, token: str, picture: str) -> Path:
+        """One of a person's pictures."""
+        return self.pictures(token) / f"{_checked(picture)}.png"
+
     def grids(self, person: str) -> Path:
         """Pictures of one person's trainings that the page shows, with `person` as `Workspace.person` has it."""
         return self._of(person, "grids")

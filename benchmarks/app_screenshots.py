@@ -1,5 +1,7 @@
 """Pictures of every tab of the app with something in it: light, dark and on a phone, in docs/images/app/.
 
+Beside them how a training looks while it runs, and each checkpoint of a run compared.
+
 python -m benchmarks.app_screenshots
 python -m benchmarks.app_screenshots --steps 20 --adapter "Tired robot=runs/robot/oft_adapter.safetensors"
 
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from app.compare_tab import BY_STEP
 from app.drawing import Request
 from app.machine import Job
 from app.session import Session
@@ -32,7 +35,6 @@ from tests.helpers.browser import WIDTHS, open_browser
 OUT = Path(__file__).parent.parent / "docs" / "images" / "app"
 EXAMPLE = "captain mug"
 MANY = 200  # pixels of one colour
-TALLEST = 2400  # pixels of a picture; a phone's page is longer
 # What each is called, the window's width, and whether the page is dark.
 LOOKS = (("light", WIDTHS["wide"], False), ("dark", WIDTHS["wide"], True), ("narrow", WIDTHS["narrow"], False))
 
@@ -52,8 +54,8 @@ def fill_shelf(workspace: Path, adapters: Sequence[str]) -> list[Card]:
     return cards
 
 
-def train(page: Any, steps: int | None) -> None:
-    """A run on an example's pictures, to its end."""
+def train(page: Any, steps: int | None, out: Path) -> None:
+    """A run on an example's pictures, to its end, and how the page looks meanwhile."""
     go_to(page, "Train")
     choose(page, "photos-example", EXAMPLE)
     page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
@@ -63,6 +65,9 @@ def train(page: Any, steps: int | None) -> None:
         number(page, "run-steps", steps)
         opened_part(page, "Settings")
     page.locator("#train").click()
+    page.wait_for_selector("#train-grids img", timeout=3_600_000)
+    page.wait_for_timeout(3000)  # of steps
+    shoot(page, out / "train-running.png")
     page.wait_for_selector("#train-status .done", timeout=3_600_000)
 
 
@@ -83,6 +88,22 @@ def use(page: Any, card: Card) -> None:
     page.wait_for_selector("#about table")
 
 
+def compare_run(page: Any, out: Path) -> None:
+    """Each checkpoint of the run at two strengths."""
+    go_to(page, "Compare")
+    page.get_by_label(BY_STEP, exact=True).check()
+    page.locator("#compare-run input").first.click()
+    page.get_by_role("option").first.click()
+    text(page, "compare-prompt").fill(f"a {text(page, 'run-trigger').input_value()} {EXAMPLE.split()[-1]} in the snow")
+    page.locator("#compare").click()
+    page.wait_for_selector("#slider", state="hidden")
+    page.wait_for_selector("#compare-status .done", timeout=600_000)
+    page.wait_for_selector("#sheet img")
+    page.evaluate("window.scrollTo(0, 0)")
+    page.wait_for_timeout(700)
+    shoot(page, out / "compare-run.png")
+
+
 def take(page: Any, out: Path) -> None:
     """Each tab in each look, as a small PNG."""
     for look, width, dark in LOOKS:
@@ -93,9 +114,13 @@ def take(page: Any, out: Path) -> None:
             go_to(page, tab)
             page.mouse.move(0, 0)
             page.wait_for_timeout(700)  # for what moves
-            with Image.open(BytesIO(page.screenshot(full_page=True))) as shot:
-                whole = shot.convert("RGB").crop((0, 0, shot.width, min(shot.height, TALLEST)))
-            small(whole).save(out / f"{tab.lower()}-{look}.png", optimize=True)
+            shoot(page, out / f"{tab.lower()}-{look}.png")
+
+
+def shoot(page: Any, path: Path) -> None:
+    """The whole page, as a small PNG."""
+    with Image.open(BytesIO(page.screenshot(full_page=True))) as shot:
+        small(shot.convert("RGB")).save(path, optimize=True)
 
 
 def small(picture: Image.Image) -> Image.Image:
@@ -122,9 +147,11 @@ def main() -> None:
             page.goto(url)
             page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
             page.wait_for_timeout(2000)
-            train(page, options.steps)
+            train(page, options.steps, options.out)
             use(page, (given or Shelf(Workspace(Path(folder))).cards())[0])
             take(page, options.out)
+            page.set_viewport_size({"width": WIDTHS["wide"], "height": 800})
+            compare_run(page, options.out)
     for path in sorted(options.out.glob("*.png")):
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 

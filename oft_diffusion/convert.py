@@ -68,7 +68,8 @@ def convert(arguments: Sequence[str], on_part: Callable[[str], object] = lambda 
 
     Args:
         arguments: the command's.
-        on_part: called before each part of the work, with what it is; what it raises ends it, and nothing is left.
+        on_part: called before each part of the work, and before each weight that is computed or copied, with what it
+            is; what it raises ends it, and nothing is left.
 
     Raises:
         OFTError: an option, the adapter or the model is unusable, or the target cannot hold the adapter.
@@ -316,19 +317,24 @@ def _export(options: argparse.Namespace, on_part: Callable[[str], object]) -> li
     pipe = load_pipeline(_model(options), torch.float32, config_dir=options.config_dir)
     on_part("reading the adapter")
     imported = _read(options, modules_of(pipe))
-    with tempfile.TemporaryDirectory() as folder:  # so that loading checks this file as it does any
+    place = next(folder for folder in options.target.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=place) as folder:  # so that loading checks this file as it does any
         file = Path(folder) / f"{imported.file.path.stem}.safetensors"
         name = load_oft_weights(pipe, save_adapter_file(file, imported.file.components, imported.file.metadata)).name
     set_oft_adapters(pipe, name, options.strength, options.mode or imported.mode)
     notes = list(imported.notes)
     on_part("writing the weights")
+
+    def told_layer(name: str) -> None:
+        on_part(f"writing {name}")
+
     if options.to == "folder":
         export_folder(pipe, options.target)
         return notes
     if options.to == "checkpoint":
-        export_checkpoint(pipe, options.checkpoint, options.target)
+        export_checkpoint(pipe, options.checkpoint, options.target, on_layer=told_layer)
         return notes
-    told: dict[str, Any] = {"dtype": _DTYPES[options.dtype or "float16"]}
+    told: dict[str, Any] = {"dtype": _DTYPES[options.dtype or "float16"], "on_layer": told_layer}
     if options.naming is not None:
         told["naming"] = options.naming
     if options.to == "diff":

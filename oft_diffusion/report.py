@@ -121,7 +121,7 @@ def loss_curve(losses: Sequence[float]) -> str:
         + _stroke("dots", dots, 4, 0.4)
         + _stroke("mean", "M" + " ".join(point(i, v) for i, v in zip(steps, means, strict=True)), 2, 1),
         levels="".join(f"<span>{level:g}</span>" for level in reversed(levels)),
-        steps="".join(f"<span>step {step}</span>" for step in sorted({1, len(losses)})),
+        steps="<div>loss, and its running mean</div>".join(f"<span>step {i}</span>" for i in sorted({1, len(losses)})),
     )
 
 
@@ -202,7 +202,8 @@ $levels</div>
 <svg viewBox="0 0 $side $side" preserveAspectRatio="none" aria-hidden="true"
 style="width: 100%; height: 13rem; overflow: visible">
 $drawing</svg>
-<div style="grid-column: 2; display: flex; justify-content: space-between">$steps</div></div>""")
+<div style="grid-column: 2; display: flex; justify-content: space-between; gap: .6rem; text-align: center">
+$steps</div></div>""")
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

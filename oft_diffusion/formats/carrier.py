@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAMINGS = ("kohya", "flat", "comfy")
 # `load_lora_weights(..., load_into_transformer_2=True)` looks for the first expert's names.
 LOADED_AS = {"transformer_2": "transformer"}
+
+
+def silent(_: str) -> None:
+    """For whoever wants to be told of no layer."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Carrier:
         naming: str | None,
         namings: Sequence[str],
         components: Collection[str] | None,
+        on_layer: Callable[[str], object],
     ) -> None:
         for what, value, usable in (("naming", naming, (None, *namings)), ("dtype", dtype, DTYPES)):
             if value not in usable:
@@ -104,7 +109,7 @@ class Carrier:
                     expected=f"one of {', '.join(str(known) for known in usable if known is not None)}",
                     fix=f"leave {what} out",
                 )
-        self._pipe, self._path, self._dtype = pipe, safetensors_path(path), dtype
+        self._pipe, self._path, self._dtype, self._on_layer = pipe, safetensors_path(path), dtype, on_layer
         self.live = live_components(pipe, components)
         self.about: Components = describe(modules_of(pipe))
         self.naming = naming or carrier_naming(self.about, self.live)
@@ -123,7 +128,8 @@ class Carrier:
                 yield key, meaning, {name: Change.of(layers[name]) for name in meaning.layers if name in layers}
 
     def claim(self, key: str, part: str) -> None:
-        """Refuse a key that means layers of two components."""
+        """Tell of a key that comes next, and refuse one that means layers of two components."""
+        self._on_layer(key)
         self._owners.claim(key, part)
 
     def put(self, name: str, tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.errors import ConfigError, TargetError
-from oft_diffusion.formats.carrier import LOADED_AS, NAMINGS, Carrier, Exported, native_change
+from oft_diffusion.formats.carrier import LOADED_AS, NAMINGS, Carrier, Exported, native_change, silent
 from oft_diffusion.formats.components import Components, encoder_of
 from oft_diffusion.targets import canonical_name
 
@@ -29,6 +29,7 @@ def export_diff(
     naming: str | None = None,
     dtype: torch.dtype = torch.float16,
     components: Collection[str] | None = None,
+    on_layer: Callable[[str], object] = silent,
 ) -> Exported:
     """Write `W' - W` of every layer as `<key>.diff`, for ComfyUI, Forge and A1111: exact, and as large as the weights.
 
@@ -40,6 +41,7 @@ def export_diff(
             names. None for the one by which ComfyUI finds this family: "kohya", but "comfy" of Z-Image.
         dtype: of the file.
         components: which adapted ones of the pipeline's; all if None.
+        on_layer: told each key before its weight is computed; what it raises ends the export, and no file is written.
 
     Raises:
         AdapterError: nothing is live, or an adapter or a LoRA is fused.
@@ -48,7 +50,7 @@ def export_diff(
         ConfigError: `naming` or `dtype` is unusable.
         AdapterFileError: the file cannot be written, or a value is too large for `dtype`.
     """
-    file = Carrier(pipe, path, dtype, naming, NAMINGS, components)
+    file = Carrier(pipe, path, dtype, naming, NAMINGS, components, on_layer)
     for key, meaning, changes in file.changes():
         made = file.put(f"{key}.diff", native_change(meaning, changes))
         file.judge(meaning.component, changes, {leaf.layer: leaf.take(made) for leaf in meaning.leaves})
@@ -63,6 +65,7 @@ def export_lora(
     naming: str | None = None,
     dtype: torch.dtype = torch.float16,
     components: Collection[str] | None = None,
+    on_layer: Callable[[str], object] = silent,
 ) -> Exported:
     """Write `W' - W` of every layer as a LoRA: exactly, at full rank, or the best of a smaller rank.
 
@@ -77,6 +80,7 @@ def export_lora(
             of `export_diff`, with `lora_up`, `lora_down` and `alpha`.
         dtype: of the file.
         components: as for `export_diff`.
+        on_layer: likewise.
 
     Raises:
         AdapterError, TargetError, ConfigError, AdapterFileError: as `export_diff`; or `rank` is not positive, or
@@ -84,7 +88,7 @@ def export_lora(
     """
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"rank={rank!r} is unusable", expected="a positive integer", fix="leave it out for full rank")
-    file = Carrier(pipe, path, dtype, naming, (*NAMINGS, "diffusers"), components)
+    file = Carrier(pipe, path, dtype, naming, (*NAMINGS, "diffusers"), components, on_layer)
     peft = naming == "diffusers"
     if peft:
         _refuse_unread(pipe, file.live)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oft_diffusion.disk import writing_atomically
 from oft_diffusion.errors import AdapterError, AdapterFileError
+from oft_diffusion.formats.carrier import silent
 from oft_diffusion.formats.components import describe, modules_of
 from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Leaf, checkpoint_names
@@ -25,7 +26,12 @@ _CHUNK = 2**24  # bytes that are copied at a time
 
 
 def export_checkpoint(
-    pipe: Any, base: str | Path, path: str | Path, *, components: Collection[str] | None = None
+    pipe: Any,
+    base: str | Path,
+    path: str | Path,
+    *,
+    components: Collection[str] | None = None,
+    on_layer: Callable[[str], object] = silent,
 ) -> Path:
     """Write a copy of a base's single-file checkpoint with the live adapters, at their strengths, in its weights.
 
@@ -37,6 +43,7 @@ def export_checkpoint(
         base: the base's `.safetensors` file, with the names of its original implementation.
         path: the new file.
         components: which adapted ones of the pipeline's; all if None.
+        on_layer: told each tensor's name before it is written; what it raises ends the export, and no file is written.
 
     Returns:
         The new file's path.
@@ -68,6 +75,7 @@ def export_checkpoint(
         writer.write(len(written).to_bytes(8, "little") + written)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, end = entry["data_offsets"]
+            on_layer(name)
             reader.seek(start + first)
             if name not in touched:
                 _copy(reader, writer, end - first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.errors import TargetError
-from oft_diffusion.formats.carrier import NAMINGS, Carrier, Change, Exported, widest
+from oft_diffusion.formats.carrier import NAMINGS, Carrier, Change, Exported, silent, widest
 from oft_diffusion.formats.components import Components
 from oft_diffusion.formats.names import Meaning, split_names
 from oft_diffusion.merge import LiveWeight
@@ -23,6 +23,7 @@ def export_glora(
     *,
     dtype: torch.dtype = torch.float16,
     components: Collection[str] | None = None,
+    on_layer: Callable[[str], object] = silent,
 ) -> Exported:
     """Write `R^T - I` of every layer as a GLoRA, which ComfyUI and Forge apply to any base: exact, but dense.
 
@@ -34,12 +35,13 @@ def export_glora(
         path: a `.safetensors` file.
         dtype: of the file.
         components: as for `export_diff`.
+        on_layer: likewise.
 
     Raises:
         AdapterError, TargetError, ConfigError, AdapterFileError: as `export_diff`; or an adapter rotates outputs, or a
             kernel of more than one tap, or layers of a fused weight differently where ComfyUI cannot tell them apart.
     """
-    file = Carrier(pipe, path, dtype, None, NAMINGS, components)
+    file = Carrier(pipe, path, dtype, None, NAMINGS, components, on_layer)
     for part, layers in file.live.items():
         for layer in layers.values():
             _check_glora(part, layer)

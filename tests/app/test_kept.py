@@ -36,6 +36,17 @@ def test_pictures_are_counted_and_deleted_by_age(session: Session, person: str) 
     assert all(path.is_file() for path, _ in other)
 
 
+def test_one_picture_is_deleted_by_whoever_drew_it(session: Session, person: str) -> None:
+    path, left = (path for path, _ in ended(session.draw(person, Request("a mug", (1, 2), steps=1))).found)
+    kept_here = session.training.kept
+    for whose, picture in ((new_token(), path.stem), (person, new_id()), (person, f"../{path.stem}"), (person, "")):
+        with pytest.raises(DataError):
+            kept_here.delete_picture(whose, picture)
+    kept_here.delete_picture(person, path.stem)
+    assert session.history(person) == [left]
+    assert session.machine.newest(person, "draw") is None
+
+
 def test_a_run_is_deleted_by_whoever_began_it_once_it_has_ended(filled: Session, person: str) -> None:
     training = filled.training
     job = training.start(person, wish(steps=400, checkpoint_every=1000, validation_every=1000))

@@ -156,6 +156,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     going = again.training.resume(person, run_id)
     with pytest.raises(ConfigError, match="no such run"):  # a second click
         again.training.resume(person, run_id)
+    with pytest.raises(ConfigError, match="training already"):
+        again.training.start(person, wish())
+    assert [run.name for run in again.workspace.runs.iterdir()] == [run_id]
     assert ended(going).found[-1].name == "My thing"
 
 

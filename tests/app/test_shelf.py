@@ -33,6 +33,8 @@ def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) 
     for name in ("", "   ", "x" * 61):
         with pytest.raises(OFTError):
             session.shelf.rename(mug.id, name)
+    with pytest.raises(OFTError, match="no adapter is chosen"):
+        session.delete("")
     assert session.fits(mug) == ""
     session.delete(mug.id)
     assert mug.file not in session.shelf._known

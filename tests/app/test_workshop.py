@@ -113,25 +113,27 @@ def test_a_single_file_is_handed_out_as_one_with_its_configuration(
     session.machine.stop()
 
 
+@pytest.mark.parametrize(("to", "at"), [("folder", "writing the weights"), ("lora", "writing unet.")])
 def test_what_cannot_be_handed_out_leaves_nothing(
-    session: Session, person: str, mug: Card, busy: threading.Event
+    session: Session, person: str, mug: Card, busy: threading.Event, to: str, at: str
 ) -> None:
-    for card, to in ((mug.id, "os.system"), (mug.id, "checkpoint"), (new_id(), "oft")):
+    for card, wrong in ((mug.id, "os.system"), (mug.id, "checkpoint"), (new_id(), "oft")):
         with pytest.raises(OFTError):
-            session.workshop.export(person, card, to)
-    gone, cancelled = (session.workshop.export(person, mug.id, "folder") for _ in range(2))
-    tell = cancelled.tell
+            session.workshop.export(person, card, wrong)
+    gone, cancelled = (session.workshop.export(person, mug.id, to) for _ in range(2))
+    tell, begun = cancelled.tell, list[str]()
 
     def stop(*found: Any, **changes: Any) -> None:
         tell(*found, **changes)
-        if changes.get("text") == "writing the weights":
+        if changes.get("text", "").startswith(at):
+            begun.append(changes["text"])
             session.machine.cancel(person, cancelled.id)
 
     cancelled.tell = stop  # type: ignore[method-assign]
     session.machine.cancel(person, gone.id)
     busy.set()
     *_, last = cancelled.watch(timeout=60)
-    assert (last.state, last.found) == ("cancelled", ())
+    assert (last.state, last.found, len(begun)) == ("cancelled", (), 1)
     assert list(session.workspace.temporary.iterdir()) == []
     with occupied(session.machine):
         waiting = session.workshop.export(person, mug.id, "oft")

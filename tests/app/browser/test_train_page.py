@@ -41,8 +41,11 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     assert caption.input_value() == PICTURES[3].read_text().strip()
     caption.fill("a white cat, as <b>I</b> say")
     until(lambda: any("<b>I</b>" in p.read_text() for p in session.workspace.people.glob("*/uploads/*.txt")))
-    page.locator("#train").click()
+    page.locator("#train").focus()
+    page.keyboard.press("Enter")
     page.wait_for_selector("#train-status .done")
+    page.wait_for_function("document.querySelector('#train').innerText === 'Train'")
+    assert page.evaluate("document.activeElement.id") == "train"
     assert "Cat one is on the shelf" in page.locator("#train-status").inner_text()
     assert str(page.locator("#curve .dots").get_attribute("d")).count("M") >= 2
     page.wait_for_selector("#train-grids img")
@@ -76,7 +79,10 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
     page.wait_for_selector("#train-status .working")
     page.wait_for_selector("#curve .dots", state="attached")
     page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
-    assert page.locator("#train").is_disabled()
+    assert page.locator("#train").inner_text() == "Training …"
+    page.locator("#train").click()  # one run at a time
+    page.wait_for_function("document.querySelector('#train-status').innerText.includes('training already')")
+    page.wait_for_selector("#train-status .working")
     shown = page.locator("#train-grids img").count()
     page.locator("#train-sample:not([disabled])").click()
     page.wait_for_function("document.querySelector('#train-note').innerText.includes('Asked: pictures are drawn')")
@@ -149,7 +155,7 @@ def test_what_training_takes_is_told_before_it_starts(opened: Any, small_server:
         assert words in told
     assert sorted(session.workspace.runs.iterdir()) == runs
     text(page, "run-class").fill("")
-    page.locator("#estimate:not([disabled])").click()
+    page.locator("#estimate:has-text('How long')").click()
     page.wait_for_selector("#estimated .problem")
     assert "A class word is missing" in page.locator("#estimated").inner_text()
 
@@ -166,10 +172,10 @@ def test_an_estimate_that_waits_is_found_after_a_reload_and_cancelled(opened: An
         reload(page, working=True)
         go_to(page, "Train")
         page.wait_for_selector("#estimated .waiting")
-        assert page.locator("#estimate").is_disabled()
+        assert page.locator("#estimate").inner_text() == "Measuring …"
         page.locator("#estimate-cancel:not([disabled])").click()
         page.wait_for_selector("#estimated .cancelled")
-    page.wait_for_selector("#estimate:not([disabled])")
+    page.wait_for_selector("#estimate:has-text('How long')")
 
 
 def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: Any, tmp_path: Path) -> None:
