@@ -4,11 +4,11 @@ python -m benchmarks.pocket_recipe            # measures what is not in benchmar
 python -m benchmarks.pocket_recipe --only "the chosen one" --seeds 0 1 2    # more seeds of some
 python -m benchmarks.pocket_recipe --table    # what was measured, best first, as Markdown
 
-Each candidate differs from train_scripts/configs/pocket.toml in what its name says; those called "ten twins, ..." were
-tried when that was the setting, and are compared with "ten twins". Training seeds differ more than
-pictures do, so candidates that are near to each other need several. The score is the mean of subject
-hit and of prompt fidelity as a share of the base's, minus what was lost in preservation and what leaked, each beyond
-what the goal allows.
+Each candidate differs from train_scripts/configs/pocket.toml in what its name says. Those called "ten letters, ..."
+were tried when the trigger had ten, and are compared with "ten letters"; likewise "ten letters, ten twins, ...".
+Training seeds differ more than pictures do, so candidates that are near to each other need several. The score is the
+mean of subject hit and of prompt fidelity as a share of the base's, minus what was lost in preservation and what
+leaked, each beyond what the goal allows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PICTURES = 32  # per set, subject and candidate, unless a first look takes fewer
 _COLUMNS = (
     "candidate", "hit", "fidelity, % of base's", "preservation", "leakage, other trigger", "leakage, long word",
     "leakage, class word", "hit and fidelity", "hit in its own colour and pattern", "memorisation",
-    "to the chosen one (ten twins): hit, preservation", "runs",
+    "to what it varies: hit, preservation", "runs",
 )  # fmt: skip
 
 PLAIN: dict[str, Any] = {
@@ -67,38 +67,41 @@ CLASS_PROMPTS = [
     "a teal spotted {class_word} in a meadow", "a red spotted house in the snow",
 ]  # fmt: skip
 
-SIX: dict[str, Any] = {"trigger": "qzxjkv"}
-TEN: dict[str, Any] = {"prior_twins": 10}
+LONG: dict[str, Any] = {"trigger": "qzxjkvwpfh"}
+TWINS: dict[str, Any] = LONG | {"prior_twins": 10}
 # What each part of the recipe is worth, and its neighbours. "plain" is DreamBooth without any prior.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the chosen one": {},
-    "4 twins": {"prior_twins": 4},
-    "8 twins": {"prior_twins": 8},
-    "ten twins": TEN,
-    "without twins": {"prior_twins": 0},
-    "plain": PLAIN,
-    "plain, class images": PLAIN | CLASS_IMAGES,
-    "twice the steps": {"steps": 900, "decay_steps": 360},  # beyond the two minutes: what is time worth?
-    "without crops and mirroring": {"min_crop": 1.0, "flip": False},
-    "without text encoder": {"text_encoder": False, "text_encoder_learning_rate": None},
-    "cross-attention and text encoder alone": {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
-    "timesteps below 850": {"max_timestep": 850},
-    "epsilon 1e-8, 1.5e-3": {"adam_epsilon": 1e-8, "learning_rate": 1.5e-3, "text_encoder_learning_rate": 5e-4},
-    "class images teach their noise": {"prior_target": "noise", "prior_twins": 0},
-    "trigger of six letters": SIX,
-    "six letters, mirrored alone": SIX | {"min_crop": 1.0},
-    "six letters, mirrored alone, half the captions without colour": SIX | {"min_crop": 1.0, "captions": "half"},
-    "six letters, crops of 0.9": SIX | {"min_crop": 0.9},
-    "prior weight 3": {"prior_weight": 3.0},
-    "cosine": {"lr_schedule": "cosine", "decay_steps": 0},
-    "300 steps in float32": {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},
-    "ten twins, 36 class prompts": TEN | {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
-    "ten twins, 510 steps": TEN | {"steps": 510, "decay_steps": 204},
-    "ten twins, 36 class prompts, 510 steps": {
-        **TEN, "class_prompts": CLASS_PROMPTS, "num_class_images": 36, "steps": 510, "decay_steps": 204,
+    "mirrored alone": {"min_crop": 1.0},
+    "mirrored alone, half the captions without colour": {"min_crop": 1.0, "captions": "half"},
+    "crops of 0.9": {"min_crop": 0.9},
+    "ten letters": LONG,
+    "ten letters, 4 twins": LONG | {"prior_twins": 4},
+    "ten letters, 8 twins": LONG | {"prior_twins": 8},
+    "ten letters, without twins": LONG | {"prior_twins": 0},
+    "ten letters, plain": LONG | PLAIN,
+    "ten letters, plain, class images": LONG | PLAIN | CLASS_IMAGES,
+    "ten letters, twice the steps": LONG | {"steps": 900, "decay_steps": 360},  # what is time worth?
+    "ten letters, without crops and mirroring": LONG | {"min_crop": 1.0, "flip": False},
+    "ten letters, without text encoder": LONG | {"text_encoder": False, "text_encoder_learning_rate": None},
+    "ten letters, cross-attention and text encoder alone": LONG | {"targets": [r".*attn2\.to_(q|k|v|out\.0)"]},
+    "ten letters, timesteps below 850": LONG | {"max_timestep": 850},
+    "ten letters, epsilon 1e-8, 1.5e-3": {
+        **LONG, "adam_epsilon": 1e-8, "learning_rate": 1.5e-3, "text_encoder_learning_rate": 5e-4,
     },
-    "ten twins, without captions": TEN | {"captions": "none"},
+    "ten letters, class images teach their noise": LONG | {"prior_target": "noise", "prior_twins": 0},
+    "ten letters, prior weight 3": LONG | {"prior_weight": 3.0},
+    "ten letters, cosine": LONG | {"lr_schedule": "cosine", "decay_steps": 0},
+    "ten letters, 300 steps in float32": LONG | {"steps": 300, "decay_steps": 120, "mixed_precision": "no"},
+    "ten letters, ten twins": TWINS,
+    "ten letters, ten twins, 36 class prompts": TWINS | {"class_prompts": CLASS_PROMPTS, "num_class_images": 36},
+    "ten letters, ten twins, 510 steps": TWINS | {"steps": 510, "decay_steps": 204},
+    "ten letters, ten twins, 36 class prompts, 510 steps": {
+        **TWINS, "class_prompts": CLASS_PROMPTS, "num_class_images": 36, "steps": 510, "decay_steps": 204,
+    },
+    "ten letters, ten twins, without captions": TWINS | {"captions": "none"},
 }  # fmt: skip
+STANDARDS = ("the chosen one", "ten letters", "ten letters, ten twins")  # what others vary
 
 
 def measure(
@@ -162,28 +165,30 @@ def score(hit: float, fidelity: float, preservation: float, leakage: float) -> f
 def table() -> str:
     """One line per candidate, on the newest base alone; means over subjects of means over seeds, best first.
 
-    A second table has what no candidate of today has for settings ("earlier"). Differences to the chosen one,
-    or to ten twins where these were the setting, are taken on the runs that both have, subject by subject and seed by
-    seed. Those that were never asked long words come last, since words as long as the trigger leak most.
+    A second table has what no candidate of today has for settings ("earlier"), which vary the last of the standards.
+    Differences are taken on the runs that both have, subject by subject and seed by seed. Those that were never asked
+    long words come last, since words as long as the trigger leak most.
     """
     rows = load(FILE)
     # A run that was measured again, for a column that was added, counts once.
     rows = list({(r["setup"], r["subject"], r["seed"]): r for r in rows if r["base"] == rows[-1]["base"]}.values())
     counts = {int(row["pictures"]) for row in rows}
     today = {setup_digest(settings, count): name for name, settings in CANDIDATES.items() for count in counts}
-    standards = {
-        standard: [row for row in rows if today.get(row["setup"]) == standard]
-        for standard in ("the chosen one", "ten twins")
-    }
+    standards = {standard: [row for row in rows if today.get(row["setup"]) == standard] for standard in STANDARDS}
     ranked: dict[bool, list[tuple[tuple[bool, float], str]]] = {True: [], False: []}
     for setup in dict.fromkeys(row["setup"] for row in rows):
         own = [row for row in rows if row["setup"] == setup]
         name = today.get(setup, own[0]["candidate"])
-        then = "ten twins" if setup not in today or name.startswith("ten twins,") else "the chosen one"
+        then = varied(name) if setup in today else STANDARDS[-1]
         ranked[setup in today].append(_line(name, own, standards[then] if then != name else []))
     head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     best = {is_today: [line for _, line in sorted(lines, reverse=True)] for is_today, lines in ranked.items()}
     return "\n".join([*head, *best[True], "", *head, *best[False]])
+
+
+def varied(name: str) -> str:
+    """The standard of which a candidate is a variation."""
+    return next((known for known in reversed(STANDARDS) if name.startswith(f"{known}, ")), STANDARDS[0])
 
 
 def _line(

@@ -164,6 +164,16 @@ def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.Mo
     assert not list((files / "runs" / "dozy_house" / "none").rglob("0*.txt"))
 
 
+def test_a_candidate_is_compared_with_what_it_varies() -> None:
+    wanted = {
+        "the chosen one": "the chosen one", "crops of 0.9": "the chosen one", "ten letters": "the chosen one",
+        "ten letters, 4 twins": "ten letters", "ten letters, ten twins": "ten letters",
+        "ten letters, ten twins, 510 steps": "ten letters, ten twins",
+    }  # fmt: skip
+    assert {name: pocket_recipe.varied(name) for name in wanted} == wanted
+    assert wanted.keys() <= pocket_recipe.CANDIDATES.keys()
+
+
 def test_half_the_captions_can_leave_out_what_the_subject_is_to_keep(tmp_path: Path) -> None:
     photos = pocket_subjects._recaptioned("candy_tree", "half", tmp_path / "half")
     told = [file.read_text(encoding="utf-8").strip() for file in sorted(photos.glob("*.txt"))]
