@@ -27,9 +27,7 @@ _LABELS = """[...document.querySelectorAll('.curve span')].map(
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all that a run can have, and with long names."""
     pictures = [Image.open(p).convert("RGB") for p in sorted(subjects_path("party_car").glob("*.png"))]
-    grid = labelled_grid(
-        [pictures, pictures], row_labels=["a qzxjkv car", "a qzxjkv car on the beach"], cell=128
-    )
+    grid = labelled_grid([pictures, pictures], row_labels=["a qzxjkv car", "a qzxjkv car on the beach"], cell=128)
     words = "with the adapter, without it, and the difference"
     return write_report(
         tmp_path_factory.mktemp("report") / "report.html",
