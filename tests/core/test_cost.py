@@ -64,6 +64,8 @@ def figures() -> dict[str, tuple[int, int]]:
         model, parameters = build()
         call = forward(model, of_inputs=build is plain)
         call().backward()  # what is built once
+        for parameter in (*model.parameters(), *parameters):
+            parameter.grad = None  # as a step has it, which makes LoRA's and ours anew
         saved = saved_bytes(call, [*model.parameters(), *parameters])
         found[build.__name__] = leaf_operations(lambda call=call: call().backward()), saved  # type: ignore[misc]
     return found
