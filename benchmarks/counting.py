@@ -59,16 +59,26 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 def peak_allocated(call: Callable[[], object]) -> int:
     """Bytes that a call allocates on the processor at most at once, beyond what was there before."""
+    now = most = 0
+    for change in _changes(call):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def largest_allocation(call: Callable[[], object]) -> int:
+    """Bytes of the largest piece of memory that a call allocates on the processor."""
+    return max(_changes(call), default=0)
+
+
+def _changes(call: Callable[[], object]) -> list[int]:
+    """Bytes that a call allocates (and, below zero, frees), in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     results = profiler.profiler
     assert results is not None
     changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 def kernel_launches(call: Callable[[], object]) -> int:

@@ -204,7 +204,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor) -> Tensor:
-        ctx.save_for_backward(flat.new_empty(0))
+        ctx.save_for_backward(torch.empty(0))
         return flat.view_as(flat)
 
     @staticmethod

@@ -54,7 +54,7 @@ def pack(q: Tensor) -> Tensor:
 
 def _upper_index(block_size: int, device: torch.device) -> Tensor:
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
-    return rows * block_size + columns
+    return torch.add(columns, rows, alpha=block_size)
 
 
 def cayley_delta(q: Tensor) -> Tensor:
@@ -76,10 +76,11 @@ class _CayleyDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor) -> Tensor:
-        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        system = (-q).contiguous()
+        system.view(len(q), -1)[:, :: q.shape[-1] + 1].fill_(1.0)  # I - Q: Q has zeros there
         # solve_ex, not solve: no host synchronisation to look at an info flag that cannot be set.
         # Row by row in memory, as everything after it wants it.
-        delta = torch.linalg.solve_ex(identity - q, 2 * q)[0].contiguous()
+        delta = torch.linalg.solve_ex(system, 2 * q)[0].contiguous()
         ctx.save_for_backward(delta)
         return delta
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.counting import leaf_operations, saved_bytes
-from oft_diffusion import OFTConfig, inject_oft
+from benchmarks.counting import largest_allocation, leaf_operations, saved_bytes
+from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, unmerge_oft
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -62,6 +64,8 @@ def figures() -> dict[str, tuple[int, int]]:
         model, parameters = build()
         call = forward(model, of_inputs=build is plain)
         call().backward()  # what is built once
+        for parameter in (*model.parameters(), *parameters):
+            parameter.grad = None  # as a step has it, which makes LoRA's and ours anew
         saved = saved_bytes(call, [*model.parameters(), *parameters])
         found[build.__name__] = leaf_operations(lambda call=call: call().backward()), saved  # type: ignore[misc]
     return found
@@ -78,6 +82,55 @@ def test_what_is_saved_for_backward_is_near_loras(figures: dict[str, tuple[int, 
     deltas = sum(2 * p.numel() for p in ours()[1]) * 4 * 32 / 31  # b x b of b (b - 1) / 2 numbers
     assert base < peft
     assert own - deltas < peft, "more than the inputs and D"
+
+
+WIDE = 256
+A_WEIGHT = 4 * WIDE * WIDE  # bytes of (in, in); (out, in) has more
+
+
+class Wide(torch.nn.Module):
+    """Layers whose weights are far larger than their activations, and than what an adapter has to build."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(WIDE, 2 * WIDE, bias=False) for _ in range(3))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_q(x) * self.to_k(x) + self.to_v(x)
+
+
+def adapted(parametrisation: Any) -> tuple[Wide, list[Tensor]]:
+    model = Wide()
+    bank = inject_oft(model, OFTConfig(8, parametrisation=parametrisation, targets=("to_.*",)))
+    return model, list(bank.parameters())
+
+
+@pytest.mark.parametrize("parametrisation", ["cayley", "cayley_neumann"])
+def test_nothing_as_large_as_a_weight_is_ever_allocated(parametrisation: Any, tmp_path: Path) -> None:
+    """In training, drawing, saving, loading, merging and unmerging; what merging keeps of the base aside."""
+    model, parameters = adapted(parametrisation)
+    optimizer, x = torch.optim.AdamW(parameters, lr=1e-2), torch.randn(4, WIDE)
+
+    def train() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    def save_and_load() -> None:
+        save_file(oft_state_dict(model), tmp_path / "oft.safetensors")
+        load_oft_state_dict(model, load_file(tmp_path / "oft.safetensors"))
+
+    for act in (train, torch.no_grad()(lambda: model(x)), save_and_load, lambda: merge_oft(model, keep_base=False)):
+        assert 0 < largest_allocation(act) < A_WEIGHT
+    kept, _ = adapted(parametrisation)
+    merge_oft(kept)
+    assert largest_allocation(lambda: unmerge_oft(kept)) < A_WEIGHT
+
+
+def test_a_rotated_weight_would_be_seen() -> None:
+    model, turn = Wide(), torch.eye(WIDE)
+    assert largest_allocation(lambda: model.to_q(torch.randn(4, WIDE)) @ model.to_q.weight) < A_WEIGHT
+    assert largest_allocation(lambda: model.to_q.weight @ turn) >= A_WEIGHT
 
 
 def test_a_parameter_is_not_counted_as_saved_and_an_input_is() -> None:
