@@ -163,10 +163,11 @@ def speed(pipe) -> list[dict]:
 
 
 def table() -> str:
-    """The base that ships as Markdown; beside it, what was measured last, where that is another one."""
+    """The base that ships as Markdown; beside it the one of others that was measured last, after it."""
     rows, ships = load(FILE), base_digest()
     newest = {(r["measure"], r["of"]): r for r in rows if r["base"] == ships}
-    again = {(r["measure"], r["of"]): r["value"] for r in rows if r["base"] == rows[-1]["base"] != ships}
+    later = [r["base"] for r in rows[[r["base"] for r in rows].index(ships) :] if r["base"] != ships]
+    again = {(r["measure"], r["of"]): r["value"] for r in rows if later and r["base"] == later[-1]}
     lines = ["| measure | of | value | bounds | n |", "|---|---|---|---|---|"]
     if again:
         lines = [line + more for line, more in zip(lines, (" made again |", "---|"), strict=True)]

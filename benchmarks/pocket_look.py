@@ -6,7 +6,8 @@ python -m benchmarks.pocket_look --table                         # eyes against 
 
 All are drawn by lot, with the adapters of benchmarks.pocket_subjects. The second command keeps the judge's readings in
 benchmarks/data/pocket_by_judge.csv; what eyes see on its sheet, written down before anyone looks there, belongs beside
-it, in pocket_by_eye.csv: the same columns, an attribute left empty where it cannot be told.
+it, in pocket_by_eye.csv: the same columns, an attribute left empty where it cannot be told. Both say of which setup
+(pocket_setups.json) the adapters were.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.pocket_subjects import FINAL, PICTURES, SEEDS, Bench
+from benchmarks.pocket_subjects import FINAL, PICTURES, SEEDS, Bench, setup_digest
 from benchmarks.records import DATA, load
 from oft_diffusion import load_oft_weights, unload_oft_weights
 from oft_diffusion.evaluation import looks_of
@@ -90,8 +91,9 @@ def keep(found: Sequence[Looked]) -> None:
     """The judge's readings of a blind sheet."""
     with BY_JUDGE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("number", "group", *READ))
-        writer.writerows((i + 1, own.group, *(own.reading[a] for a in READ)) for i, own in enumerate(found))
+        setup = setup_digest({}, PICTURES)
+        writer.writerow(("setup", "number", "group", *READ))
+        writer.writerows((setup, i + 1, own.group, *(own.reading[a] for a in READ)) for i, own in enumerate(found))
 
 
 def table() -> str:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.pocket_subjects            # trains, draws and reads what is not in benchmarks/data yet
 python -m benchmarks.pocket_subjects --table    # the table from benchmarks/data, as Markdown
+python -m benchmarks.pocket_subjects --table --setup e1b44348e680    # an earlier one, of pocket_setups.json
 
 Settings are those of train_scripts/configs/pocket.toml. The subjects are not those on which they were searched
 (benchmarks/pocket_recipe.py). How many pictures are behind each cell is fixed here, beforehand, and no two runs share a
@@ -270,11 +271,12 @@ def _keep(rows: Sequence[Row], closest: float, setup: str) -> None:
             writer.writerow((setup, r.group, r.set, r.prompt, r.seed, *read, *seen))
 
 
-def table() -> str:
-    """What `benchmarks.pocket_tables` makes of the newest setup."""
+def table(setup: str | None = None) -> str:
+    """What `benchmarks.pocket_tables` makes of a setup, the newest if none is named."""
     runs = load(RUNS)
-    finished = {row["group"]: row for row in runs if row["setup"] == runs[-1]["setup"]}
-    kept = [r for r in load(PICTURES_FILE) if r["setup"] == runs[-1]["setup"] and r["group"] in finished]
+    setup = setup or runs[-1]["setup"]
+    finished = {row["group"]: row for row in runs if row["setup"] == setup}
+    kept = [r for r in load(PICTURES_FILE) if r["setup"] == setup and r["group"] in finished]
     closest = {row["group"]: float(row["closest"]) for row in kept}
     # A run that was cut off while it was written is in the file twice, with the same pictures.
     rows = list({(r.group, r.set, r.prompt, r.seed, r.adapted): r for r in map(_row, kept)}.values())
@@ -316,6 +318,7 @@ def _row(row: Mapping[str, str]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
+    parser.add_argument("--setup", help="with --table: an earlier one, by its digest")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-subjects"), help="adapters, losses and reports")
     parser.add_argument("--device", default="cpu", help="where pictures are drawn; training takes a GPU by itself")
     parser.add_argument("--grid", type=Path, help="write a picture of all subjects here, with the adapters in --out")
@@ -330,7 +333,7 @@ def main() -> None:
         clock(options.times, options.device, options.subjects)
     elif not options.table:
         measure(options.out, options.device, options.subjects, busy=options.busy)
-    print(table())
+    print(table(options.setup))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def tables(rows: Sequence[Row], closest: Mapping[str, float], runs: Sequence[Map
     columns += [_cells([r for r in rows if r.group.startswith(f"{name}/")], closest) for name in subjects]
     lines = [f"| | **all {len(runs)} runs** | {' | '.join(subjects)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
-    parts = lines, _pooled(rows, closest, runs), _attributes(rows, subjects), _called(rows)
+    parts = lines, [*_pooled(rows, closest, runs), *_missed(rows)], _attributes(rows, subjects), _called(rows)
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -74,17 +74,38 @@ def _attributes(rows: Sequence[Row], subjects: Iterable[str]) -> list[str]:
     """How often each attribute of a subject is right where no prompt names it: the first five make a hit.
 
     Colour and pattern stand in the captions of the instance images, so that a prompt may change them; how much of them
-    comes along unasked is another matter, which the last columns tell.
+    comes along unasked is another matter, which the last columns tell. A plain subject's captions name no pattern, and
+    the base's own pictures are mostly plain: what comes along of a pattern, striped and spotted subjects tell.
     """
     drawn = drawn_as_subject(rows)
     if not drawn:
         return []
     lines = [f"| right, per cent | {' | '.join((*_HIT, *_TOLD))} | hit, and both |", f"|{'---|' * (len(_HIT) + 4)}"]
-    for name in (*subjects, "**all**"):
-        own = [r for r in drawn if name == "**all**" or r.group.startswith(f"{name}/")]
+    kinds = {name: {name} for name in subjects}
+    kinds["**plain ones**"] = {name for name in subjects if SUBJECTS[name].pattern == "plain"}
+    kinds["**striped and spotted ones**"] = kinds.keys() & set(SUBJECTS) - kinds["**plain ones**"]
+    kinds["**all**"] = set(subjects)
+    for name, members in kinds.items():
+        own = [r for r in drawn if r.group.split("/")[0] in members]
+        if not own:
+            continue
         shares = [*(fmean(column) for column in zip(*map(_right, own), strict=True)), own_look(own)]
         lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in shares)} |")
     return lines
+
+
+def _missed(rows: Sequence[Row]) -> list[str]:
+    """Why pictures are no hits, and what fidelity loses and wins, pair by pair."""
+    missed = [r for r in drawn_as_subject(rows) if not r.hit]
+    wrong = Counter(a for r in missed for a, right in zip(_HIT, _right(r), strict=False) if not right)
+    told = ", ".join(f"{n} another {a}" for a, n in wrong.most_common())
+    pairs: dict[tuple[str, str, int], dict[bool, bool]] = {}
+    for r in rows:
+        if r.set == "recoloured":
+            pairs.setdefault((r.group, r.prompt, r.seed), {})[r.adapted] = r.faithful
+    lost = sum(pair[False] and not pair[True] for pair in pairs.values())
+    won = sum(pair[True] and not pair[False] for pair in pairs.values())
+    return [f"Of {len(missed)} misses, {told}. Prompt fidelity: {lost} lost, {won} won of {len(pairs)} pairs."]
 
 
 def drawn_as_subject(rows: Sequence[Row]) -> list[Row]:

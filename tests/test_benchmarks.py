@@ -241,6 +241,9 @@ def test_the_base_table_shows_the_base_that_ships_and_one_made_again(
     records.append(tmp_path / "base.csv", [{"base": "again", **pocket_base.rows_of("drawn", {"hat": [0.0, 0.5]})[0]}])
     [line] = [line for line in pocket_base.table().splitlines() if "hat" in line]
     assert line.endswith("to 1.0000 (95 %) | 20 | 0.2500 |")
+    records.append(tmp_path / "base.csv", [{"base": "new", **pocket_base.rows_of("drawn", {"hat": [1.0] * 30})[0]}])
+    [line] = [line for line in pocket_base.table().splitlines() if "hat" in line]
+    assert line.endswith("to 1.0000 (95 %) | 30 | 0.2500 |")
 
 
 def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:

@@ -87,7 +87,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
 def _computes_in_bfloat16() -> bool:
     """Whether this machine has instructions for it; emulated, it is several times slower than float32."""
     if torch.cuda.is_available():
-        return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
     return any(able for name, able in known.items() if "bf16" in name)
 

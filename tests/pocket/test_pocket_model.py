@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from oft_diffusion.pocket import pocket_path, pocket_pipeline
+from oft_diffusion.evaluation.prompts import held_out_prompts
+from oft_diffusion.evaluation.reading import read
+from oft_diffusion.generate import generate
+from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path, pocket_pipeline
+from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.pretrain.captions import training_caption
 from oft_diffusion.pocket.vocabulary import COMMON_WORDS, MAX_LENGTH, build_tokenizer
 from oft_diffusion.pocket.world import CAPTIONED, caption, sample_scene
@@ -93,6 +97,15 @@ def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(pipe, tokenizer):
 def test_its_dtype_is_float32_unless_another_is_asked_for():
     assert pocket_pipeline().unet.dtype == torch.float32
     assert pocket_pipeline(torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_it_follows_captions_that_it_has_never_seen(pipe):
+    asked = held_out_prompts(12)
+    found = generate(pipe, [p.text for p in asked], range(12), steps=STEPS, guidance=GUIDANCE, batch_size=12)
+    readings = read(load_classifier(), [picture.image for picture in found])
+    right = {name: sum(r[name] == p.named[name] for r, p in zip(readings, asked, strict=True)) for name in CAPTIONED}
+    assert min(right[name] for name in ("object", "colour", "background")) >= 11
+    assert right["pattern"] >= 9  # spots are what it gets wrong
 
 
 def test_it_draws_what_the_seed_says_and_not_a_flat_field(pipe):
