@@ -86,7 +86,7 @@ def ratio_interval(
     def ratio(sample: np.ndarray) -> float:
         return float(sample[:, 0].sum() / max(sample[:, 1].sum(), 1.0))
 
-    return _bootstrap(pairs, groups, ratio, seed)
+    return _not_sure(_bootstrap(pairs, groups, ratio, seed))
 
 
 def _not_sure(found: Interval) -> Interval:

@@ -30,6 +30,7 @@ from oft_diffusion.pocket.classifier import AttributeClassifier
 from oft_diffusion.pocket.world import UNCAPTIONED
 
 BATCH = 16  # pictures per call of the pipeline
+_ONE_RUN = "evaluation"  # the group of all rows where one adapter is measured
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def evaluate(
 ) -> Evaluation:
     """All figures of one adapter on the pocket base. Draws `2 * count` pictures for each of `figures.SETS`.
 
+    Every adapter is asked for pictures of the same seeds, whatever it is called.
+
     Args:
         pipe: the pocket base with the adapter loaded; left with it alone, active at strength 1.
         adapter_name: which.
@@ -196,5 +199,5 @@ def evaluate(
     how: dict[str, Any] = {"steps": steps, "guidance": guidance, "on_picture": on_picture}
     for adapted in (False, True):
         set_oft_adapters(pipe, adapter_name, float(adapted))
-        rows += draw_rows(pipe, classifier, looks, sets, group=adapter_name, adapted=adapted, **how)
-    return Evaluation(figures(rows, {adapter_name: looks.closest()}), tuple(rows))
+        rows += draw_rows(pipe, classifier, looks, sets, group=_ONE_RUN, adapted=adapted, **how)
+    return Evaluation(figures(rows, {_ONE_RUN: looks.closest()}), tuple(rows))

@@ -77,8 +77,8 @@ def test_a_ratio_of_paired_shares():
     i = ratio_interval(above, below)
     assert i.mean == 0.5
     assert 0.38 < i.low < 0.5 < i.high < 0.62
-    certain = ratio_interval([1.0, 0.0] * 50, [1.0, 0.0] * 50)
-    assert (certain.low, certain.high) == (1.0, 1.0)
+    alike = ratio_interval([1.0, 0.0] * 50, [1.0, 0.0] * 50)  # a hundred pairs prove no equality
+    assert (alike.low, alike.mean, alike.high) == (0.97, 1.0, 1.03)
     with pytest.raises(ValueError, match="denominator"):
         ratio_interval([1.0], [0.0])
 
