@@ -14,6 +14,7 @@ from app.model import Model
 from app.presets import POCKET, PRESETS, beginning, fitting
 from app.runs import Wish
 from app.session import Session
+from app.settings_box import negative_prompt
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.pocket import SUBJECTS
 from tests.app.test_photos import noise
@@ -96,6 +97,8 @@ def test_a_model_draws_and_trains_with_its_own_steps_and_guidance(
     session = Session(tmp_path / "work", str(write_tiny_family(name, tmp_path)))
     own, begun = session.abilities, session.training.defaults()
     assert (own.steps, own.guidance) == (begun["sampling_steps"], begun["guidance_scale"]) == (steps, guidance)
+    assert own.negative == (name != "FluxPipeline")  # which has none beside its guidance
+    assert negative_prompt(own).visible == own.negative
     assert session.training.runs.presets[0] == preset
 
 
