@@ -83,12 +83,15 @@ def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, l
 def served(
     session: Session, host: str, port: int | None, auth: list[tuple[str, str]] | None, *, share: bool = False
 ) -> dict[str, Any]:
-    """How the page is launched: nothing is told, shared or readable that need not be."""
+    """How the page is launched: nothing is told, shared, kept or readable that need not be."""
+    from .gate import gated
+
     return {
         "server_name": host, "server_port": port, "auth": auth, "share": share, "show_error": False,
         "allowed_paths": [str(session.workspace.people), str(session.workspace.adapters)],
         "max_threads": _THREADS, "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False,
-        "footer_links": [], "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
+        "run_history": False, "app_kwargs": gated(), "footer_links": [], "css": CSS, "head": HEAD,
+        "theme": theme(), "ssr_mode": False,
     }  # fmt: skip
 
 
