@@ -90,7 +90,7 @@ def served(
         "server_name": host, "server_port": port, "auth": auth, "share": share, "show_error": False,
         "allowed_paths": [str(session.workspace.people), str(session.workspace.adapters)],
         "max_threads": _THREADS, "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False,
-        "run_history": False, "app_kwargs": gated(), "footer_links": [], "css": CSS, "head": HEAD,
+        "run_history": False, "app_kwargs": gated(session.workspace), "footer_links": [], "css": CSS, "head": HEAD,
         "theme": theme(), "ssr_mode": False,
     }  # fmt: skip
 

@@ -98,6 +98,7 @@ LAYERS: dict[str, Layer] = {
             "photos",
             "runs",
             "kept",
+            "room",
             "packing",
             "presets",
             "prompts",

@@ -16,6 +16,7 @@ import gradio as gr
 import httpx
 import pytest
 
+from app import room
 from app.session import Session
 from app.workspace import new_id, new_token
 from tests.app.browser.conftest import APPS
@@ -132,15 +133,23 @@ def test_a_number_of_no_function_is_refused(unharmed: httpx.Client, number: Any)
         harmless(answer.text)
 
 
-def test_uploads_of_any_name_stay_in_the_workspace(unharmed: httpx.Client, small_server: tuple[Session, str]) -> None:
+def test_uploads_of_any_name_stay_in_the_workspace(
+    unharmed: httpx.Client, small_server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     session, _ = small_server
-    for name in ("../../x.png", "/tmp/x.png", "x\0.png", "a" * 300 + ".png", "con.png", "x.html", "..", ""):
+    for name in ("../../x.png", "/tmp/x.png", "x\0.png", "a" * 300 + ".png", "con.png", "x.html", ".."):
         answer = unharmed.post("/gradio_api/upload", files={"files": (name, b"<script>alert(1)</script>", "text/html")})
         if answer.status_code == 200:
             for path in json.loads(answer.text):
                 assert Path(path).resolve().is_relative_to(session.workspace.temporary.resolve())
+    field = {"files": "no file"}
+    assert unharmed.post("/gradio_api/upload", data=field, files={"other": b"x"}).text == "This request makes no sense."
     huge = unharmed.post("/gradio_api/upload", files={"files": ("huge.png", b"0" * 53_000_000, "image/png")})
     assert huge.status_code == 413
+    monkeypatch.setattr(room, "MOST_TEMPORARY", 1000)
+    refused = unharmed.post("/gradio_api/upload", files={"files": ("x.png", b"0" * 1001, "image/png")})
+    assert refused.status_code == 413
+    assert refused.text.startswith("Uploads and files to be fetched take")
 
 
 def test_two_hundred_at_once(unharmed: httpx.Client, small_server: tuple[Session, str], outside: Path) -> None:
