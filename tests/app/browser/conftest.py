@@ -35,8 +35,8 @@ def served_session(
 
     page = build(session)
     page.queue(**QUEUE)
-    _, url, _ = page.launch(**served(session, "127.0.0.1", port, auth), prevent_thread_lock=True, quiet=True)
-    _COPIES[url] = session.workspace.temporary
+    app, url, _ = page.launch(**served(session, "127.0.0.1", port, auth), prevent_thread_lock=True, quiet=True)
+    _COPIES[url], APPS[url] = session.workspace.temporary, app
     try:
         yield url
     finally:
@@ -46,6 +46,7 @@ def served_session(
 
 
 _COPIES: dict[str, Path] = {}  # by address; gradio looks for uploads in one folder of the whole process
+APPS: dict[str, Any] = {}  # by address, gradio's
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import pytest
 from app.session import Session
 from app.workspace import new_token
 from tests.app.browser.conftest import served_session
-from tests.app.browser.test_abuse import PERSON, call, pressed
 from tests.app.test_photos import noise
+from tests.helpers.app_calls import PERSON, call, pressed
 from tests.helpers.app_page import occupied, until
 
 USERS = [("ada", "first"), ("bo", "second")]
