@@ -100,6 +100,7 @@ LAYERS: dict[str, Layer] = {
             "kept",
             "packing",
             "presets",
+            "previews",
             "prompts",
             "words",
             "workshop",
