@@ -174,9 +174,9 @@ class Studio:
             self.pipe.to(self.device)
         self.arrange(request.adapters)
         job.check()
-        image, size = self._begun(request)
-        previews = Previews(self.pipe, (size[0] or self.abilities.size, size[1] or self.abilities.size))
-        started = time.monotonic()
+        image, (width, height) = self._begun(request)
+        own, started = self.abilities.size, time.monotonic()
+        previews = Previews(self.pipe, (width or own, height or own))
 
         def after(step: Step) -> None:
             job.check()
@@ -192,7 +192,7 @@ class Studio:
         try:
             generate(
                 self.pipe, request.prompt, request.seeds, negative_prompt=request.negative or None,
-                steps=request.steps, guidance=request.guidance, width=size[0], height=size[1], image=image,
+                steps=request.steps, guidance=request.guidance, width=width, height=height, image=image,
                 change=request.change, on_step=after,
                 on_picture=lambda picture, _: job.tell(keep(_named(picture, request.adapters))),
             )  # fmt: skip

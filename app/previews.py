@@ -1,7 +1,8 @@
-"""Unfinished pictures while a model draws."""
+"""Unfinished pictures: latents of any layout, decoded by their pipeline's own decoder."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -11,63 +12,80 @@ from torch import Tensor
 
 from oft_diffusion.generate import Step
 
-_SHARE = 0.15  # share of the time that they may take
+_SHARE = 0.15  # of the time that they may take
 
 
 class Previews:
-    """Unfinished pictures by the pipeline's own decoder, as often as it is quick enough.
-
-    Of decoders that scale their latents by one number: those of SD, SD 3, Flux and their like.
+    """Unfinished pictures of one drawing, as often as the decoder is quick enough.
 
     Args:
         pipe: what draws.
-        size: width and height of the pictures, in pixels.
+        size: width and height of what it draws.
     """
 
     def __init__(self, pipe: Any, size: tuple[int, int]) -> None:
         self.pipe, self.size = pipe, size
-        vae = getattr(pipe, "vae", None)
-        known = vae is not None and "scaling_factor" in getattr(vae, "config", {}) and vae.config.get("latent_channels")
-        self.vae = vae if known else None
-        self.processor = getattr(pipe, "image_processor", None)
         self.spent, self.started = 0.0, time.monotonic()
 
-    @torch.no_grad()
     def of(self, step: Step) -> Image.Image | None:
-        """The first picture of the batch as it is now, or None."""
-        latents, vae = step.latents, self.vae
-        if latents is None or vae is None or self.processor is None or step.step == step.steps:
-            return None
-        latents = self._unpacked(latents[:1])
-        if latents.dim() != 4 or latents.shape[1] != vae.config.latent_channels:
-            return None  # of a video, or packed in a way of its own
-        if self.spent > _SHARE * (time.monotonic() - self.started):
+        """The first picture of the batch as it is now; None where it is too early, or too late, for one."""
+        late = step.step == step.steps
+        if step.latents is None or late or self.spent > _SHARE * (time.monotonic() - self.started):
             return None
         begun = time.monotonic()
-        shift = vae.config.get("shift_factor") or 0.0
-        decoded = self._decoded(latents / vae.config.scaling_factor + shift)
-        [image] = self.processor.postprocess(decoded.float(), output_type="pil")
+        image = decoded(self.pipe, step.latents, self.size)
         self.spent += time.monotonic() - begun
         return image
 
-    def _unpacked(self, latents: Tensor) -> Tensor:
-        """`(1, channels, height, width)` of what Flux and its like have as a sequence of patches."""
-        if latents.dim() != 3 or not hasattr(self.pipe, "_unpack_latents"):
-            return latents
-        width, height = self.size
-        unpacked: Tensor = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
-        return unpacked
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Pixels; in float32 where the decoder overflows in float16, as SDXL's does and its pipeline knows."""
-        assert self.vae is not None
-        own = self.vae.dtype
-        upcast = own == torch.float16 and self.vae.config.get("force_upcast", False)
+@torch.no_grad()
+def decoded(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.Image | None:
+    """The first of a batch of latents as a picture of that width and height; None where a pipeline makes no such."""
+    vae = getattr(pipe, "vae", None)
+    processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
+    found = _unpacked(pipe, latents[:1], size)
+    if vae is None or processor is None or found is None:
+        return None
+    found = _scaled(vae, found)
+    if hasattr(vae, "bn"):  # Flux.2's are of patches up to here
+        found = pipe._unpatchify_latents(found)
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")  # SDXL's would be black
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        picture = vae.decode(found.to(vae.dtype)).sample
+    finally:
         if upcast:
-            self.vae.to(torch.float32)
-        try:
-            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
-        finally:
-            if upcast:
-                self.vae.to(own)
-        return pixels
+            vae.to(torch.float16)
+    picture = picture[:, :, 0] if picture.dim() == 5 else picture  # a video's of one frame
+    [image] = processor.postprocess(picture.float(), output_type="pil")
+    return image
+
+
+def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """As channels of rows of columns; where they are a list of patches, each has two of both."""
+    if latents.dim() != 3:
+        return latents
+    width, height = size
+    rows, columns = (int(side) // (2 * pipe.vae_scale_factor) for side in (height, width))
+    if latents.shape[1] != rows * columns:  # it draws another size than it was asked for
+        return None
+    if not hasattr(pipe, "_unpack_latents"):
+        return latents.transpose(1, 2).unflatten(2, (rows, columns))
+    known = inspect.signature(pipe._unpack_latents).parameters
+    factor = {"vae_scale_factor": pipe.vae_scale_factor} if "vae_scale_factor" in known else {}
+    unpacked: Tensor = pipe._unpack_latents(latents, height=height, width=width, **factor)
+    return unpacked
+
+
+def _scaled(vae: Any, latents: Tensor) -> Tensor:
+    """As the decoder wants them."""
+    known, factor = vae.config, vae.config.get("scaling_factor") or 1.0
+    mean, std = known.get("latents_mean"), known.get("latents_std")
+    if hasattr(vae, "bn"):
+        mean, std = vae.bn.running_mean, torch.sqrt(vae.bn.running_var + known.batch_norm_eps)
+    if mean is None or std is None:
+        return latents / factor + (known.get("shift_factor") or 0.0)
+    shape = (1, -1, *[1] * (latents.dim() - 2))
+    mean, std = (torch.as_tensor(part).to(latents).view(shape) for part in (mean, std))
+    return latents * std / factor + mean

@@ -101,6 +101,7 @@ LAYERS: dict[str, Layer] = {
             "room",
             "packing",
             "presets",
+            "previews",
             "prompts",
             "words",
             "workshop",

@@ -85,17 +85,20 @@ Opened = Callable[..., Any]
 
 @pytest.fixture
 def opened(browser: Any, server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
-    """Opens the app in a browser of its own; any error that it logs fails the test.
+    """Opens the app in a browser of its own, as a user with a password where one is given.
 
-    But for what gradio's client logs where a page is left while it listens (`reload`).
+    Any error that it logs fails the test, but for what gradio's client logs where a page is left while it listens
+    (`reload`).
     """
     trouble: list[str] = []
     contexts = []
 
-    def open_page(url: str = server[1], **options: Any) -> Any:
+    def open_page(url: str = server[1], user: tuple[str, str] | None = None, **options: Any) -> Any:
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES[url]))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
+        if user:
+            context.request.post(f"{url}login", form=dict(zip(("username", "password"), user, strict=True)))
         page = context.new_page()
         page.set_default_timeout(60_000)
 

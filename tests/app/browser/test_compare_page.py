@@ -31,9 +31,15 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     before = page.locator("#slider img").first.get_attribute("src")
     number(page, "which", 2)
     page.wait_for_function(f"document.querySelector('#slider img').src !== {before!r}")
+    handle = page.get_by_role("slider", name="How much is shown without the adapter")
+    for key, percent in {"Home": 0, "ArrowRight": 5, "End": 100, "ArrowDown": 95}.items():
+        handle.press(key)
+        page.wait_for_selector(f"#slider [role=slider][aria-valuenow='{percent}']")
+        assert handle.evaluate("handle => handle === document.activeElement")
+    assert page.locator("#slider img").last.evaluate("picture => picture.style.clipPath") != "inset(0px 0px 0px 50%)"
     sheet = page.locator("#sheet img").get_attribute("src")
-    page.get_by_label("strengths", exact=True).check()
-    page.locator("#compare:has-text('Compare')").click()
+    page.get_by_label("strengths", exact=True).press("Space")
+    page.locator("#compare:text-is('Compare')").press("Enter")
     page.wait_for_function(
         f"![null, {sheet!r}].includes(document.querySelector('#sheet img')?.getAttribute('src') ?? null)"
     )

@@ -71,7 +71,8 @@ def test_what_is_laid_out_for_a_page_is_guarded_too(guarded: tuple[Session, str]
         [layout] = [
             event["id"]
             for event in config["dependencies"]
-            if [kinds[i] for i in event["inputs"]] == ["browserstate", "state"] and len(event["targets"]) == 3
+            if [kinds[i] for i in event["inputs"]] == ["browserstate", "state"]
+            and [(kinds.get(i), name) for i, name in event["targets"]] == [("state", "change")]  # once at a time
         ]
         told = call(bo, layout, [ada, None])
     assert "of number 1" in told
