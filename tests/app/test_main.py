@@ -19,6 +19,8 @@ from oft_diffusion.errors import ConfigError
         (["--host", "0.0.0.0"], "would let everyone in the network"),
         (["--host", "192.168.0.2"], "would let everyone in the network"),
         (["--share"], "would let everyone on the internet"),
+        (["--auth", "me"], "--auth has 1 that are no pair"),
+        (["--host", "0.0.0.0", "--auth", ":secret"], "no pair"),
     ],
 )
 def test_nobody_is_let_in_by_mistake(
@@ -33,20 +35,22 @@ def test_nobody_is_let_in_by_mistake(
 @pytest.mark.parametrize("pairs", ["me", ":secret", "me:", "me:secret\n\nyou:secret"])
 def test_a_password_without_a_name_lets_nobody_in(pairs: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(AUTH, pairs)
-    with pytest.raises(ConfigError, match="1 lines that are no pair") as told:
+    with pytest.raises(ConfigError, match="OFT_AUTH has 1 that are no pair") as told:
         main(["--workspace", str(tmp_path / "work")])
     assert "secret" not in str(told.value)
 
 
 def test_each_line_is_a_user_and_colons_belong_to_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(AUTH, "me:se:cret\nyou: \n")
-    assert arguments_of(["--host", "0.0.0.0"])[1] == [("me", "se:cret"), ("you", " ")]
+    pairs = [("me", "se:cret"), ("you", " ")]
+    assert arguments_of(["--host", "0.0.0.0"])[1] == pairs
+    assert arguments_of(["--host", "0.0.0.0", "--auth", "she:here"])[1] == [("she", "here"), *pairs]
 
 
 def test_the_verb_reaches_the_app(capsys: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(AUTH, raising=False)
     assert cli.main(["app", "--host", "0.0.0.0", "--workspace", str(tmp_path / "work")]) == 1
-    assert AUTH in capsys.readouterr().err
+    assert "--auth" in capsys.readouterr().err
 
 
 def test_without_gradio_there_is_one_sentence(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
