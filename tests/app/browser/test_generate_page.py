@@ -46,13 +46,18 @@ def test_drawing_with_and_without_an_adapter(opened: Any, pictures: Any) -> None
     assert page.locator("#pictures img").count() >= 1
 
 
-def test_a_dropped_picture_gives_its_settings_back(opened: Any, pictures: Any) -> None:
+def test_a_picture_that_was_downloaded_gives_its_settings_back(opened: Any, pictures: Any, tmp_path: Path) -> None:
     page = opened()
     quick(page)
     choose(page, "adapter-0", "My mug")
     number(page, "strength-0", 0.5)
     draw(page, "a teal sks mug at night")
-    path = pictures()[-1]
+    page.locator("#pictures .thumbnail-lg").first.click()
+    with page.expect_download() as download:
+        page.locator("#pictures").get_by_label("Download").click()
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    assert path.read_bytes() == pictures()[-1].read_bytes()
     other = opened()
     other.locator("#recall input[type=file]").set_input_files(path)
     other.wait_for_function("document.querySelector('#prompt textarea').value.includes('teal')")
