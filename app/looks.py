@@ -89,7 +89,8 @@ CSS = """
 footer { display: none !important; }
 @media (max-width: 640px) {
   .tab-container button { padding-left: 0.55rem; padding-right: 0.55rem; } /* all four have room at 360 pixels */
-  label.float { font-size: 0.8rem; }
+  label.float { font-size: 0.8rem; } #slider label.float { font-size: 0.7rem; } /* beside it are buttons */
+  #history .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
   button.lg { padding-left: 0.5rem; padding-right: 0.5rem; font-size: 0.95rem; }
   #pictures, #pictures .grid-wrap { height: auto !important; min-height: 320px; }
   #pictures > .empty { min-height: 318px; }

@@ -75,10 +75,10 @@ def server(pocket_server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) 
     return pocket_server
 
 
-# Of a page that is left (`reload`), and of a server that ends.
+# Of a page that is left (`reload`), of a server that ends, and of a line that is cut.
 _LEFT = re.compile(
     "AbortError|BodyStreamBuffer was aborted|Connection errored out|Server stopped unexpectedly|ERR_CONN"
-    "|Unable to preload"
+    "|Unable to preload|ERR_INCOMPLETE|ERR_EMPTY|ERR_SOCKET|network error"
 )
 Opened = Callable[..., Any]
 
@@ -94,7 +94,7 @@ def opened(browser: Any, server: tuple[Session, str], monkeypatch: pytest.Monkey
     contexts = []
 
     def open_page(url: str = server[1], user: tuple[str, str] | None = None, **options: Any) -> Any:
-        monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES[url]))
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES.get(url, server[0].workspace.temporary)))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         if user:

@@ -52,6 +52,26 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     assert "Compared 12 pictures." in page.locator("#compare-status").inner_text()
 
 
+def test_one_adapter_beside_another(opened: Any, server: Any, pictures: Any) -> None:
+    session, _ = server
+    other = session.shelf.add(session.shelf.cards()[-1].file, "Another")
+    try:
+        page = opened()
+        go_to(page, "Compare")
+        text(page, "compare-prompt").fill("a sks mug")
+        page.get_by_label("adapters", exact=True).check()
+        for name in ("Another", "My mug"):
+            choose(page, "compare-adapters", name)
+        number(page, "compare-count", 1)
+        opened_part(page, "Settings")
+        number(page, "compare-steps", 1)
+        page.locator("#compare").click()
+        page.wait_for_selector("#sheet img")
+        assert session.settings_in(pictures()[-1])["rows"] == ["Another", "My mug"]
+    finally:
+        session.delete(other.id)
+
+
 def test_without_an_adapter_there_is_a_sentence(opened: Any) -> None:
     page = opened()
     go_to(page, "Compare")
