@@ -13,14 +13,17 @@ from .drawing import Request
 from .session import Session
 from .words import explained
 
+NAMES = ("adapters", "draw")
+
 
 class Api:
     """`/adapters` and `/draw`, as `gradio_client` calls them (docs/app.md)."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        events.api(self.adapters, api_name="adapters", api_description="The adapters that fit this model.")
-        events.api(self.draw, api_name="draw", api_description="One picture.", concurrency_limit=None)
+        adapters, draw = NAMES
+        events.api(self.adapters, api_name=adapters, api_description="The adapters that fit this model.")
+        events.api(self.draw, api_name=draw, api_description="One picture.", concurrency_limit=None)
 
     def adapters(self) -> list[dict[str, Any]]:
         """Id, name, trigger, class word and recommended strength of each."""

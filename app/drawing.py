@@ -21,13 +21,13 @@ from oft_diffusion.generate import Picture, Step, generate
 from oft_diffusion.pipeline import list_oft_adapters
 
 from .machine import Job
+from .previews import Previews
 from .shelf import Card
 
 MOST_PICTURES, MOST_STEPS, LARGEST = 16, 150, 2048
 MOST_ADAPTERS, STRENGTHS = 3, (-1.0, 2.0)
 LONGEST_PROMPT = 4000
 _MOST_LOADED = 6  # adapters that stay in the pipeline, in case they are wanted again
-_PREVIEWS = 0.15  # share of the time that they may take
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,9 @@ class Studio:
             self.pipe.to(self.device)
         self.arrange(request.adapters)
         job.check()
-        previews, started = _Previews(self.pipe), time.monotonic()
+        image, (width, height) = self._begun(request)
+        own, started = self.abilities.size, time.monotonic()
+        previews = Previews(self.pipe, (width or own, height or own))
 
         def after(step: Step) -> None:
             job.check()
@@ -186,12 +188,11 @@ class Studio:
                 seconds_left=elapsed / share - elapsed, preview=previews.of(step) or job.progress.preview,
             )  # fmt: skip
 
-        image, size = self._begun(request)
         self._schedule(request.scheduler)
         try:
             generate(
                 self.pipe, request.prompt, request.seeds, negative_prompt=request.negative or None,
-                steps=request.steps, guidance=request.guidance, width=size[0], height=size[1], image=image,
+                steps=request.steps, guidance=request.guidance, width=width, height=height, image=image,
                 change=request.change, on_step=after,
                 on_picture=lambda picture, _: job.tell(keep(_named(picture, request.adapters))),
             )  # fmt: skip
@@ -248,34 +249,6 @@ class Studio:
 
     def _schedule(self, name: str) -> None:
         self.pipe.scheduler = getattr(diffusers, name).from_config(self.original.config) if name else self.original
-
-
-class _Previews:
-    """Unfinished pictures by the pipeline's own decoder, as often as it is quick enough."""
-
-    def __init__(self, pipe: Any) -> None:
-        vae = getattr(pipe, "vae", None)
-        known = vae is not None and "scaling_factor" in getattr(vae, "config", {}) and vae.config.get("latent_channels")
-        self.vae = vae if known else None
-        self.processor = getattr(pipe, "image_processor", None)
-        self.spent, self.started = 0.0, time.monotonic()
-
-    @torch.no_grad()
-    def of(self, step: Step) -> Image.Image | None:
-        """The first picture of the batch as it is now, or None."""
-        latents, vae = step.latents, self.vae
-        if latents is None or vae is None or self.processor is None or step.step == step.steps:
-            return None
-        if latents.dim() != 4 or latents.shape[1] != vae.config.latent_channels:
-            return None  # packed, or of a video
-        if self.spent > _PREVIEWS * (time.monotonic() - self.started):
-            return None
-        begun = time.monotonic()
-        shift = vae.config.get("shift_factor") or 0.0
-        decoded = vae.decode((latents[:1] / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-        [image] = self.processor.postprocess(decoded.float(), output_type="pil")
-        self.spent += time.monotonic() - begun
-        return image
 
 
 def _abilities(pipe: Any, model: str, steps: int, guidance: float) -> Abilities:

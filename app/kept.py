@@ -10,8 +10,9 @@ from pathlib import Path
 from oft_diffusion.errors import ConfigError, DataError
 
 from .machine import Machine
+from .room import check_room
 from .runs import Earlier
-from .workspace import Workspace
+from .workspace import Workspace, size_of
 
 MOST_BYTES = 10_000_000_000  # of one person's pictures, uploads and runs
 _OLD = 7 * 24 * 3600  # seconds
@@ -57,17 +58,18 @@ class Kept:
         pictures, owner = self.workspace.pictures(person), self.workspace.person(person)
         runs = [run for run in self.earlier() if run.owner == owner]
         return Usage(
-            sum(1 for _ in pictures.iterdir()), _bytes(pictures),
-            _bytes(self.workspace.uploads(person)) + _bytes(self.workspace.grids(owner)),
-            tuple((run, _bytes(self.workspace.run(run.id))) for run in runs),
+            sum(1 for _ in pictures.iterdir()), size_of(pictures),
+            size_of(self.workspace.uploads(person)) + size_of(self.workspace.grids(owner)),
+            tuple((run, size_of(self.workspace.run(run.id))) for run in runs),
         )  # fmt: skip
 
     def check_room(self, person: str) -> None:
-        """Refuse to make more for somebody who keeps too much.
+        """Refuse to make more for somebody who keeps too much, or where there is no room for anybody.
 
         Raises:
-            DataError: what they keep is above `MOST_BYTES`.
+            DataError: what they keep is above `MOST_BYTES`, or the disk is nearly full.
         """
+        check_room(self.workspace)
         if (used := self.usage(person).bytes) > MOST_BYTES:
             raise DataError(
                 f"you keep {used / 1e9:.1f} GB here", expected=f"at most {MOST_BYTES / 1e9:.0f} GB",
@@ -126,13 +128,3 @@ class Kept:
         """Those whose pictures a page that is loaded anew would look for."""
         for kind in ("draw", "compare"):
             self.machine.forget_ended(person, kind)
-
-
-def _bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # it went meanwhile
-            continue
-    return total

@@ -28,8 +28,15 @@ CSS = """
 .slot-tools { align-items: center; justify-content: space-between; padding: 0.35rem 0.75rem 0.5rem; }
 .slot-tools { background: var(--block-background-fill); }
 .slot-tools .block { border-width: 0; background: none; box-shadow: none; padding: 0; }
-.gallery-item .caption-label { max-width: calc(100% - 1rem); overflow: hidden; text-overflow: ellipsis; }
-.gallery-item .caption-label { white-space: nowrap; }
+/* in galleries, the caption has its place below the picture, whether that is one of many or shown alone */
+.thumbnail-lg { display: flex; flex-direction: column; }
+.thumbnail-lg > img { flex: 1; height: 0; min-height: 0; padding: 0.3rem 0.3rem 0; }
+.thumbnail-lg > .caption-label { position: static; width: 100%; max-width: none; padding: 0.15rem 0.5rem; border: 0; }
+.thumbnail-lg > .caption-label { background: none; font-size: 0.8rem; text-align: center; }
+.thumbnail-lg:hover > .caption-label { opacity: 1 !important; }
+.preview > .caption { max-width: 100%; }
+#train-grids .thumbnail-lg { aspect-ratio: auto; height: auto; } /* a sheet is wide */
+#train-grids .thumbnail-lg > img { flex: none; height: auto; }
 /* whoever uses no mouse sees where they are */
 :is(button, a, input, textarea, summary, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
@@ -70,26 +77,62 @@ CSS = """
 #fixed { display: flex; flex-direction: column; justify-content: end; }
 #run-trigger label, #run-class label { display: flex; flex-direction: column; height: 100%; }
 #run-trigger label > :last-child, #run-class label > :last-child { margin-top: auto; }
+#slider .icon { color: white; }
 #photos-clear { align-self: center; }
 #photos:not(:has(*)) { margin-top: calc(-1 * var(--layout-gap)); }
 #photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .photo-tools { gap: 0.35rem; }
-.photo-tools label.float { font-size: 0.8rem; } .photo-tools label.float span { display: none; }
-.photo-tools label > [data-testid=block-info] { position: absolute; clip-path: inset(50%); } /* for those who listen */
+/* for those who listen */
+.photo-tools :is([data-testid=block-info], [data-testid=block-label]) { position: absolute; clip-path: inset(50%); }
 [data-testid=upload-icon] { display: none; } /* it lies under the label */
 .dark button[role=tab][aria-selected=true] { color: var(--primary-400); }
 footer { display: none !important; }
 @media (max-width: 640px) {
   .tab-container button { padding-left: 0.55rem; padding-right: 0.55rem; } /* all four have room at 360 pixels */
-  label.float { font-size: 0.8rem; }
+  label.float { font-size: 0.8rem; } #slider label.float { font-size: 0.7rem; } /* beside it are buttons */
+  #history .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
   button.lg { padding-left: 0.5rem; padding-right: 0.5rem; font-size: 0.95rem; }
   #pictures, #pictures .grid-wrap { height: auto !important; min-height: 320px; }
   #pictures > .empty { min-height: 318px; }
 }
 """
+# Gradio's slider over two pictures says nothing of them and knows no keys: it is told what a mouse would tell it.
+_SLIDER = """
+const texts = ['The picture without the adapter', 'The picture with the adapter']
+const keys = {ArrowLeft: -5, ArrowDown: -5, ArrowRight: 5, ArrowUp: 5, Home: -100, End: 100}
+function equip(slider, handle) {
+  const pictures = slider.querySelectorAll('img')
+  pictures.forEach((picture, index) => { picture.alt = texts[index] })
+  const place = () => {
+    const whole = handle.parentElement.getBoundingClientRect(), own = handle.getBoundingClientRect()
+    const width = Math.min(whole.width, whole.height * (pictures[0].naturalWidth / pictures[0].naturalHeight || 1))
+    const left = whole.left + (whole.width - width) / 2
+    return {left, width, percent: Math.round(100 * (own.left + own.width / 2 - left) / width)}
+  }
+  const told = {role: 'slider', tabindex: 0, 'aria-label': 'How much is shown without the adapter, in percent',
+                'aria-valuemin': 0, 'aria-valuemax': 100}
+  for (const [name, value] of Object.entries(told)) handle.setAttribute(name, value)
+  const tell = () => handle.setAttribute('aria-valuenow', place().percent)
+  new MutationObserver(tell).observe(handle, {attributeFilter: ['style']})
+  tell()
+  handle.addEventListener('keydown', event => {
+    if (!(event.key in keys)) return
+    event.preventDefault()
+    const {left, width, percent} = place()
+    const clientX = left + width * Math.min(100, Math.max(0, percent + keys[event.key])) / 100
+    handle.dispatchEvent(new MouseEvent('mousedown', {clientX, view: window}))
+    window.dispatchEvent(new MouseEvent('mouseup', {clientX, view: window}))
+  })
+}
+new MutationObserver(() => {
+  const slider = document.getElementById('slider'), handle = slider?.querySelector('[data-testid=slider]')
+  if (handle && handle.tabIndex < 0) equip(slider, handle)
+}).observe(document, {childList: true, subtree: true})
+"""
 # Gradio confines CSS to what lies within the page; its own margins lie around it.
-HEAD = """<meta name="description" content="Pictures of your own subjects, with OFT adapters">
-<style>@media (max-width: 640px) { .gradio-container > .main.app { padding: 0.75rem; } }</style>"""
+HEAD = f"""<meta name="description" content="Pictures of your own subjects, with OFT adapters">
+<style>@media (max-width: 640px) {{ .gradio-container > .main.app {{ padding: 0.75rem; }} }}</style>
+<script>{{{_SLIDER}}}</script>"""
 
 
 def theme() -> Any:

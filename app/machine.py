@@ -14,7 +14,7 @@ from PIL import Image
 
 from oft_diffusion.errors import OFTError
 
-from .words import UNFORESEEN, explained, is_out_of_memory
+from .words import UNFORESEEN, explained, is_foreseen
 
 State = Literal["waiting", "working", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
@@ -257,7 +257,7 @@ class Machine:
         except Cancelled:
             state = {"state": "cancelled"}
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
-            if foreseen := isinstance(error, OFTError) or is_out_of_memory(error):
+            if foreseen := is_foreseen(error):
                 _LOG.info("a job failed: %s: %s", job.kind, error)
             else:
                 _LOG.exception("a job failed: %s", job.kind)

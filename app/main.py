@@ -19,6 +19,7 @@ from .workspace import Workspace
 
 # How many events the page and programs may have going at once.
 QUEUE: dict[str, Any] = {"max_size": 256, "default_concurrency_limit": 16, "api_open": False}
+AUTH = "OFT_AUTH"  # the environment's variable of passwords: what `--auth` has, all who list processes can read
 _THREADS = 512  # each event that looks on at a job holds one; gradio's 40 would leave none to cancel with
 
 
@@ -83,34 +84,42 @@ def arguments_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, l
 def served(
     session: Session, host: str, port: int | None, auth: list[tuple[str, str]] | None, *, share: bool = False
 ) -> dict[str, Any]:
-    """How the page is launched: nothing is told, shared or readable that need not be."""
+    """How the page is launched: nothing is told, shared, kept or readable that need not be."""
+    from .gate import gated
+
     return {
         "server_name": host, "server_port": port, "auth": auth, "share": share, "show_error": False,
         "allowed_paths": [str(session.workspace.people), str(session.workspace.adapters)],
         "max_threads": _THREADS, "max_file_size": "50mb", "enable_monitoring": False, "mcp_server": False,
-        "footer_links": [], "css": CSS, "head": HEAD, "theme": theme(), "ssr_mode": False,
+        "run_history": False, "app_kwargs": gated(session.workspace), "footer_links": [], "css": CSS, "head": HEAD,
+        "theme": theme(), "ssr_mode": False,
     }  # fmt: skip
 
 
 def _auth(options: argparse.Namespace) -> list[tuple[str, str]] | None:
-    pairs = [tuple(pair.split(":", 1)) for pair in options.auth]
-    if wrong := [pair for pair in pairs if len(pair) != 2 or not all(pair)]:
-        raise ConfigError(
-            f"--auth with {len(wrong)} entries that are no pair", expected="NAME:PASSWORD", fix="correct it"
-        )
+    pairs: list[tuple[str, str]] = []
+    for place, told in (("--auth", options.auth), (AUTH, os.environ.get(AUTH, "").splitlines())):
+        found = [(name, password) for name, _, password in (text.partition(":") for text in told)]
+        if wrong := sum(not all(pair) for pair in found):
+            raise ConfigError(f"{place} has {wrong} that are no pair", expected="NAME:PASSWORD each", fix="correct it")
+        pairs += found
     elsewhere = options.host not in ("127.0.0.1", "localhost", "::1")
     if (elsewhere or options.share) and not pairs:
         asked, whom = ("--share", "on the internet") if options.share else (f"--host {options.host}", "in the network")
         raise ConfigError(
             f"{asked} would let everyone {whom} use this machine",
-            expected="--auth NAME:PASSWORD beside it",
-            fix=f"add --auth, or leave {asked.split()[0]} out",
+            expected=f"--auth NAME:PASSWORD, or the same in the environment variable {AUTH}",
+            fix=f"give one, or leave {asked.split()[0]} out",
         )
-    return [(name, password) for name, password in pairs] or None
+    return pairs or None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="oft-diffusion app", description="Draw, compare and train in the browser.")
+    parser = argparse.ArgumentParser(
+        prog="oft-diffusion app",
+        description="Draw, compare and train in the browser.",
+        epilog=f"Who lists processes can read --auth. {AUTH} in the environment, a pair in each line, is the same.",
+    )
     parser.add_argument(
         "--model", default="pocket", help="pipeline folder, checkpoint or hub id (default: the shipped one)"
     )
@@ -123,8 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, help="default: 7860, or the next that is free")
+    parser.add_argument(
+        "--auth", action="append", default=[], metavar="NAME:PASSWORD", help="let in nobody else; may be repeated"
+    )
     parser.add_argument("--share", action="store_true", help="a link through gradio's servers; wants --auth")
-    parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="may be repeated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--open", action="store_true", help="open a browser window")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,20 +20,29 @@ from .workspace import is_token, new_token
 
 
 class Page(gr.Blocks):
-    """Blocks whose events trust no browser to say who somebody with a password is.
+    """Blocks whose events trust no browser to say who somebody with a password is, nor where a file lies.
 
     Attributes:
         person: the component that says who somebody without one is.
         token_of: gives the token of a user.
+        uploads: the folder of what was uploaded.
     """
 
     person: gr.BrowserState
     token_of: Callable[[str], str]
+    uploads: Path
 
     async def process_api(
         self, block_fn: Any, inputs: list[Any], state: Any = None, request: Any = None, *rest: Any, **more: Any
     ) -> dict[str, Any]:
-        """As gradio's; each event passes here, those of parts that are laid out later, too."""
+        """As gradio's; each event passes here, those of parts that are laid out later, too.
+
+        Raises:
+            gr.Error: an input names a file that nobody has uploaded. Gradio would fetch one of another address, and
+                open any picture of this machine whose input says less of it than a browser does.
+        """
+        if _names_other_files(inputs, self.uploads.resolve()):
+            raise gr.Error("Upload the file itself: its path or address will not do.", print_exception=False)
         user = getattr(request[0] if isinstance(request, list) else request, "username", None)
         if user:
             event = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
@@ -49,7 +59,7 @@ def build(session: Session) -> Page:
         programs = Api(session)  # first, so that its names are not taken
         page.unload(programs.gone)
         person = gr.BrowserState(None, storage_key="oft-diffusion-person", secret="oft-diffusion")
-        page.person, page.token_of = person, session.workspace.token_of
+        page.person, page.token_of, page.uploads = person, session.workspace.token_of, session.workspace.temporary
         gr.Markdown(
             f"# oft-diffusion\nTeach **{session.abilities.model}** your own subject under *Train*, then draw it "
             f"anywhere under *Generate*. {_where(session.model.device)}",
@@ -89,6 +99,21 @@ def build(session: Session) -> Page:
         comparing.begin(known)
         training.begin(known)
     return page
+
+
+def _names_other_files(value: Any, uploads: Path) -> bool:
+    """Whether a file that it names lies elsewhere. A browser tells the `url` of an upload, too, which nobody reads."""
+    if isinstance(value, dict):
+        elsewhere = value.get("path") is not None and not _lies_in(uploads, str(value["path"]))
+        return elsewhere or any(_names_other_files(part, uploads) for part in value.values())
+    return isinstance(value, list) and any(_names_other_files(part, uploads) for part in value)
+
+
+def _lies_in(folder: Path, path: str) -> bool:
+    try:
+        return Path(path).resolve().is_relative_to(folder)
+    except (OSError, ValueError):  # no path of any file
+        return False
 
 
 def _or_none(cards: Cards) -> Choices:

@@ -41,7 +41,9 @@ class PhotosBox:
         self.looked = [self.note, self.count]
         self.drop.upload(self.add, [person, self.drop, self.count], [self.drop, *self.looked], **PRIVATE)
         self.clear.click(self.take_all_out, [person, self.count], self.looked, **PRIVATE)
-        gr.render([person, self.count], queue=False, show_progress="hidden")(self._lay_out)
+        # By nothing but the count: gradio fails where a page is laid out twice at once.
+        lay_out = gr.render([person, self.count], [self.count.change], queue=False, show_progress="hidden")
+        lay_out(self._lay_out)
 
     def on_example(self, name: gr.Textbox, class_word: gr.Textbox) -> None:
         """Let an example fill in its words, too."""

@@ -18,6 +18,7 @@ from .comparing import Comparing
 from .drawing import MOST_ADAPTERS, Abilities, Request, check, newest_first, number
 from .machine import Job, Machine
 from .model import Model
+from .room import check_room, check_shelf
 from .shelf import Card, Shelf
 from .training import Training
 from .words import caption
@@ -83,8 +84,13 @@ class Session:
         return self.machine.start(person, "draw", lambda job: self.model.studio().draw(request, job, _keeper(folder)))
 
     def draw_for_program(self, caller: str, request: Request, connection: str = "") -> Job:
-        """As `draw`, for a caller of the API: the PNG is kept as long as uploads are."""
+        """As `draw`, for a caller of the API: the PNG is kept as long as uploads are.
+
+        Raises:
+            OFTError: before anyone waits, where the request cannot be right, or too much waits already.
+        """
         check(request, self.abilities)
+        check_room(self.workspace)
         folder = self.workspace.fresh()
         return self.machine.start(
             f"api {caller}", "program", lambda job: self.model.studio().draw(request, job, _keeper(folder)), connection
@@ -186,8 +192,9 @@ class Session:
         """A file of any tool onto the shelf; the card, and what a user should know.
 
         Raises:
-            OFTError: it is broken, or cannot be used with this model.
+            OFTError: it is broken, or cannot be used with this model, or there is no room for it.
         """
+        check_shelf(self.workspace)
         return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
     def delete(self, adapter_id: str) -> None:

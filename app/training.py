@@ -19,6 +19,7 @@ from .machine import Busy, Job, Machine
 from .model import Model
 from .packing import packed, settings, settings_file
 from .photos import Photos
+from .room import check_shelf
 from .runs import PHOTOS, Asked, Earlier, Runs, Wish, check_limits
 from .shelf import Card, Shelf
 from .workspace import Workspace
@@ -106,6 +107,7 @@ class Training:
         self._check_free(person)
         self.machine.check(person)
         self.kept.check_room(person)
+        check_shelf(self.workspace)
         run_id = self.runs.prepare(wish, self.photos(person))
         try:
             return self._start(person, run_id)

@@ -23,6 +23,7 @@ _NO_MEMORY = (
     "There is not enough memory for this. Ask for smaller pictures, or fewer at once; for a training, choose settings "
     "for less memory. It also helps to close other programs."
 )
+_DISK_FULL = "The server's disk is full. Delete what you need no more, under Adapters, or tell whoever runs the server."
 _NO_SENSE = "Something in the form is empty, or makes no sense."
 _JOBS = {  # one, and several
     "draw": ("a drawing", "drawings"),
@@ -39,13 +40,25 @@ def explained(error: BaseException) -> str:
     """An error in plain words."""
     if isinstance(error, OFTError):
         return f"{_sentence(error.problem)} Expected: {error.expected}. {_sentence(error.fix)}"
+    if is_out_of_disk(error):
+        return _DISK_FULL
     return _NO_MEMORY if is_out_of_memory(error) else _NO_SENSE
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether `explained` says what is wrong, where a job failed by it."""
+    return isinstance(error, OFTError) or is_out_of_memory(error) or is_out_of_disk(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, of whatever device."""
     told = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "not enough memory" in str(error))
     return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def is_out_of_disk(error: BaseException) -> bool:
+    """Whether the disk is full, for Python or for what writes tensors."""
+    return "No space left on device" in str(error)
 
 
 def duration(seconds: float) -> str:

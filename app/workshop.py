@@ -17,6 +17,7 @@ from oft_diffusion.files import AdapterFile, load_adapter_file
 
 from .machine import Job, Machine
 from .model import Model
+from .room import check_room, check_shelf
 from .shelf import Card, Shelf, checked_name
 from .workspace import Workspace
 
@@ -68,12 +69,13 @@ class Workshop:
         """A file in another tool's format; the job finds what a user should know, then its path.
 
         Raises:
-            OFTError: before anyone waits: there is no such adapter or format, or too much waits already. That a
-                format cannot hold the adapter, the job tells.
+            OFTError: before anyone waits: there is no such adapter or format, no room, or too much waits already. That
+                a format cannot hold the adapter, the job tells.
         """
         if to not in self.formats():
             raise ConfigError(f"there is no format {to!r}", expected=", ".join(self.formats()), fix="choose one")
         card = self.shelf.card(adapter_id)
+        check_room(self.workspace)
         return self.machine.start(person, "export", lambda job: self._export(card, to, job))
 
     def combine(
@@ -92,14 +94,15 @@ class Workshop:
             class_word: of the new one; where it is empty, the one that both have.
 
         Raises:
-            OFTError: before anyone waits: there is no such adapter or way, or too much waits already. That the
-                two cannot be one, the job tells.
+            OFTError: before anyone waits: there is no such adapter or way, no room, or too much waits already. That
+                the two cannot be one, the job tells.
         """
         if how not in WAYS or not 0 <= share <= 1:
             raise ConfigError("that is no way to combine", expected=f"{' or '.join(WAYS)}, from 0 to 1", fix="reload")
         if max(len(trigger), len(class_word)) > LONGEST_WORD:
             raise ConfigError("a trigger too long", expected=f"at most {LONGEST_WORD} letters", fix="shorten it")
         cards = (self.shelf.card(first), self.shelf.card(second))
+        check_shelf(self.workspace)
         name = checked_name(" and ".join(card.name for card in cards)[:60])
         words = (" ".join(trigger.split()) or _both([c.trigger for c in cards]),
                  " ".join(class_word.split()) or _shared([c.class_word for c in cards]))  # fmt: skip

@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 _KEEP_UPLOADS = _KEEP_COPIES = 24 * 3600  # seconds
 _KEEP_CLASS_IMAGES = 30 * 24 * 3600  # seconds since a run began that used them
 _CLEAN_EVERY = 3600  # seconds
+_KEEP_NEW = 3600  # seconds in which nothing goes for want of room: somebody may be about to use it
 
 
 _born = 0  # when the last id was, in ticks of 65 microseconds
@@ -179,6 +183,19 @@ class Workspace:
             if left.stat().st_ctime <= now - copies:
                 _remove(left)
 
+    def trim(self, most: int) -> int:
+        """Remove of what is temporary the oldest, until the rest has so many bytes; how many it has.
+
+        What is not an hour old stays, and what holds nothing yet: it waits for a job.
+        """
+        known = sorted((newest, size, path) for path in self.temporary.iterdir() for newest, size in [_age(path)])
+        left, now = sum(size for _, size, _ in known), time.time()
+        for newest, size, path in known:
+            if left > most and size and newest < now - _KEEP_NEW:
+                _remove(path)
+                left -= size
+        return left
+
     def keep_clean(self, until: threading.Event) -> None:
         """Clean each hour, leaving what is temporary for a day."""
         while not until.wait(_CLEAN_EVERY):
@@ -200,6 +217,23 @@ def _checked(text: str) -> str:
     if not isinstance(text, str) or _ID.fullmatch(text) is None:
         raise DataError("there is no such thing", expected="an id that this server made", fix="reload the page")
     return text
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return _age(path)[1]
+
+
+def _age(path: Path) -> tuple[float, int]:
+    """When it was changed last, or something in it; and its bytes."""
+    inside = (Path(folder, name) for folder, *names in os.walk(path) for name in chain(*names))
+    newest, size = 0.0, 0
+    for part in (path, *inside):
+        with suppress(OSError):  # where it went meanwhile
+            told = part.lstat()
+            newest = max(newest, told.st_ctime)
+            size += 0 if stat.S_ISDIR(told.st_mode) else told.st_size
+    return newest, size
 
 
 def _remove(path: Path) -> None:

@@ -98,8 +98,10 @@ LAYERS: dict[str, Layer] = {
             "photos",
             "runs",
             "kept",
+            "room",
             "packing",
             "presets",
+            "previews",
             "prompts",
             "words",
             "workshop",
@@ -107,6 +109,7 @@ LAYERS: dict[str, Layer] = {
     },
     "app/workspace.py": Layer(f"{_EVERYTHING} __init__", f"{_CORE} filelock"),
     "app/model.py": Layer(f"{_EVERYTHING} __init__", f"{_CORE} psutil"),
+    "app/gate.py": Layer(f"{_EVERYTHING} __init__", f"{_CORE} gradio starlette"),
     "app/": Layer(f"{_EVERYTHING} __init__", f"{_CORE} gradio"),
 }
 

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from app.main import arguments_of
+from app.main import AUTH, arguments_of
 from oft_diffusion.errors import ConfigError
 from tests.helpers.app_command import ROOT, free_port, started
 
@@ -41,6 +41,11 @@ def told(name: str) -> list[str]:
     return [rest for found, rest in dockerfile() if found == name]
 
 
+def copied() -> list[str]:
+    """What is copied into the image."""
+    return [source for rest in told("COPY") for source in shlex.split(rest)[:-1]]
+
+
 def test_the_image_begins_with_a_python_that_will_do() -> None:
     [image] = told("FROM")
     version = image.partition(":")[2].partition("-")[0]
@@ -51,23 +56,30 @@ def test_the_image_begins_with_a_python_that_will_do() -> None:
 
 
 def test_what_the_image_copies_is_there_and_makes_the_wheel() -> None:
-    copied = [Path(source) for rest in told("COPY") for source in shlex.split(rest)[:-1]]
-    assert all((ROOT / source).exists() for source in copied)
+    assert all((ROOT / source).exists() for source in copied())
     hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
     wheel = hatch["targets"]["wheel"]
     needed = [*wheel["packages"], *wheel["force-include"], PROJECT["readme"], *PROJECT["license-files"]]
     for name in [*needed, "pyproject.toml"]:
-        assert any(Path(name).is_relative_to(source) for source in copied), name
+        assert any(Path(name).is_relative_to(source) for source in copied()), name
 
 
-def test_what_the_image_installs_is_what_the_project_asks_for() -> None:
-    installed = re.findall(r'pip install .*?"([^"]+)"', " ".join(told("RUN")).replace("&&", "\n"))
-    torch, package = installed
-    assert torch in PROJECT["dependencies"]
+def test_what_the_image_copies_is_all_that_docker_is_sent() -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    [everything, *sent, caches] = [line for line in lines if not line.startswith("#")]
+    assert (everything, caches) == ("*", "**/__pycache__")
+    assert {line.removeprefix("!") for line in sent} == set(copied())
+
+
+def test_what_the_image_installs_is_what_the_project_has_tested() -> None:
+    [package] = re.findall(r'pip install .*?"([^"]+)"', " ".join(told("RUN")))
     assert set(re.findall(r"\w+", package)) <= set(EXTRAS)
+    assert " -c constraints.txt " in told("RUN")[1]
+    assert "constraints.txt" in copied()
+    assert re.search(r"^torch==[0-9.]+( |$)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_the_image_runs_the_app_for_no_root_and_asks_for_a_password() -> None:
+def test_the_image_runs_the_app_for_no_root_and_asks_for_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name for name, _ in dockerfile()]
     [user], [entry], [port] = told("USER"), told("ENTRYPOINT"), told("EXPOSE")
     assert user not in ("root", "0")
@@ -76,9 +88,11 @@ def test_the_image_runs_the_app_for_no_root_and_asks_for_a_password() -> None:
     script, verb, *arguments = json.loads(entry)
     assert script in PROJECT["scripts"]
     assert verb == "app"
+    monkeypatch.delenv(AUTH, raising=False)
     with pytest.raises(ConfigError, match="would let everyone in the network"):
         arguments_of(arguments)
-    options, auth = arguments_of([*arguments, "--auth", "me:secret"])
+    monkeypatch.setenv(AUTH, "me:secret")
+    options, auth = arguments_of(arguments)
     assert auth == [("me", "secret")]
     assert (options.host, str(options.port)) == ("0.0.0.0", port)
     assert str(options.workspace) == told("WORKDIR")[-1]

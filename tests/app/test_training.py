@@ -11,6 +11,7 @@ import torch
 from app.drawing import Request
 from app.machine import Cancelled, Job
 from app.model import Model
+from app.page import build
 from app.presets import POCKET, PRESETS, beginning, fitting
 from app.runs import Wish
 from app.session import Session
@@ -81,22 +82,40 @@ def test_every_preset_is_there_and_fits_by_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "steps", "guidance"),
+    ("name", "preset", "steps", "guidance", "negative"),
     [
-        ("StableDiffusionXLPipeline", "sdxl", 25, 5.0),
-        ("StableDiffusion3Pipeline", "sd35", 28, 7.0),
-        ("FluxPipeline", "flux", 28, 3.5),
-        ("QwenImagePipeline", "sd35", 25, 4.0),
+        ("StableDiffusionXLPipeline", "sdxl", 25, 5.0, True),
+        ("StableDiffusion3Pipeline", "sd35", 28, 7.0, True),
+        ("FluxPipeline", "flux", 28, 3.5, False),
+        ("QwenImagePipeline", "sd35", 25, 4.0, True),
     ],
 )
 def test_a_model_draws_and_trains_with_its_own_steps_and_guidance(
-    tmp_path: Path, name: str, preset: str, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, name: str, preset: str, steps: int, guidance: float, negative: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(Model, "memory", lambda _: 80e9)
     session = Session(tmp_path / "work", str(write_tiny_family(name, tmp_path)))
     own, begun = session.abilities, session.training.defaults()
     assert (own.steps, own.guidance) == (begun["sampling_steps"], begun["guidance_scale"]) == (steps, guidance)
     assert session.training.runs.presets[0] == preset
+    assert own.negative == negative
+    assert own.image
+
+
+def test_what_a_model_does_not_know_is_not_asked_for(tmp_path: Path) -> None:
+    """Flux.1's guidance leaves no place for a negative prompt, and Krea 2 has no twin that begins with a picture."""
+    shown = {}
+    for name in ("QwenImagePipeline", "FluxPipeline", "Krea2Pipeline"):
+        page = build(Session(tmp_path / name / "work", str(write_tiny_family(name, tmp_path))))
+        parts = {key: part for part in page.blocks.values() for key in (part.elem_id, getattr(part, "label", None))}
+        fields = ("negative", "compare-negative", "Begin with a picture")
+        shown[name] = [parts[field].visible for field in fields]
+    assert shown == {
+        "QwenImagePipeline": [True, True, True],
+        "FluxPipeline": [False, False, True],
+        "Krea2Pipeline": [True, True, False],
+    }
 
 
 def test_what_was_distilled_begins_with_few_steps_and_no_guidance(tmp_path: Path) -> None:

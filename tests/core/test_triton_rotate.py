@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -189,3 +190,18 @@ def test_the_table_has_a_row_for_everything_and_says_whether_it_was_measured() -
             assert min(tile.rows, tile.width) >= 16
             assert all(value & (value - 1) == 0 for value in (tile.rows, tile.width, tile.warps))
     assert tune_rotate.written(tiles.table(), tune_rotate.tuned_on()) == tiles.FILE.read_text(encoding="utf-8")
+
+
+def test_tuning_finds_the_best_tile_without_trying_them_all() -> None:
+    wanted, tried = tiles.Tile(64, 4, 64, 8, 2), []
+
+    def seconds(tile: tiles.Tile) -> float:
+        tried.append(tile)
+        if tile.stages == 3:
+            return float("inf")  # does not fit
+        return sum(abs(math.log2(a / b)) for a, b in zip(tile, wanted, strict=True))
+
+    best, took = tune_rotate.descended(tiles.Tile(16, 1, 32, 2, 3), 32, seconds)
+    assert (best, took) == (wanted, 0.0)
+    assert len(tried) == len(set(tried)) < 40
+    assert all(tile.rows * tile.width <= 16384 for tile in tried)

@@ -35,8 +35,8 @@ def served_session(
 
     page = build(session)
     page.queue(**QUEUE)
-    _, url, _ = page.launch(**served(session, "127.0.0.1", port, auth), prevent_thread_lock=True, quiet=True)
-    _COPIES[url] = session.workspace.temporary
+    app, url, _ = page.launch(**served(session, "127.0.0.1", port, auth), prevent_thread_lock=True, quiet=True)
+    _COPIES[url], APPS[url] = session.workspace.temporary, app
     try:
         yield url
     finally:
@@ -46,6 +46,7 @@ def served_session(
 
 
 _COPIES: dict[str, Path] = {}  # by address; gradio looks for uploads in one folder of the whole process
+APPS: dict[str, Any] = {}  # by address, gradio's
 
 
 @pytest.fixture(scope="session")
@@ -74,27 +75,30 @@ def server(pocket_server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) 
     return pocket_server
 
 
-# Of a page that is left (`reload`), and of a server that ends.
+# Of a page that is left (`reload`), of a server that ends, and of a line that is cut.
 _LEFT = re.compile(
     "AbortError|BodyStreamBuffer was aborted|Connection errored out|Server stopped unexpectedly|ERR_CONN"
-    "|Unable to preload"
+    "|Unable to preload|ERR_INCOMPLETE|ERR_EMPTY|ERR_SOCKET|network error"
 )
 Opened = Callable[..., Any]
 
 
 @pytest.fixture
 def opened(browser: Any, server: tuple[Session, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
-    """Opens the app in a browser of its own; any error that it logs fails the test.
+    """Opens the app in a browser of its own, as a user with a password where one is given.
 
-    But for what gradio's client logs where a page is left while it listens (`reload`).
+    Any error that it logs fails the test, but for what gradio's client logs where a page is left while it listens
+    (`reload`).
     """
     trouble: list[str] = []
     contexts = []
 
-    def open_page(url: str = server[1], **options: Any) -> Any:
-        monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES[url]))
+    def open_page(url: str = server[1], user: tuple[str, str] | None = None, **options: Any) -> Any:
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(_COPIES.get(url, server[0].workspace.temporary)))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
+        if user:
+            context.request.post(f"{url}login", form=dict(zip(("username", "password"), user, strict=True)))
         page = context.new_page()
         page.set_default_timeout(60_000)
 

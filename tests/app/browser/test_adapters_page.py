@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text
+from tests.library.support import Maker
+from tests.peers.peft_oft import write_peft
 
 pytestmark = pytest.mark.browser
 
@@ -56,6 +58,28 @@ def test_what_is_no_adapter_is_refused_with_a_sentence(opened: Any, tmp_path: Pa
     page.locator("#take-in input[type=file]").set_input_files(pickled)
     page.wait_for_function("document.querySelector('#shelf-note').innerText.includes('evil.safetensors')")
     assert page.locator("#cards .card").count() == 1
+
+
+def test_a_file_of_another_tool_is_taken_in_and_one_for_another_base_is_not(
+    opened: Any, server: Any, make: Maker, tmp_path: Path
+) -> None:
+    session, _ = server
+    unet = session.model.parts()["unet"]
+    layers: Any = {name: tuple(m.weight.shape) for name, m in unet.named_modules() if name.endswith("attn2.to_q")}
+    file = write_peft(tmp_path / "peft", layers, block_size=8, norm=0.3) / "adapter_model.safetensors"
+    page = opened()
+    go_to(page, "Adapters")
+    opened_part(page, "Take in a file, of any tool")
+    choose(page, "take-in-component", "unet")
+    page.locator("#take-in input[type=file]").set_input_files(file)
+    page.locator("#cards .card", has_text="adapter_model").wait_for()
+    assert f"{len(layers)} layers, a file of PEFT" in page.locator("#shelf-note").inner_text()
+    [taken] = [card for card in session.fitting() if card.name == "adapter_model"]
+    misfit = make("misfit", seed=5)
+    page.locator("#take-in input[type=file]").set_input_files(misfit)
+    page.wait_for_function("document.querySelector('#shelf-note').innerText.includes('does not fit the model')")
+    assert page.locator("#cards .card").count() == 2
+    session.delete(taken.id)
 
 
 def test_two_become_one(opened: Any, server: Any) -> None:

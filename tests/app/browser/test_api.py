@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from gradio_client import Client
 from app.api import Api
 from oft_diffusion.images import read_settings
 from tests.helpers.app_page import occupied, pixels, until
+
+DOCS = Path(__file__).parents[3] / "docs" / "app.md"
 
 
 def test_a_program_draws_with_an_adapter(server: Any, tmp_path: Path) -> None:
@@ -30,6 +33,16 @@ def test_a_program_draws_with_an_adapter(server: Any, tmp_path: Path) -> None:
         assert read_settings(picture)["prompt"] == "a sks mug"
         drawn.append(pixels(Path(picture)))
     assert not np.array_equal(*drawn)
+
+
+def test_the_example_of_the_docs_runs(server: Any) -> None:
+    [example] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert example.count("http://127.0.0.1:7860") == 1
+    ran: dict[str, Any] = {}
+    exec(example.replace("http://127.0.0.1:7860", server[1]), ran)  # noqa: S102 - our own text
+    assert ran["settings"]["prompt"] == "a sks mug on the beach"
+    assert ran["settings"]["adapters"][0]["name"] == "My mug"
+    assert read_settings(ran["picture"]) == ran["settings"]
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,15 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     before = page.locator("#slider img").first.get_attribute("src")
     number(page, "which", 2)
     page.wait_for_function(f"document.querySelector('#slider img').src !== {before!r}")
+    handle = page.get_by_role("slider", name="How much is shown without the adapter")
+    for key, percent in {"Home": 0, "ArrowRight": 5, "End": 100, "ArrowDown": 95}.items():
+        handle.press(key)
+        page.wait_for_selector(f"#slider [role=slider][aria-valuenow='{percent}']")
+        assert handle.evaluate("handle => handle === document.activeElement")
+    assert page.locator("#slider img").last.evaluate("picture => picture.style.clipPath") != "inset(0px 0px 0px 50%)"
     sheet = page.locator("#sheet img").get_attribute("src")
-    page.get_by_label("strengths", exact=True).check()
-    page.locator("#compare:has-text('Compare')").click()
+    page.get_by_label("strengths", exact=True).press("Space")
+    page.locator("#compare:text-is('Compare')").press("Enter")
     page.wait_for_function(
         f"![null, {sheet!r}].includes(document.querySelector('#sheet img')?.getAttribute('src') ?? null)"
     )
@@ -44,6 +50,26 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     go_to(page, "Compare")
     page.wait_for_selector("#sheet img")
     assert "Compared 12 pictures." in page.locator("#compare-status").inner_text()
+
+
+def test_one_adapter_beside_another(opened: Any, server: Any, pictures: Any) -> None:
+    session, _ = server
+    other = session.shelf.add(session.shelf.cards()[-1].file, "Another")
+    try:
+        page = opened()
+        go_to(page, "Compare")
+        text(page, "compare-prompt").fill("a sks mug")
+        page.get_by_label("adapters", exact=True).check()
+        for name in ("Another", "My mug"):
+            choose(page, "compare-adapters", name)
+        number(page, "compare-count", 1)
+        opened_part(page, "Settings")
+        number(page, "compare-steps", 1)
+        page.locator("#compare").click()
+        page.wait_for_selector("#sheet img")
+        assert session.settings_in(pictures()[-1])["rows"] == ["Another", "My mug"]
+    finally:
+        session.delete(other.id)
 
 
 def test_without_an_adapter_there_is_a_sentence(opened: Any) -> None:

@@ -14,6 +14,7 @@ from oft_diffusion.files import load_adapter_file, save_adapter_file
 from oft_diffusion.generate import generate
 from oft_diffusion.images import read_settings, save_png
 from oft_diffusion.pocket import GUIDANCE, pocket_pipeline
+from tests.helpers.app_line import lined
 from tests.helpers.app_page import IDLE, choose, draw, number, opened_part, pixels, quick, reload, text, until
 
 pytestmark = pytest.mark.browser
@@ -46,13 +47,18 @@ def test_drawing_with_and_without_an_adapter(opened: Any, pictures: Any) -> None
     assert page.locator("#pictures img").count() >= 1
 
 
-def test_a_dropped_picture_gives_its_settings_back(opened: Any, pictures: Any) -> None:
+def test_a_picture_that_was_downloaded_gives_its_settings_back(opened: Any, pictures: Any, tmp_path: Path) -> None:
     page = opened()
     quick(page)
     choose(page, "adapter-0", "My mug")
     number(page, "strength-0", 0.5)
     draw(page, "a teal sks mug at night")
-    path = pictures()[-1]
+    page.locator("#pictures .thumbnail-lg").first.click()
+    with page.expect_download() as download:
+        page.locator("#pictures").get_by_label("Download").click()
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    assert path.read_bytes() == pictures()[-1].read_bytes()
     other = opened()
     other.locator("#recall input[type=file]").set_input_files(path)
     other.wait_for_function("document.querySelector('#prompt textarea').value.includes('teal')")
@@ -138,6 +144,32 @@ def test_a_drawing_is_found_after_a_reload_and_cancelled(opened: Any, pictures: 
     reload(page)
     assert "1 picture" in page.locator("#status").inner_text()
     page.wait_for_selector("#pictures img")
+
+
+@pytest.mark.slow  # gradio asks every two seconds whether the server is there again
+def test_a_drawing_is_found_after_the_line_was_cut(opened: Any, server: Any) -> None:
+    """Nobody reloads the page: gradio does, once the server answers again."""
+    with lined(server[1]) as line:
+        page = opened(line.url)
+        quick(page, steps=150)
+        number(page, "count", 16)
+        text(page, "prompt").fill("a cat")
+        page.locator("#generate").click()
+        page.wait_for_selector("#preview img")
+        page.leaving = True  # for the line does
+        page.evaluate("window.before = true")
+        line.cut()
+        page.wait_for_timeout(3000)
+        seen = page.locator("#status").inner_text()
+        page.wait_for_timeout(1000)
+        assert page.locator("#status").inner_text() == seen
+        line.mend()
+        page.wait_for_function("!window.before")
+        page.wait_for_selector("#status .working")
+        page.wait_for_function("seen => document.querySelector('#status').innerText !== seen", arg=seen)
+        page.wait_for_selector("#preview img")
+        page.locator("#cancel:not([disabled])").click()
+        page.wait_for_selector("#status .cancelled")
 
 
 def test_two_people_do_not_meet(opened: Any) -> None:

@@ -65,6 +65,20 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     page.wait_for_selector("#status .done")
     newest = max(session.workspace.people.glob("*/pictures/*.png"), key=lambda path: path.name)  # anybody's
     assert session.settings_in(newest)["adapters"][0]["name"] == "Cat one"
+    go_to(page, "Compare")
+    text(page, "compare-prompt").fill("a zwx cat")
+    page.get_by_label("a training run", exact=True).check()
+    choose(page, "compare-run", "Cat one, 6 checkpoints")
+    number(page, "compare-count", 1)
+    opened_part(page, "Settings")
+    number(page, "compare-steps", 1)
+    page.locator("#compare").click()
+    page.wait_for_selector("#compare-status .done")
+    page.wait_for_selector("#sheet img")
+    assert "Compared 12 pictures." in page.locator("#compare-status").inner_text()
+    sheet = max(session.workspace.people.glob("*/pictures/*.png"), key=lambda path: path.name)
+    rows = [f"Cat one, step {step}, at {strength}" for step in range(1, 7) for strength in (0.75, 1)]
+    assert session.settings_in(sheet)["rows"] == rows
 
 
 @pytest.mark.slow
@@ -179,7 +193,7 @@ def test_an_estimate_that_waits_is_found_after_a_reload_and_cancelled(opened: An
 
 
 def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: Any, tmp_path: Path) -> None:
-    _, url = small_server
+    session, url = small_server
     page = opened(url)
     go_to(page, "Train")
     page.locator("#train").click()
@@ -197,5 +211,16 @@ def test_what_is_missing_or_wrong_is_said_in_words(opened: Any, small_server: An
     page.locator("#photos-drop input[type=file]").set_input_files([fake, small])
     page.wait_for_function("document.querySelector('#photos-note').innerText.includes('no PNG, JPEG or WebP picture')")
     assert "smaller than" in page.locator("#photos-note").inner_text()
+    hostile = 'a cat <img src=x onerror="window.hurt=1"> <script>window.hurt=1</script>'
+    page.get_by_label("Caption of picture 1").fill(hostile)
+    until(lambda: any(hostile in path.read_text() for path in session.workspace.people.glob("*/uploads/*.txt")))
+    page.locator("#photos-drop input[type=file]").set_input_files(PICTURES[0])  # all are laid out anew
+    page.get_by_label("Caption of picture 2").wait_for()
+    assert page.get_by_label("Caption of picture 1").input_value() == hostile
+    assert page.locator("#photos img").count() == 2
+    assert page.locator("#photos img").first.get_attribute("alt") == hostile
+    assert page.evaluate("window.hurt") is None
+    page.get_by_role("button", name="Remove picture 2").click()
+    page.get_by_label("Caption of picture 2").wait_for(state="detached")
     page.get_by_role("button", name="Remove picture 1").click()
     page.wait_for_function("document.querySelectorAll('#photos img').length === 0")

@@ -13,8 +13,8 @@ import pytest
 from app.session import Session
 from app.workspace import new_token
 from tests.app.browser.conftest import served_session
-from tests.app.browser.test_abuse import PERSON, call, pressed
 from tests.app.test_photos import noise
+from tests.helpers.app_calls import PERSON, call, pressed
 from tests.helpers.app_page import occupied, until
 
 USERS = [("ada", "first"), ("bo", "second")]
@@ -71,7 +71,8 @@ def test_what_is_laid_out_for_a_page_is_guarded_too(guarded: tuple[Session, str]
         [layout] = [
             event["id"]
             for event in config["dependencies"]
-            if [kinds[i] for i in event["inputs"]] == ["browserstate", "state"] and len(event["targets"]) == 3
+            if [kinds[i] for i in event["inputs"]] == ["browserstate", "state"]
+            and [(kinds.get(i), name) for i, name in event["targets"]] == [("state", "change")]  # once at a time
         ]
         told = call(bo, layout, [ada, None])
     assert "of number 1" in told
