@@ -1,4 +1,4 @@
-"""Colours, spacing and the few rules of CSS that gradio's own theme has no name for."""
+"""Colours, spacing, the few rules of CSS that gradio's own theme has no name for, and keys where it has none."""
 
 from __future__ import annotations
 
