@@ -224,7 +224,7 @@ class TrainTab:
         try:
             self.training.start(person, self._wish(name, trigger, class_word, *knobs))
         except (OFTError, TypeError, ValueError) as error:
-            yield self._problem(explained(error))
+            yield self._problem(person, explained(error))
             return
         yield from self._follow(person)
 
@@ -272,7 +272,7 @@ class TrainTab:
         try:
             self.training.resume(person, run_id or "")
         except OFTError as error:
-            yield self._problem(explained(error))
+            yield self._problem(person, explained(error))
             return
         yield from self._follow(person)
 
@@ -336,8 +336,10 @@ class TrainTab:
             shown[self.chosen] = gr.update(**{**shown[self.chosen], "value": now.found[-1].id})
         return shown
 
-    def _problem(self, text: str) -> tuple[Any, ...]:
-        return (status_line(None, text), *[gr.skip()] * (len(self.shown) - 1))
+    def _problem(self, person: str, text: str) -> tuple[Any, ...]:
+        """What is wrong, where nothing that goes on writes over it."""
+        first = (gr.skip(), told(text)) if self._going(person, "train") else (status_line(None, text), told(""))
+        return *first, *[gr.skip()] * (len(self.shown) - 2)
 
     def runs(self, person: str) -> list[tuple[str, str]]:
         """What can be taken along, for the menu."""

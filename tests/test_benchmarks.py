@@ -66,7 +66,8 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     assert "spotted pattern: 1 lost, 0 won of 4" in pooled
     assert "50 s of training, 60 s" in pooled
     assert attributes.splitlines()[0].startswith("| right, per cent | object | accent | face | hat | badge | colour |")
-    assert attributes.splitlines()[2:] == [f"| {name} | 100 |{' 0 |' * 7}" for name in ("bow_cat", "**all**")]
+    lines = ("bow_cat", "**striped and spotted ones**", "**all**")
+    assert attributes.splitlines()[2:] == [f"| {name} | 100 |{' 0 |' * 7}" for name in lines]
     assert words.splitlines()[2:] == [
         "| as long, begins alike | 4 | 0.0 / 0.0 (0.0 to 49.0) | +0.0 |",
         "| as long, both | 8 | 0.0 / 0.0 (0.0 to 32.4) | +0.0 |",

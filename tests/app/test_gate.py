@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -13,6 +15,13 @@ from app.gate import Gate
 from app.workspace import Workspace
 
 UPLOAD = "/gradio_api/upload"
+Answer = TypeVar("Answer")
+
+
+def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
+    """What comes of it, in a thread of its own: in this one a browser's loop may be running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 async def asked(gate: Gate, size: object, path: str = UPLOAD) -> tuple[int, str]:
@@ -42,10 +51,10 @@ async def gradio(scope: Any, receive: Any, send: Any) -> None:
 @pytest.mark.parametrize("size", [None, "", "-1", "a", 10**10, 10**30])
 def test_what_is_too_much_at_once_or_of_no_size_is_refused(tmp_path: Path, size: object) -> None:
     gate = Gate(gradio, Workspace(tmp_path))
-    status, text = asyncio.run(asked(gate, size))
+    status, text = finished(asked(gate, size))
     assert status == 413
     assert text.endswith("Expected: at most 40 files of 50 MB. Send fewer, or smaller ones.")
-    assert asyncio.run(asked(gate, 50_000_000)) == (200, "taken")
+    assert finished(asked(gate, 50_000_000)) == (200, "taken")
     assert gate.coming == 0
 
 
@@ -68,7 +77,7 @@ def test_uploads_that_are_under_way_count(tmp_path: Path, monkeypatch: pytest.Mo
         assert await first == (200, "taken")
         assert await asked(gate, 600) == (200, "taken")
 
-    asyncio.run(both())
+    finished(both())
 
 
 @pytest.mark.parametrize(
@@ -82,4 +91,4 @@ def test_uploads_that_are_under_way_count(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )  # fmt: skip
 def test_what_the_page_never_asks_for_is_refused(tmp_path: Path, path: str, status: int) -> None:
-    assert asyncio.run(asked(Gate(gradio, Workspace(tmp_path)), None, f"/gradio_api/{path}"))[0] == status
+    assert finished(asked(Gate(gradio, Workspace(tmp_path)), None, f"/gradio_api/{path}"))[0] == status

@@ -143,6 +143,7 @@ def test_no_file_is_fetched_from_an_address(unharmed: httpx.Client, monkeypatch:
     assert "Upload the file itself" not in said
 
 
+@pytest.mark.slow
 def test_those_who_look_on_keep_nobody_from_acting(unharmed: httpx.Client, small_server: tuple[Session, str]) -> None:
     """Sixty people wait for pictures, more than gradio has threads by itself; Cancel works all the same."""
     session, _ = small_server

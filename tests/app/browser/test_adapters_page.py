@@ -97,6 +97,7 @@ def test_two_become_one(opened: Any, server: Any) -> None:
             session.delete(card.id)
 
 
+@pytest.mark.slow  # as test_kept.py, through the page
 def test_what_is_kept_is_told_and_deleted(opened: Any, pictures: Any) -> None:
     before = set(pictures())
     page = opened()

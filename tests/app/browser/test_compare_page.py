@@ -52,6 +52,7 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     assert "Compared 12 pictures." in page.locator("#compare-status").inner_text()
 
 
+@pytest.mark.slow
 def test_one_adapter_beside_another(opened: Any, server: Any, pictures: Any) -> None:
     session, _ = server
     other = session.shelf.add(session.shelf.cards()[-1].file, "Another")

@@ -71,8 +71,14 @@ def fully_shown(page: Any, tab: str) -> None:
     page.wait_for_function("least => document.querySelectorAll('img').length >= least", arg=PICTURES[tab])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        pytest.param(width, scheme, marks=[pytest.mark.slow] * ((width == "wide") == (scheme == "dark")))
+        for width in WIDTHS
+        for scheme in SCHEMES
+    ],
+)
 def test_every_tab_can_be_read(opened: Any, full: str, width: str, scheme: Any) -> None:
     page = opened(full, USER, viewport={"width": WIDTHS[width], "height": 800}, color_scheme=scheme)
     for tab in TABS:
@@ -93,7 +99,7 @@ def test_a_phone_shows_all_tabs(opened: Any) -> None:
         assert not page.locator(".overflow-menu").is_visible()
 
 
-@pytest.mark.parametrize("width", [360, 1280, 1920])
+@pytest.mark.parametrize("width", [pytest.param(360, marks=pytest.mark.slow), 1280, 1920])
 def test_the_page_stays_in_its_place_from_tab_to_tab(opened: Any, width: int) -> None:
     page = opened(viewport={"width": width, "height": 800})
     places = set()

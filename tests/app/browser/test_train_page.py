@@ -95,8 +95,7 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
     page.wait_for_function("document.querySelectorAll('#photos img').length === 5")
     assert page.locator("#train").inner_text() == "Training …"
     page.locator("#train").click()  # one run at a time
-    page.wait_for_function("document.querySelector('#train-status').innerText.includes('training already')")
-    page.wait_for_selector("#train-status .working")
+    page.wait_for_function("document.querySelector('#train-note').innerText.includes('training already')")
     shown = page.locator("#train-grids img").count()
     page.locator("#train-sample:not([disabled])").click()
     page.wait_for_function("document.querySelector('#train-note').innerText.includes('Asked: pictures are drawn')")
