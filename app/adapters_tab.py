@@ -10,7 +10,7 @@ import gradio as gr
 
 from oft_diffusion.errors import OFTError
 
-from .events import PRIVATE
+from .events import LOOKING, PRIVATE
 from .kept_box import KeptBox
 from .machine import Job
 from .session import Session
@@ -120,11 +120,10 @@ class AdaptersTab:
         self.working = [
             self.status, self.cancel, self.made, self.export, self.interpolate, self.compose, *changed
         ]  # fmt: skip
-        going: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
         two = [self.person, self.chosen, self.second, self.share, self.trigger, self.class_word]
         for button, act in ((self.interpolate, self.between), (self.compose, self.in_order)):
-            button.click(act, two, self.working, **going)
-        self.export.click(self.hand_out, [self.person, self.chosen, self.format], self.working, **going)
+            button.click(act, two, self.working, **LOOKING)
+        self.export.click(self.hand_out, [self.person, self.chosen, self.format], self.working, **LOOKING)
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         self.changed = changed
 
@@ -191,8 +190,8 @@ class AdaptersTab:
 
     def again(self, person: str) -> Iterator[tuple[Any, ...]]:
         """After a reload: what is being made."""
-        jobs = [self.session.machine.newest(person, kind) for kind in _KINDS]
-        if going := [job for job in jobs if job is not None and not job.progress.ended]:
+        jobs = (self.session.machine.under_way(person, kind) for kind in _KINDS)
+        if going := [job for job in jobs if job is not None]:
             yield from self._follow(lambda: going[0])
         else:
             yield (gr.skip(),) * len(self.working)

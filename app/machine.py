@@ -192,6 +192,11 @@ class Machine:
         own = [job for job in list(self._jobs.values()) if (job.owner, job.kind) == (owner, kind)]
         return own[-1] if own else None
 
+    def under_way(self, owner: str, kind: str) -> Job | None:
+        """This owner's last job of a kind, where it waits or works."""
+        job = self.newest(owner, kind)
+        return None if job is None or job.progress.ended else job
+
     def watch_newest(self, owner: str, kind: str, timeout: float = 5.0) -> Iterator[Progress]:
         """As `Job.watch`, of this owner's last job of a kind; where another one is begun meanwhile, of that one."""
         job, newest = None, self.newest(owner, kind)

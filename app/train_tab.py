@@ -260,8 +260,7 @@ class TrainTab:
         return gr.update(value=_ASK), gr.update(interactive=False)
 
     def _going(self, person: str, kind: str) -> bool:
-        job = self.machine.newest(person, kind)
-        return job is not None and not job.progress.ended
+        return self.machine.under_way(person, kind) is not None
 
     def stop_estimate(self, person: str) -> None:
         """Cancel this person's estimate."""

@@ -151,8 +151,8 @@ class Training:
 
     def stop(self, person: str, *, pause: bool) -> str:
         """End this person's run after its step; paused, it can be gone on with. What will be, in a sentence."""
-        job = self.machine.newest(person, "train")
-        if job is None or job.progress.ended:
+        job = self.machine.under_way(person, "train")
+        if job is None:
             return "Nothing is being trained"
         if job.progress.state == "waiting":
             self.machine.cancel(person, job.id)
@@ -215,8 +215,7 @@ class Training:
 
     def _check_free(self, person: str) -> None:
         """One run of a person at a time: the page shows, stops and pauses one."""
-        job = self.machine.newest(person, "train")
-        if job is not None and not job.progress.ended:
+        if self.machine.under_way(person, "train") is not None:
             raise ConfigError("you are training already", expected="one run at a time", fix="stop or pause it first")
 
     def _start(self, person: str, run_id: str) -> Job:
