@@ -1,6 +1,6 @@
 """The pocket base's own figures: what the classifier reads right, what the base draws right, how varied, how fast.
 
-python -m benchmarks.pocket_base            # appends to benchmarks/data/pocket_base.csv
+python -m benchmarks.pocket_base            # appends to pocket_base.csv and pocket_base_readings.csv in benchmarks/data
 python -m benchmarks.pocket_base --table    # the figures as Markdown
 """
 
@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.pocket_subjects import base_digest
 from benchmarks.records import DATA, append, load
-from oft_diffusion.evaluation.intervals import mean_interval
+from oft_diffusion.evaluation.intervals import Group, mean_interval
 from oft_diffusion.evaluation.measure import BATCH
-from oft_diffusion.evaluation.prompts import held_out_prompts, prompt
+from oft_diffusion.evaluation.prompts import Prompt, held_out_prompts, prompt
 from oft_diffusion.evaluation.reading import read
 from oft_diffusion.generate import generate
 from oft_diffusion.images import labelled_grid, save_png
@@ -31,6 +31,7 @@ from oft_diffusion.pocket.pretrain.data import to_model, to_pictures
 from oft_diffusion.pocket.world import ATTRIBUTES, CAPTIONED, OBJECTS, PATTERNS, UNCAPTIONED, render, sample_scene
 
 FILE = DATA / "pocket_base.csv"
+READINGS = DATA / "pocket_base_readings.csv"
 HIT = ("object", *UNCAPTIONED)  # what must be right for a subject hit
 RENDERS, RECONSTRUCTIONS, PICTURES, TIMED = 2000, 1000, 500, 5
 PER_PROMPT = 20  # pictures of one prompt, whose uncaptioned attributes should differ
@@ -50,11 +51,11 @@ def accuracy(readings, scenes, names) -> dict[str, list[float]]:
     }
 
 
-def rows_of(measure: str, values: dict[str, list[float]]) -> list[dict]:
-    """One row per attribute: mean and interval."""
+def rows_of(measure: str, values: dict[str, list[float]], groups: dict[str, list[Group]] | None = None) -> list[dict]:
+    """One row per attribute: mean and interval; pictures of one group are drawn together in the bootstrap."""
     rows = []
     for name, numbers in values.items():
-        i = mean_interval(numbers)
+        i = mean_interval(numbers, groups[name] if groups else None)
         shown = {"value": f"{i.mean:.4f}", "low": f"{i.low:.4f}", "high": f"{i.high:.4f}", "bounds": "95 %"}
         rows.append({"measure": measure, "of": name, **shown, "n": i.pictures})
     return rows
@@ -98,24 +99,42 @@ def drawn(pipe, prompts, seeds) -> list:
     return [picture.image for picture in found]
 
 
-def of_pattern(right: list[float], patterns: list[str], pattern: str) -> list[float]:
-    """Of the pictures that should have a pattern, whether it was right."""
-    return [r for r, p in zip(right, patterns, strict=True) if p == pattern]
+def of_pattern(values: list, patterns: list[str], pattern: str) -> list:
+    """Those of the pictures that should have a pattern."""
+    return [value for value, p in zip(values, patterns, strict=True) if p == pattern]
 
 
 def drawing(classifier, pipe, grid: Path | None, measure: str = "drawn from held-out captions") -> list[dict]:
+    """What is right of pictures of held-out captions. Pictures of one caption are alike, and are resampled together."""
     prompts = held_out_prompts(PICTURES)
     pictures = drawn(pipe, [p.text for p in prompts], range(PICTURES))
     readings = read(classifier, pictures)
-    right = {n: [float(r[n] == p.named[n]) for r, p in zip(readings, prompts, strict=True)] for n in CAPTIONED}
-    right["all four"] = [min(values) for values in zip(*right.values(), strict=True)]
-    asked = [p.named["pattern"] for p in prompts]
-    for pattern in PATTERNS:
-        right[f"pattern, of {pattern} ones"] = of_pattern(right["pattern"], asked, pattern)
+    keep(measure, prompts, readings)
     if grid:
         rows = [pictures[i : i + 8] for i in range(0, 48, 8)]
         save_png(labelled_grid(rows), grid)
-    return rows_of(measure, right)
+    return drawn_right(measure, prompts, readings)
+
+
+def drawn_right(measure: str, prompts: list[Prompt], readings) -> list[dict]:
+    right = {n: [float(r[n] == p.named[n]) for r, p in zip(readings, prompts, strict=True)] for n in CAPTIONED}
+    right["all four"] = [min(values) for values in zip(*right.values(), strict=True)]
+    asked = [p.named["pattern"] for p in prompts]
+    captions: list[Group] = [(p.text,) for p in prompts]
+    groups = dict.fromkeys(right, captions)
+    for pattern in PATTERNS:
+        name = f"pattern, of {pattern} ones"
+        right[name], groups[name] = (of_pattern(values, asked, pattern) for values in (right["pattern"], captions))
+    return rows_of(measure, right, groups)
+
+
+def keep(measure: str, prompts: list[Prompt], readings) -> None:
+    """What was read of each picture beside its caption, so that others can count anew."""
+    rows = [
+        {"base": base_digest(), "measure": measure, "caption": p.text, "seed": seed, **{n: r[n] for n in CAPTIONED}}
+        for seed, (p, r) in enumerate(zip(prompts, readings, strict=True))
+    ]
+    append(READINGS, rows)
 
 
 def varying(classifier, pipe) -> list[dict]:
