@@ -1,11 +1,11 @@
 """Choose the tiles of the rotation kernels on this machine's card: oft_diffusion/kernels/tiles.json.
 
-python -m benchmarks.tune_rotate            # measures, prints what it would choose
-python -m benchmarks.tune_rotate --write    # and writes the table
+python -m benchmarks.tune_rotate                  # measures, prints what it would choose
+python -m benchmarks.tune_rotate --write FILE     # and writes the table
 
-Not run yet on any card: the committed table says `"tuned_on": ""`, and holds first choices, by reasoning and by what
-the compiler says of registers and shared memory (`tests/helpers/compile_kernels.py`). Times are medians of Triton's own
-`do_bench`, which empties the cache between calls; the form to beat, batched products of torch, is printed beside them.
+Times are medians of Triton's own `do_bench`, which empties the cache between calls; the form to beat, batched products
+of torch, is printed beside them. Most of the time goes into compiling: several processes do that side by side, and only
+one of them measures at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -24,6 +28,7 @@ from oft_diffusion.kernels.tiles import DTYPES, FILE, SIZES, Kernel, Tile, table
 # What SDXL's widest attention and Flux's blocks rotate: (rows, columns).
 SHAPE = (4096, 3072)
 _NUMBERS = 16384  # of x at once
+_card: Any = nullcontext()
 
 
 def values(size: int) -> dict[str, list[int]]:
@@ -87,12 +92,29 @@ def fastest(kernel: Kernel, size: int, dtype: torch.dtype) -> tuple[Tile, float,
 
     def timed(tile: Tile) -> float:
         try:
-            return float(do_bench(lambda: ours(tile), warmup=5, rep=20, return_mode="median"))
+            ours(tile)  # compiles
         except OutOfResources:
             return math.inf
+        return alone(lambda: ours(tile))
+
+    def alone(call: Callable[[], object]) -> float:
+        with _card:
+            return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
     best, least = descended(tile_of(kernel, size, dtype), size, timed)
-    return best, least, do_bench(torchs, warmup=5, rep=20, return_mode="median")
+    return best, least, alone(torchs)
+
+
+def _hold(lock: Any) -> None:
+    """Have a process measure only where it holds this."""
+    global _card
+    _card = lock
+
+
+def tuned(job: tuple[Kernel, int, str]) -> tuple[Kernel, int, str, Tile, float, float]:
+    """`fastest` of a job, beside that."""
+    kernel, size, name = job
+    return (*job, *fastest(kernel, size, DTYPES[name]))
 
 
 def tuned_on() -> str:
@@ -117,19 +139,22 @@ def written(rows: Mapping[str, Mapping[str, list[int]]], card: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
+    parser.add_argument("--write", type=Path, help=f"write the table here ({FILE.name} is what the kernels read)")
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=SIZES, help="block sizes (default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="default: all")
+    parser.add_argument("--jobs", type=int, default=min(15, os.cpu_count() or 1), help="processes that compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: tiles are chosen on a card")
     rows: dict[str, dict[str, Any]] = {kernel: dict(of) for kernel, of in table().items()}
-    for kernel, size, name in itertools.product(get_args(Kernel), options.sizes, options.dtypes):
-        tile, took, torchs = fastest(kernel, size, DTYPES[name])
-        rows[kernel][f"{size} {name}"] = list(tile)
-        print(f"{kernel} {size} {name}: {tile}, {took:.4f} ms; torch {torchs:.4f} ms", flush=True)
-    if options.write:
-        FILE.write_text(written(rows, torch.cuda.get_device_name()), encoding="utf-8")
+    jobs = list(itertools.product(get_args(Kernel), options.sizes, options.dtypes))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(options.jobs, _hold, (spawn.Lock(),)) as pool:
+        for kernel, size, name, tile, took, torchs in pool.imap_unordered(tuned, jobs):
+            rows[kernel][f"{size} {name}"] = list(tile)
+            print(f"{kernel} {size} {name}: {tile}, {took:.4f} ms; torch {torchs:.4f} ms", flush=True)
+            if options.write:  # each time, so that what is cut off leaves what it has found
+                options.write.write_text(written(rows, torch.cuda.get_device_name()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class OFTBank(AdapterChoice):
         Args:
             module: the component.
             device: of the component's first tensor input: with offloading the component itself may be elsewhere.
-            dtype: of that input, None where it is not floating (token ids).
+            dtype: that layers compute in, by that input; None where it does not tell (token ids).
         """
         if self._acting and not in_compiled_call():
             refuse_fused_lora(module)
@@ -222,11 +222,11 @@ class OFTBank(AdapterChoice):
         flats = self._builder.build(self._stages, self._placement[0])
         return split_by_site(self._stages, flats).get(name, ())
 
-    def fit_deltas(self, hook: LayerHook, deltas: Deltas, x: Tensor) -> Deltas:
-        """Deltas in x's device and dtype. Constants are converted once per device and dtype, and stay in the hook."""
+    def fit_deltas(self, hook: LayerHook, deltas: Deltas, placement: Placement) -> Deltas:
+        """Deltas in another device and dtype. Constants are converted once for each, and stay in the hook."""
         if self._trainable() or self._mixed is not None:
-            return tuple(delta.to(device=x.device, dtype=x.dtype) for delta in deltas)
-        fitted = split_by_site(self._stages, self._constants.at(self._stages, (x.device, x.dtype)))[hook.site]
+            return tuple(delta.to(*placement) for delta in deltas)
+        fitted = split_by_site(self._stages, self._constants.at(self._stages, placement))[hook.site]
         hook.grad_deltas = hook.eval_deltas = fitted
         return fitted
 

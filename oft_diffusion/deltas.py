@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oft_diffusion import rotation
+from oft_diffusion.autocast import without_autocast
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.plan import Active, Adapter, Member, Part, Stage
 
@@ -36,7 +36,7 @@ class DeltaBuilder:
 
     def build(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas of every stage, `(blocks, b, b)`, float32. Differentiable in trainable generators."""
-        with _no_autocast(device):
+        with without_autocast(device):
             return [self._stage(stage, device) for stage in stages]
 
     def build_apart(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
@@ -44,7 +44,7 @@ class DeltaBuilder:
 
         Shapes `(1 + members, blocks, b, b)`, float32.
         """
-        with _no_autocast(device):
+        with without_autocast(device):
             return [
                 torch.stack([torch.zeros_like(rows[0]), *rows])
                 for rows in ([self._member(stage, member, device) for member in stage.members] for stage in stages)
@@ -210,9 +210,3 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0]
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from oft_diffusion.autocast import as_computed, compute_dtype
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.kernels import block_rotate
 from oft_diffusion.offload import stored
@@ -79,7 +80,7 @@ class LayerHook:
         return tensor.to(device=y.device, dtype=y.dtype)
 
     def _deltas_for(self, x: Tensor) -> Deltas:
-        """The slot's deltas, in the device and dtype of what they are to rotate."""
+        """The slot's deltas, in the device of what they are to rotate, and in the dtype that the layer computes in."""
         if not torch.compiler.is_compiling():
             self.fired = True
             if self.bank.between_forwards and torch.is_grad_enabled():
@@ -89,9 +90,10 @@ class LayerHook:
             deltas = self.bank.fresh_deltas(self.site)
         if deltas and deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
             deltas = self._deltas_of_some_rows(deltas, x)
-        for delta in deltas:
-            if delta.dtype != x.dtype or delta.device != x.device:
-                return self.bank.fit_deltas(self, deltas, x)
+        if deltas:
+            placement = x.device, compute_dtype(x.device, x.dtype) or x.dtype
+            if any((delta.device, delta.dtype) != placement for delta in deltas):
+                return self.bank.fit_deltas(self, deltas, placement)
         return deltas
 
     def _deltas_of_some_rows(self, deltas: Deltas, x: Tensor) -> Deltas:
@@ -150,7 +152,7 @@ class PatchHook(LayerHook):
         deltas = self._deltas_for(x)
         if not deltas:
             return y
-        patches = _patches(module, x)
+        patches = as_computed(_patches(module, x))
         changed = (_rotate(patches, deltas) - patches) @ self._own(module, "weight", y).flatten(1).T
         return y + changed.transpose(1, 2).reshape(y.shape)
 
@@ -171,6 +173,7 @@ HOOKS: dict[Place, type[LayerHook]] = {"input": LayerHook, "patches": PatchHook,
 
 
 def _rotate(x: Tensor, deltas: Deltas) -> Tensor:
+    x = as_computed(x)
     for delta in deltas:
         x = block_rotate(x, delta)
     return x
@@ -312,9 +315,11 @@ def for_recomputation(deltas: Deltas | None) -> Deltas | None:
 
 
 def _placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device of a component's first tensor input, and dtype where it is floating."""
+    """Device of a component's first tensor input, and the dtype that its layers compute in, as far as that tells."""
     x = _first_tensor(args, kwargs)
-    return (None, None) if x is None else (x.device, x.dtype if x.is_floating_point() else None)
+    if x is None:
+        return None, None
+    return x.device, compute_dtype(x.device, x.dtype if x.is_floating_point() else None)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from oft_diffusion.autocast import as_computed
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class SharedInput:
             self.give_up()
         elif ready.by is delta and ready.rotated.requires_grad == _needs_grad(x, delta):
             return ready.rotated
-        return block_rotate(x, delta)
+        return block_rotate(as_computed(x), delta)
 
     def give_up(self) -> None:
         """Let each of the layers rotate its input by itself from now on."""
@@ -61,7 +62,8 @@ class SharedInput:
         for _, own in waiting:
             if not any(own is known for known in unlike):
                 unlike.append(own)
-        made = [block_rotate(x, delta)] if len(unlike) == 1 else block_rotate_shared(x, unlike)
+        computed = as_computed(x)  # once for all of them
+        made = [block_rotate(computed, delta)] if len(unlike) == 1 else block_rotate_shared(computed, unlike)
         for other, own in waiting:
             [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
             other.ready = Ready(x, own, rotated, _version(x))

@@ -26,7 +26,7 @@ class Layer(NamedTuple):
 _HUGGING_FACE = "diffusers transformers accelerate huggingface_hub safetensors"
 _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
-_MATHS = "errors config rotation kernels architectures text_encoders targets"
+_MATHS = "errors config rotation autocast kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
 _LIBRARY = (
     f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline load skeleton generate report"
@@ -38,7 +38,8 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/errors.py": Layer("", ""),
     "oft_diffusion/config.py": Layer("errors", ""),
     "oft_diffusion/rotation.py": Layer("errors config", "torch"),
-    "oft_diffusion/kernels/": Layer("errors config rotation", "torch triton"),
+    "oft_diffusion/autocast.py": Layer("", "torch"),
+    "oft_diffusion/kernels/": Layer("errors config rotation autocast", "torch triton"),
     "oft_diffusion/architectures.py": Layer("", ""),
     "oft_diffusion/text_encoders.py": Layer("architectures", ""),
     "oft_diffusion/prediction.py": Layer("", ""),

@@ -1,7 +1,8 @@
 """`block_rotate(x, D) = x + x blockdiag(D)`: the input-centric forward of OFTv2 (arXiv 2506.19847, section 3.2).
 
-Registered with `torch.library`, so that autograd saves x once (not a rotated copy) and the compiler sees one op. It
-runs as batched products, on CUDA tensors as Triton kernels (`triton_rotate.py`) where these are asked for.
+Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels
+(`triton_rotate.py`) where these are asked for. The compiler sees one op, registered with `torch.library`; eager code
+runs the same functions without it, since an op in Python costs more to call than a small rotation to compute.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
-# Not `torch.library.custom_op`: its wrapper, in Python around every call, costs more than a small rotation does.
+from oft_diffusion.autocast import compute_dtype, without_autocast
+
+P = ParamSpec("P")
 OPS = torch.library.Library("oft_diffusion", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
@@ -40,10 +44,54 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    return torch.ops.oft_diffusion.block_rotate.default(x, delta)
+    if torch.compiler.is_compiling():
+        return torch.ops.oft_diffusion.block_rotate.default(x, delta)
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        rotated: Tensor = _Rotate.apply(x, delta)
+        return rotated
+    return _rotated(x, delta)
+
+
+class _Rotate(torch.autograd.Function):
+    """The op in eager code: its gradient, without its dispatch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, delta)
+        return _rotated(x, delta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled():  # to be derived once more: the ops know what of it can be
+            return _backward(ctx, grad)
+        x, delta = ctx.saved_tensors
+        dx = _rotated(grad, delta.transpose(-1, -2)) if ctx.needs_input_grad[0] else None
+        return dx, _delta_grad(x, grad, list(delta.shape)) if ctx.needs_input_grad[1] else None
+
+
+def _rotated(x: Tensor, delta: Tensor) -> Tensor:
+    return rotate_on_gpu(x, delta) if x.is_cuda else rotate_in_torch(x, delta)
+
+
+def _delta_grad(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    return delta_grad_on_gpu(x, grad, shape) if x.is_cuda else delta_grad_in_torch(x, grad, shape)
+
+
+def _uncast(form: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """Keep autocast out of a form's products: x and D come in the dtype that they are to be multiplied in."""
+
+    @functools.wraps(form)
+    def call(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if compute_dtype(x.device, x.dtype) == x.dtype:
+            return form(x, *args, **kwargs)
+        with without_autocast(x.device):
+            return form(x, *args, **kwargs)
+
+    return call
 
 
 @torch.library.impl(OPS, "block_rotate", "CompositeExplicitAutograd")
+@_uncast
 def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
     _check(x, delta)
@@ -64,6 +112,7 @@ def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
 
 
 @torch.library.impl(OPS, "block_rotate_delta_grad", "CompositeExplicitAutograd")
+@_uncast
 def delta_grad_in_torch(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
     groups, block_size = shape[0] if len(shape) == 4 else 1, shape[-1]
@@ -134,10 +183,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, delta = ctx.saved_tensors
-    dx = block_rotate(grad, delta.transpose(-1, -2)) if ctx.needs_input_grad[0] else None
-    ddelta = None
+    ops, dx, ddelta = torch.ops.oft_diffusion, None, None
+    if ctx.needs_input_grad[0]:
+        dx = ops.block_rotate.default(grad, delta.transpose(-1, -2))
     if ctx.needs_input_grad[1]:
-        ddelta = torch.ops.oft_diffusion.block_rotate_delta_grad.default(x, grad, list(delta.shape))
+        ddelta = ops.block_rotate_delta_grad.default(x, grad, list(delta.shape))
     return dx, ddelta
 
 

@@ -6,13 +6,14 @@ product and dx with another, and autograd adds up no gradients of x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate
+from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, triton_kernels
 
 OPS.define("block_rotate_shared(Tensor x, Tensor[] deltas) -> Tensor[]", tags=TAGS)
 OPS.define(
@@ -33,17 +34,59 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas))
+    if torch.compiler.is_compiling():
+        return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas))
+    if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
+        return list(_RotateShared.apply(x, *deltas))
+    return [block_rotate(x, delta) for delta in deltas]
+
+
+class _RotateShared(torch.autograd.Function):
+    """The op in eager code: its gradient, without its dispatch (`block_rotate`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, (x, list(deltas)), [])
+        return tuple(_rotate(x, list(deltas)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *deltas = ctx.saved_tensors
+        # Where it is to be derived once more, the op says that it cannot be.
+        form = torch.ops.oft_diffusion.block_rotate_shared_grads.default if torch.is_grad_enabled() else _grads
+        dx, each = _gradients(form, x, deltas, grads, ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:]))
+        return (dx, *each)
 
 
 @torch.library.impl(OPS, "block_rotate_shared", "CompositeExplicitAutograd")
 def _rotate(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
-    return [block_rotate(x, delta) for delta in deltas]
+    kernels = _kernels(x, deltas)
+    return [block_rotate(x, delta) for delta in deltas] if kernels is None else kernels.rotate(x, deltas)
 
 
 @torch.library.impl(OPS, "block_rotate_shared_grads", "CompositeExplicitAutograd")
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """dx, and every dD side by side, `(r, b, layers b)`: what is asked for of these."""
+    kernels = _kernels(x, deltas)
+    if kernels is None:
+        return grads_in_torch(x, deltas, grads, dx, ddelta)
+    found = [kernels.input_grad(x, deltas, grads)] if dx else []
+    return [*found, kernels.delta_grads(x, grads, *deltas[0].shape[:2])] if ddelta else found
+
+
+def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
+    """`oft_diffusion.kernels.triton_shared` where it is wanted and takes what is there."""
+    kernels = triton_kernels() if x.is_cuda else None
+    if kernels is None or not kernels.fits(x, deltas[0].shape[-1]):
+        return None
+    from oft_diffusion.kernels import triton_shared
+
+    return triton_shared if len(deltas) in triton_shared.COUNTS else None
+
+
+def grads_in_torch(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
+    """One product makes dx, another every dD."""
     blocks, size = deltas[0].shape[:2]
     views = [grad.reshape(-1, blocks, size) for grad in grads]
     gathered = torch.cat([view.transpose(0, 1) for view in views], dim=2)  # (r, rows, layers b)
@@ -73,16 +116,26 @@ def _like_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: list[Tensor]) -> None:
     x, deltas = inputs
     ctx.save_for_backward(x, *deltas)
-    ctx.layers = len(deltas)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     x, *deltas = ctx.saved_tensors
-    dx, ddelta = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-    known = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-    found = torch.ops.oft_diffusion.block_rotate_shared_grads.default(x, deltas, known, dx, ddelta)
+    form = torch.ops.oft_diffusion.block_rotate_shared_grads.default
+    return _gradients(form, x, deltas, grads, ctx.needs_input_grad[0], any(ctx.needs_input_grad[1]))
+
+
+def _gradients(
+    form: Callable[..., list[Tensor]],
+    x: Tensor,
+    deltas: list[Tensor],
+    grads: Sequence[Tensor | None],
+    dx: bool,
+    ddelta: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradient of each delta."""
+    found = form(x, deltas, [torch.zeros_like(x) if grad is None else grad for grad in grads], dx, ddelta)
     each: list[Tensor | None] = list(found[-1].split(x.shape[-1] // deltas[0].shape[0], dim=2)) if ddelta else []
-    return (found[0] if dx else None), (each or [None] * ctx.layers)
+    return (found[0] if dx else None), (each or [None] * len(deltas))
 
 
 def _no_second_derivative(ctx: Any, grads: Any) -> None:

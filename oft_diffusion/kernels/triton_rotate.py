@@ -62,14 +62,16 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     groups, blocks, block_size, _ = delta.shape
     tile = tile or tile_of("rotate", block_size, x.dtype)
     rows = x.numel() // x.shape[-1] // groups
-    lie = _rows(x, groups)
+    lie = rows_of(x, groups)
+    turned = delta.stride(-1) != 1 and delta.stride(-2) == 1
+    delta = delta.transpose(-1, -2) if turned else delta
     row_programs = triton.cdiv(rows, tile.rows * tile.steps)
-    with _device_of(x):
+    with device_of(x):
         _rotate_kernel[(groups * row_programs * triton.cdiv(blocks, tile.width // block_size),)](
             lie.tensor, delta, out, rows, blocks, row_programs,
             lie.group_stride, lie.outer_stride, lie.inner, lie.inner_stride, *delta.stride(),
             SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
-            PRECISION=_precision(x), UPCAST=_upcast(x), num_warps=tile.warps, num_stages=tile.stages,
+            TURNED=turned, PRECISION=precision(x), UPCAST=upcast(x), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
 
@@ -105,21 +107,21 @@ def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = No
         out = x.new_zeros((1, *shape), dtype=torch.float32)
     else:
         out = x.new_empty((parts, *shape), dtype=torch.float32)
-    left, right = _rows(x, groups), _rows(grad, groups)
-    with _device_of(x):
+    left, right = rows_of(x, groups), rows_of(grad, groups)
+    with device_of(x):
         _delta_grad_kernel[(groups * parts * triton.cdiv(blocks, tile.width // block_size),)](
             left.tensor, right.tensor, out, rows, blocks, parts, part, groups,
             left.group_stride, left.outer_stride, left.inner, left.inner_stride,
             right.group_stride, right.outer_stride, right.inner, right.inner_stride,
             SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, LEVELS=1 + (min(left.inner, right.inner) < rows),
-            ATOMIC=atomic, PRECISION=_precision(x), UPCAST=_upcast(x),
+            ATOMIC=atomic, PRECISION=precision(x), UPCAST=upcast(x),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out[0].to(x.dtype) if out.shape[0] == 1 else out.sum(0).to(x.dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _offsets(row, inner, outer_stride, inner_stride, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def offsets(row, inner, outer_stride, inner_stride, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
     """In elements, int64: tensors may have more than 2^31."""
     if LEVELS == 1:  # no division
         at = row.to(tl.int64) * inner_stride
@@ -129,11 +131,28 @@ def _offsets(row, inner, outer_stride, inner_stride, LEVELS: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def delta_tile(  # type: ignore[no-untyped-def] # noqa: ANN201
+    delta_ptr, column, kept, delta_block, delta_row, delta_column,  # noqa: ANN001
+    SIZE: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Neighbouring blocks as one block-diagonal matrix, since they may be narrower than what `tl.dot` takes."""
+    block, within = column // SIZE, column % SIZE
+    diagonal = (block[:, None] == block[None, :]) & kept[:, None] & kept[None, :]
+    at = block.to(tl.int64)[:, None] * delta_block + within[:, None] * delta_row + within[None, :] * delta_column
+    delta = tl.load(delta_ptr + at, mask=diagonal, other=0.0)
+    if UPCAST:
+        delta = delta.to(tl.float32)
+    if TURNED:  # here rather than by strides, by which every number would be fetched apart
+        delta = tl.trans(delta)
+    return delta
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotate_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     x_ptr, delta_ptr, out_ptr, rows, blocks, row_programs,  # noqa: ANN001
     x_group, x_outer, x_inner_size, x_inner, delta_group, delta_block, delta_row, delta_column,  # noqa: ANN001
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each program: `WIDTH // SIZE` neighbouring blocks, whose deltas it keeps, and `STEPS` tiles of `ROWS` rows."""
     tiles = tl.cdiv(blocks, WIDTH // SIZE)
@@ -144,18 +163,13 @@ def _rotate_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     column = tile * WIDTH + tl.arange(0, WIDTH)
     kept = column < blocks * SIZE
 
-    # Blocks narrower than what `tl.dot` takes stand together in one block-diagonal matrix.
-    block, within = column // SIZE, column % SIZE
-    diagonal = (block[:, None] == block[None, :]) & kept[:, None] & kept[None, :]
-    delta_at = block.to(tl.int64)[:, None] * delta_block + within[:, None] * delta_row + within[None, :] * delta_column
-    delta = tl.load(delta_ptr + group * delta_group + delta_at, mask=diagonal, other=0.0)
-    if UPCAST:
-        delta = delta.to(tl.float32)
-
+    delta = delta_tile(
+        delta_ptr + group * delta_group, column, kept, delta_block, delta_row, delta_column, SIZE, TURNED, UPCAST
+    )
     for step in range(STEPS):
         row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & kept[None, :]
-        at = _offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
+        at = offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
         x = tl.load(x_ptr + group * x_group + at[:, None] + column[None, :], mask=mask, other=0.0)
         own = x.to(tl.float32)
         if UPCAST:
@@ -184,25 +198,31 @@ def _delta_grad_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     for start in range(chunk * part, tl.minimum(chunk * part + part, rows), ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & kept[None, :]
-        at = _offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
+        at = offsets(row, x_inner_size, x_outer, x_inner, LEVELS)
         x = tl.load(x_ptr + group * x_group + at[:, None] + column[None, :], mask=mask, other=0.0)
-        at = _offsets(row, grad_inner_size, grad_outer, grad_inner, LEVELS)
+        at = offsets(row, grad_inner_size, grad_outer, grad_inner, LEVELS)
         grad = tl.load(grad_ptr + group * grad_group + at[:, None] + column[None, :], mask=mask, other=0.0)
         if UPCAST:
             x, grad = x.to(tl.float32), grad.to(tl.float32)
         total = tl.dot(tl.trans(x), grad, acc=total, input_precision=PRECISION)
 
+    slot = group if ATOMIC else chunk * groups + group
+    add_blocks(out_ptr + slot * blocks * (SIZE * SIZE), total, column, kept, SIZE, SIZE, ATOMIC)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def add_blocks(out_ptr, total, column, kept, row_size, SIZE: tl.constexpr, ATOMIC: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+    """The blocks on a product's diagonal, to where they belong: `delta_tile` the other way. Rows `row_size` apart."""
     block, within = column // SIZE, column % SIZE
     diagonal = (block[:, None] == block[None, :]) & kept[:, None] & kept[None, :]
-    slot = group if ATOMIC else chunk * groups + group
-    at = (slot * blocks + block.to(tl.int64))[:, None] * (SIZE * SIZE) + within[:, None] * SIZE + within[None, :]
+    at = block.to(tl.int64)[:, None] * (SIZE * row_size) + within[:, None] * row_size + within[None, :]
     if ATOMIC:
         tl.atomic_add(out_ptr + at, total, mask=diagonal, sem="relaxed")
     else:
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=diagonal)
 
 
-def _rows(x: Tensor, groups: int) -> Rows:
+def rows_of(x: Tensor, groups: int) -> Rows:
     """The rows as they lie, or a copy if its strides are more than the kernels follow."""
     lead = list(zip(x.shape[:-1], x.stride()[:-1], strict=True)) or [(1, 0)]
     size, stride = lead[0]
@@ -216,12 +236,12 @@ def _rows(x: Tensor, groups: int) -> Rows:
         else:
             levels.append((size_of, stride_of))
     if x.stride(-1) != 1 or len(levels) > 2:
-        return _rows(x.contiguous(), groups)
+        return rows_of(x.contiguous(), groups)
     outer, inner = [(1, 0), (1, 0), *levels][-2:]
     return Rows(x, size // groups * stride, outer[1], inner[0], inner[1])
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """What torch's own float32 products do: the tensor cores' shorter mantissa only where the user allowed it."""
     if x.dtype != torch.float32:
         return "ieee"  # read for float32 alone
@@ -231,7 +251,7 @@ def _precision(x: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _upcast(x: Tensor) -> bool:
+def upcast(x: Tensor) -> bool:
     """The interpreter keeps bfloat16 as integers, and multiplies those (triton-lang/triton#11584)."""
     return INTERPRETED and x.dtype == torch.bfloat16
 
@@ -241,7 +261,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be x's; entering a device costs microseconds."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)

@@ -158,3 +158,33 @@ def check_determinism(ops: Any, size: int, name: str, device: str, rows: int = 1
     assert error(first, expected) < TOLERANCE[name]
     assert error(free, expected) < TOLERANCE[name]
     return gradient
+
+
+def check_shared(shared: Any, size: int, name: str, device: str, count: int) -> None:
+    """Layers of one input: forward, dx and every dD, against the definition."""
+    dtype = DTYPES[name]
+    x = draw(5, 14, BLOCKS * size, seed=2, device=device, dtype=dtype)
+    each = [deltas(size, dtype, device, groups=1)[0] * (1 + i) for i in range(count)]
+    grads = [draw(*x.shape, seed=3 + i, device=device, dtype=dtype) for i in range(count)]
+    small = tiled("rotate", size, dtype, rows=16, steps=2)
+    sliced = lying(x.reshape(2, 35, -1))["slice"].reshape(2, 35, -1)  # where it lies, rows in two levels
+    for own in (x, sliced):
+        made = shared.rotate(own, each, small)
+        assert len(made) == count
+        for out, delta in zip(made, each, strict=True):
+            assert (out.shape, out.dtype, out.is_contiguous()) == (own.shape, dtype, True)
+            assert error(out, rotated(own, delta[None])) < TOLERANCE[name]
+    dx = shared.input_grad(x, each, grads, small)
+    expected = sum(rotated(g, d[None].transpose(-1, -2)) for g, d in zip(grads, each, strict=True))
+    assert isinstance(expected, Tensor)
+    assert (dx.shape, dx.dtype) == (x.shape, dtype)
+    assert error(dx, expected) < TOLERANCE[name]
+    small = tiled("delta_grad", size, dtype, rows=16, steps=2)
+    wanted = torch.cat([delta_gradient(x, g, 1, size)[0] for g in grads], dim=2)
+    for found in (shared.delta_grads(x, grads, BLOCKS, size, small), shared.delta_grads(x, grads, BLOCKS, size)):
+        assert (found.shape, found.dtype) == (wanted.shape, dtype)
+        assert error(found, wanted) < TOLERANCE[name]
+    with deterministic():
+        first, second = (shared.delta_grads(x, grads, BLOCKS, size, small) for _ in range(2))
+    assert torch.equal(first, second)
+    assert error(first, wanted) < TOLERANCE[name]

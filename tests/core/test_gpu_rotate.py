@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from oft_diffusion.kernels.block_rotate import triton_kernels
 from tests.core import rotate_cases as cases
 
@@ -33,6 +33,30 @@ def ops() -> Iterator[Any]:
 def test_every_size_and_dtype_is_the_definition(ops: Any, size: int, name: str) -> None:
     cases.check_every_kernel(ops, size, name, "cuda")
     cases.check_committed_tiles(ops, size, name, "cuda")
+
+
+@pytest.mark.parametrize(("size", "name"), cases.EVERY)
+def test_layers_of_one_input(ops: Any, size: int, name: str) -> None:
+    from oft_diffusion.kernels import triton_shared
+
+    for count in triton_shared.COUNTS:
+        cases.check_shared(triton_shared, size, name, "cuda", count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_shared_op_its_gradients_and_the_compiler(count: int) -> None:
+    x = cases.draw(2, 77, 96, seed=0, device="cuda").requires_grad_()
+    deltas = [d.requires_grad_() for d in cases.deltas(32, torch.float32, "cuda", groups=count).unbind()]
+    grads = [cases.draw(*x.shape, seed=1 + i, device="cuda") for i in range(count)]
+    torch.library.opcheck(torch.ops.oft_diffusion.block_rotate_shared, (x, deltas))
+    single = [block_rotate(x, delta) for delta in deltas]
+    expected = torch.autograd.grad(single, (x, *deltas), grads)
+    for rotate in (block_rotate_shared, torch.compile(block_rotate_shared, fullgraph=True)):
+        together = rotate(x, deltas)
+        for one, other in zip(together, single, strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(torch.autograd.grad(together, (x, *deltas), grads), expected, strict=True):
+            assert cases.error(one, other.double().cpu()) < 1e-5
 
 
 @pytest.mark.parametrize("size", [8, 32])

@@ -49,6 +49,14 @@ def test_the_committed_tiles_are_right(ops: Any, size: int, name: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("size", "name"), cases.EVERY)
+def test_layers_of_one_input(ops: Any, size: int, name: str) -> None:
+    from oft_diffusion.kernels import triton_shared
+
+    cases.check_shared(triton_shared, size, name, "cpu", count=2 + size % 3 % 2)
+
+
+@needs_triton
 @pytest.mark.parametrize("size", [8, 16])
 def test_strides_do_not_matter(ops: Any, size: int) -> None:
     cases.check_strides(ops, size, "cpu")
@@ -57,10 +65,10 @@ def test_strides_do_not_matter(ops: Any, size: int) -> None:
 @needs_triton
 def test_rows_are_read_where_they_lie(ops: Any) -> None:
     x = cases.draw(4, 5, 48, seed=0, device="cpu")
-    read = {name: ops._rows(one, 2).tensor.data_ptr() == one.data_ptr() for name, one in cases.lying(x).items()}
+    read = {name: ops.rows_of(one, 2).tensor.data_ptr() == one.data_ptr() for name, one in cases.lying(x).items()}
     assert read == {name: name != "channels first" for name in read}
     deep = x.expand(2, 3, 4, 5, 48).permute(3, 0, 2, 1, 4)
-    assert ops._rows(deep, 1).tensor.is_contiguous(), "three levels of strides are copied"
+    assert ops.rows_of(deep, 1).tensor.is_contiguous(), "three levels of strides are copied"
 
 
 @needs_triton
