@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counting import kernel_launches, leaf_operations, peak_allocated, saved_bytes
+from benchmarks.counting import kernels_of, leaf_operations, peak_allocated, saved_bytes
 from benchmarks.methods import BASE, FULL, METHODS, TRITON, disturb, triton_switched
 from benchmarks.speed_setups import Setup
 from benchmarks.works import Work
@@ -132,17 +132,17 @@ class Candidate:
             (self.train if self.setup.kind == "train" else self.sample)()
         self.stays += _allocated(self.device) - before
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Of one step as `stages` has it first; operations and what is kept only where nothing is compiled."""
         training = self.setup.kind == "train"
         step, worked = (self.train, self.gradients) if training else (self.sample, self.sample)
-        found = {"peak_bytes": self._peak(step)}
+        found: dict[str, float] = {"peak_bytes": self._peak(step)}
         if not self.setup.compiled:
             found["operations"] = leaf_operations(worked)
             if training:
                 found["saved_bytes"] = saved_bytes(self.loss, [*self.work.parameters(), *self.trained])
         if self.device.type == "cuda":
-            found["kernels"] = kernel_launches(worked)
+            found["kernels"], found["kernel_seconds"] = kernels_of(worked)
         return found
 
     def _peak(self, step: Callable[[], None]) -> int:

@@ -81,9 +81,11 @@ def _changes(call: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
-def kernel_launches(call: Callable[[], object]) -> int:
-    """Kernels that a call starts on a CUDA card."""
+def kernels_of(call: Callable[[], object]) -> tuple[int, float]:
+    """Kernels that a call starts on a CUDA card, and seconds for which the card runs them, copies included."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum("LaunchKernel" in event.name for event in profiler.events())
+    events = profiler.events()
+    on_card = sum(event.device_time for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum("LaunchKernel" in event.name for event in events), on_card / 1e6

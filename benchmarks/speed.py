@@ -37,7 +37,7 @@ from benchmarks.works import WORKS, Work
 FILE = DATA / "speed.csv"
 LEAST = 3  # rounds, without which there is no spread
 WARM_UPS = 2
-_FIGURES = ("peak_bytes", "operations", "saved_bytes", "kernels")
+_FIGURES = ("peak_bytes", "operations", "saved_bytes", "kernels", "kernel_seconds")
 # What makes two rows the same measurement, made again.
 _SAME = ("hardware", "threads", "commit", "oft-diffusion", "torch", "diffusers", "transformers", "peft", "lycoris")
 

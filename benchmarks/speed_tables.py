@@ -109,6 +109,7 @@ def one(group: Group) -> str:
         "overhead, ms": lambda m: _spread(group.overhead(m), 1000.0) if m != BASE else "",
         "operations": lambda m: _number(group.figure(m, "operations")),
         "kernels": lambda m: _number(group.figure(m, "kernels")),
+        "card, ms": lambda m: _milliseconds(group.figure(m, "kernel_seconds")),
         "saved, MB": lambda m: _megabytes(group.figure(m, "saved_bytes")),
         "peak above weights, MB": lambda m: _megabytes(group.figure(m, "peak_bytes")),
         "adapter, MB": lambda m: _megabytes(group.figure(m, "adapter_bytes") or None),
@@ -298,6 +299,10 @@ def _spread(values: Sequence[float], times: float = 1.0) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{1000 * value:.1f}"
 
 
 def _megabytes(value: float | None) -> str:

@@ -307,7 +307,7 @@ ROW = {
     "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "block_size": "32", "compiled": "no",
     "checkpointing": "no", "text": "no", "small": "no", "batch": "1", "tokens": "", "width": "", "layers": "",
     "kind": "train", "settings": "", "trained": "", "adapter_bytes": "", "peak_bytes": "", "operations": "",
-    "saved_bytes": "", "kernels": "", "load": "0.1", "reason": "", "run": "one",
+    "saved_bytes": "", "kernels": "", "kernel_seconds": "", "load": "0.1", "reason": "", "run": "one",
 }  # fmt: skip
 
 

@@ -6,8 +6,7 @@ run on the CPU, which is how they are tested where there is no GPU.
 
 from __future__ import annotations
 
-import contextlib
-import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oft_diffusion.kernels.launch import again, capability, key_of, launch, precision, upcast
 from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
 
-INTERPRETED: bool = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 # Rows are summed in at most so many parts, which bounds the partial buffer: 32 r b^2 floats, beside x's r b per row.
 PARTS = 32
 
@@ -37,7 +36,7 @@ def fits(x: Tensor, block_size: int) -> bool:
 
     Not on cards before Ampere, whose tensor cores know no bfloat16 and which Triton no longer tests.
     """
-    if x.is_cuda and _capability(x.device.index) < (8, 0):
+    if x.is_cuda and capability(x.device.index) < (8, 0):
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return block_size in SIZES and x.dtype in DTYPES.values() and rows < 2**31
@@ -58,6 +57,9 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
+    key = key_of("rotate", x, delta) if tile is None else None
+    if again(key, (x, delta, out)):
+        return out
     delta = delta.unsqueeze(0) if delta.dim() == 3 else delta
     groups, blocks, block_size, _ = delta.shape
     tile = tile or tile_of("rotate", block_size, x.dtype)
@@ -66,13 +68,15 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     turned = delta.stride(-1) != 1 and delta.stride(-2) == 1
     delta = delta.transpose(-1, -2) if turned else delta
     row_programs = triton.cdiv(rows, tile.rows * tile.steps)
-    with device_of(x):
-        _rotate_kernel[(groups * row_programs * triton.cdiv(blocks, tile.width // block_size),)](
-            lie.tensor, delta, out, rows, blocks, row_programs,
-            lie.group_stride, lie.outer_stride, lie.inner, lie.inner_stride, *delta.stride(),
-            SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
-            TURNED=turned, PRECISION=precision(x), UPCAST=upcast(x), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        _rotate_kernel,
+        groups * row_programs * triton.cdiv(blocks, tile.width // block_size),
+        (lie.tensor, delta, out),
+        (rows, blocks, row_programs, lie.group_stride, lie.outer_stride, lie.inner, lie.inner_stride, *delta.stride()),
+        key if lie.tensor is x else None,
+        SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
+        TURNED=turned, PRECISION=precision(x), UPCAST=upcast(x), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out
 
 
@@ -95,29 +99,51 @@ def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = No
     groups, (blocks, block_size) = shape[0] if len(shape) == 4 else 1, shape[-3:-1]
     if not x.numel():
         return x.new_zeros(shape)
+    key = key_of(f"delta_grad {tuple(shape)} {ordered()}", x, grad) if tile is None else None
     tile = tile or tile_of("delta_grad", block_size, x.dtype)
     rows = x.numel() // x.shape[-1] // groups
+    parts, part = parts_of(rows, tile)
+    out = sums(x, parts, shape)
+    if again(key, (x, grad, out)):
+        return summed(out, x)
+    left, right = rows_of(x, groups), rows_of(grad, groups)
+    launch(
+        _delta_grad_kernel,
+        groups * parts * triton.cdiv(blocks, tile.width // block_size),
+        (left.tensor, right.tensor, out),
+        (rows, blocks, parts, part, groups, *left[1:], *right[1:]),
+        key if left.tensor is x and right.tensor is grad else None,
+        SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, LEVELS=1 + (min(left.inner, right.inner) < rows),
+        ATOMIC=parts > len(out), PRECISION=precision(x), UPCAST=upcast(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return summed(out, x)
+
+
+def parts_of(rows: int, tile: Tile) -> tuple[int, int]:
+    """In how many parts rows are summed, and how long one is."""
     parts = min(PARTS, triton.cdiv(rows, tile.rows * tile.steps))
     part = triton.cdiv(triton.cdiv(rows, parts), tile.rows) * tile.rows
-    parts = triton.cdiv(rows, part)
-    atomic = parts > 1 and not torch.are_deterministic_algorithms_enabled()
+    return triton.cdiv(rows, part), part
+
+
+def ordered() -> bool:
+    """Whether the same bits are asked for every time."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def sums(x: Tensor, parts: int, shape: Sequence[int]) -> Tensor:
+    """Where parts are summed: one sum where there is one part, or where they are added up by atomics; else one each."""
     if parts == 1:
-        out = x.new_empty((1, *shape))
-    elif atomic:
-        out = x.new_zeros((1, *shape), dtype=torch.float32)
-    else:
-        out = x.new_empty((parts, *shape), dtype=torch.float32)
-    left, right = rows_of(x, groups), rows_of(grad, groups)
-    with device_of(x):
-        _delta_grad_kernel[(groups * parts * triton.cdiv(blocks, tile.width // block_size),)](
-            left.tensor, right.tensor, out, rows, blocks, parts, part, groups,
-            left.group_stride, left.outer_stride, left.inner, left.inner_stride,
-            right.group_stride, right.outer_stride, right.inner, right.inner_stride,
-            SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, LEVELS=1 + (min(left.inner, right.inner) < rows),
-            ATOMIC=atomic, PRECISION=precision(x), UPCAST=upcast(x),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return out[0].to(x.dtype) if out.shape[0] == 1 else out.sum(0).to(x.dtype)
+        return x.new_empty((1, *shape))
+    if ordered():
+        return x.new_empty((parts, *shape), dtype=torch.float32)
+    return x.new_zeros((1, *shape), dtype=torch.float32)
+
+
+def summed(parts: Tensor, x: Tensor) -> Tensor:
+    """Their sum, in x's dtype."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(x.dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -239,30 +265,3 @@ def rows_of(x: Tensor, groups: int) -> Rows:
         return rows_of(x.contiguous(), groups)
     outer, inner = [(1, 0), (1, 0), *levels][-2:]
     return Rows(x, size // groups * stride, outer[1], inner[0], inner[1])
-
-
-def precision(x: Tensor) -> str:
-    """What torch's own float32 products do: the tensor cores' shorter mantissa only where the user allowed it."""
-    if x.dtype != torch.float32:
-        return "ieee"  # read for float32 alone
-    matmul = torch.backends.cuda.matmul
-    # The older name raises, in newer releases of torch, once the newer one was set.
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
-
-
-def upcast(x: Tensor) -> bool:
-    """The interpreter keeps bfloat16 as integers, and multiplies those (triton-lang/triton#11584)."""
-    return INTERPRETED and x.dtype == torch.bfloat16
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be x's; entering a device costs microseconds."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()

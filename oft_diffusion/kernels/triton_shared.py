@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oft_diffusion.kernels.launch import again, key_of, launch, precision, upcast
 from oft_diffusion.kernels.tiles import Tile, tile_of
 from oft_diffusion.kernels.triton_rotate import (
-    PARTS,
     add_blocks,
     delta_tile,
-    device_of,
     offsets,
-    precision,
+    ordered,
+    parts_of,
     rows_of,
-    upcast,
+    summed,
+    sums,
 )
 
 COUNTS = (2, 3)  # of layers
@@ -38,10 +39,7 @@ def rotate(x: Tensor, deltas: Sequence[Tensor], tile: Tile | None = None) -> lis
         tile: instead of the committed one.
     """
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in deltas]
-    if not x.numel():
-        return made
-    lie = rows_of(x, 1)
-    _launch(x, deltas, [lie.tensor], made, (lie.outer_stride, lie.inner, lie.inner_stride), tile)
+    _rotate([x], deltas, made, tile)
     return made
 
 
@@ -55,31 +53,31 @@ def input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], til
         tile: instead of the committed one.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel():
-        rows, columns = x.numel() // x.shape[-1], x.shape[-1]
-        _launch(x, deltas, [grad.contiguous() for grad in grads], [out], (0, rows, columns), tile)
+    _rotate([grad.contiguous() for grad in grads], deltas, [out], tile)
     return out
 
 
-def _launch(
-    x: Tensor,
-    deltas: Sequence[Tensor],
-    read: Sequence[Tensor],
-    written: Sequence[Tensor],
-    lie: tuple[int, int, int],
-    tile: Tile | None,
-) -> None:
+def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[Tensor], tile: Tile | None) -> None:
+    """One tensor to one for each D, or one for each D to one."""
+    x, deltas = read[0], [delta.contiguous() for delta in deltas]
+    if not x.numel():
+        return
+    key = key_of(f"shared {len(written)}", *read, *deltas) if tile is None else None
+    if again(key, (*_three(read), *_three(deltas), *_three(written))):
+        return
     blocks, size = deltas[0].shape[:2]
     tile = tile or tile_of("rotate", size, x.dtype)
-    rows = x.numel() // x.shape[-1]
-    row_programs = triton.cdiv(rows, tile.rows * tile.steps)
-    with device_of(x):
-        _shared_kernel[(row_programs * triton.cdiv(blocks, tile.width // size),)](
-            *_three(read), *_three([delta.contiguous() for delta in deltas]), *_three(written), rows, blocks, *lie,
-            SIZE=size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie[1] < rows),
-            COUNT=len(deltas), GATHERS=len(written) == 1, PRECISION=precision(x), UPCAST=upcast(x),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    rows, lie = x.numel() // x.shape[-1], rows_of(x, 1)
+    launch(
+        _shared_kernel,
+        triton.cdiv(rows, tile.rows * tile.steps) * triton.cdiv(blocks, tile.width // size),
+        (*_three([lie.tensor, *read[1:]]), *_three(deltas), *_three(written)),
+        (rows, blocks, lie.outer_stride, lie.inner, lie.inner_stride),
+        key if lie.tensor is x else None,
+        SIZE=size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
+        COUNT=len(deltas), GATHERS=len(written) == 1, PRECISION=precision(x), UPCAST=upcast(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int, tile: Tile | None = None) -> Tensor:
@@ -95,26 +93,32 @@ def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int
     shape = (blocks, block_size, len(grads) * block_size)
     if not x.numel():
         return x.new_zeros(shape)
+    grads = [grad.contiguous() for grad in grads]
+    key = key_of(f"delta_grads {block_size} {ordered()}", x, *grads) if tile is None else None
     tile = tile or tile_of("delta_grad", block_size, x.dtype)
-    width = max(block_size, min(tile.width, _NARROW))
+    width = narrow(block_size, tile)
     rows = x.numel() // x.shape[-1]
-    parts = min(PARTS, triton.cdiv(rows, tile.rows * tile.steps))
-    part = triton.cdiv(triton.cdiv(rows, parts), tile.rows) * tile.rows
-    parts = triton.cdiv(rows, part)
-    atomic = parts > 1 and not torch.are_deterministic_algorithms_enabled()
-    if atomic:
-        out = x.new_zeros((1, *shape), dtype=torch.float32)
-    else:
-        out = x.new_empty((parts, *shape), dtype=torch.float32 if parts > 1 else x.dtype)
+    parts, part = parts_of(rows, tile)
+    out = sums(x, parts, shape)
+    if again(key, (x, *_three(grads), out)):
+        return summed(out, x)
     lie = rows_of(x, 1)
-    with device_of(x):
-        _delta_grads_kernel[(parts * triton.cdiv(blocks, width // block_size),)](
-            lie.tensor, *_three([grad.contiguous() for grad in grads]), out, rows, blocks, parts, part,
-            lie.outer_stride, lie.inner, lie.inner_stride,
-            SIZE=block_size, WIDTH=width, ROWS=tile.rows, LEVELS=1 + (lie.inner < rows), COUNT=len(grads),
-            ATOMIC=atomic, PRECISION=precision(x), UPCAST=upcast(x), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return (out[0] if out.shape[0] == 1 else out.sum(0)).to(x.dtype)
+    launch(
+        _delta_grads_kernel,
+        parts * triton.cdiv(blocks, width // block_size),
+        (lie.tensor, *_three(grads), out),
+        (rows, blocks, parts, part, lie.outer_stride, lie.inner, lie.inner_stride),
+        key if lie.tensor is x else None,
+        SIZE=block_size, WIDTH=width, ROWS=tile.rows, LEVELS=1 + (lie.inner < rows), COUNT=len(grads),
+        ATOMIC=parts > len(out), PRECISION=precision(x), UPCAST=upcast(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return summed(out, x)
+
+
+def narrow(block_size: int, tile: Tile) -> int:
+    """The width of a program that keeps a sum for each layer."""
+    return max(block_size, min(tile.width, _NARROW))
 
 
 def _three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

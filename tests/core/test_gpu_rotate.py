@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from oft_diffusion.kernels.block_rotate import triton_kernels
@@ -23,7 +25,9 @@ def ops() -> Iterator[Any]:
     kernels = triton_kernels()
     if kernels is None:
         pytest.skip("no Triton, or no C compiler")
-    assert not kernels.INTERPRETED
+    from oft_diffusion.kernels import launch
+
+    assert not launch.INTERPRETED
     yield kernels
     del os.environ["OFT_DIFFUSION_TRITON"]
     triton_kernels.cache_clear()
@@ -90,6 +94,44 @@ def test_the_op_its_gradients_and_the_compiler(dtype: torch.dtype, size: int) ->
         assert cases.error(dx, cases.rotated(grad, transposed)) < cases.TOLERANCE[name]
         expected = cases.delta_gradient(x.detach(), grad, 1, size)[0]
         assert cases.error(ddelta, expected) < cases.TOLERANCE[name]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_was_launched_once_is_launched_again_without_triton(
+    ops: Any, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    from oft_diffusion.kernels import launch, triton_rotate, triton_shared
+
+    def made(x: Tensor, grad: Tensor, delta: Tensor) -> list[Tensor]:
+        with cases.deterministic() if deterministic else nullcontext():
+            return [
+                ops.rotate(x, delta), ops.rotate(grad, delta.transpose(1, 2)),
+                ops.delta_grad(x, grad, list(delta.shape)), *triton_shared.rotate(x, [delta, delta * 2]),
+                triton_shared.input_grad(x, [delta, delta * 2], [grad, x]),
+                triton_shared.delta_grads(x, [grad, x], *delta.shape[:2]),
+            ]  # fmt: skip
+
+    def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, grad = (cases.draw(3000, 96, seed=seed + i, device="cuda") for i in range(2))
+        return x, grad, cases.deltas(32, torch.float32, "cuda", groups=1)[0]
+
+    made(*drawn(0))
+    known = dict(launch._known)
+    expected = made(*drawn(5))
+    assert launch._known == known
+    for module in (triton_rotate, triton_shared):
+        monkeypatch.setattr(module, "launch", None)  # raises
+    for one, other in zip(made(*drawn(5)), expected, strict=True):
+        assert cases.error(one, other.double().cpu()) < 1e-6
+    x, _, delta = drawn(5)
+    odd = torch.empty(3000 * 96 + 1, device="cuda")[1:].view(3000, 96)  # at no multiple of 16
+    odd.copy_(x)
+    with pytest.raises(TypeError):
+        ops.rotate(odd, delta)
+    monkeypatch.undo()
+    assert cases.error(ops.rotate(odd, delta), cases.rotated(x, delta[None])) < 1e-6
+    launch._known.clear()
+    assert cases.error(ops.rotate(x, delta), cases.rotated(x, delta[None])) < 1e-6
 
 
 def test_a_graph_can_be_captured(ops: Any) -> None:

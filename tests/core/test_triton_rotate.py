@@ -29,9 +29,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.fixture(scope="module")
 def ops() -> Any:
     """`triton_rotate`, interpreted."""
-    from oft_diffusion.kernels import triton_rotate
+    from oft_diffusion.kernels import launch, triton_rotate
 
-    if not triton_rotate.INTERPRETED:
+    if not launch.INTERPRETED:
         pytest.skip("Triton compiles here (TRITON_INTERPRET is not 1): test_gpu_rotate.py runs these cases")
     return triton_rotate
 
@@ -183,9 +183,9 @@ def test_they_compile_to_machine_code_for_a_card(size: int, name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 8
     assert all("mma" in line for line in lines), "16-bit products run on tensor cores"
-    assert ["atomics" in line for line in lines] == [False, False, True, False], "atomics, and only where asked for"
+    assert all(("atomics" in line) == ("atomic True" in line) for line in lines), "atomics, and only where asked for"
 
 
 def test_the_table_has_a_row_for_everything_and_says_whether_it_was_measured() -> None:

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from oft_diffusion.kernels import triton_rotate
-from oft_diffusion.kernels.tiles import DTYPES, SIZES, tile_of
+from oft_diffusion.kernels import triton_rotate, triton_shared
+from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
 
 # Bytes of shared memory that one program can have.
 SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -29,39 +29,47 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 
 
 def compiled(capability: int, sizes: Sequence[int] = SIZES, dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Any]:
-    """(what, compiled kernel), for both kernels, both ways of adding up, contiguous and strided x."""
+    """(what, compiled kernel), for every kernel, both ways of adding up, contiguous and strided x."""
     target = GPUTarget("cuda", capability, 32)
     for size in sizes:
         for name in dtypes:
-            pointer = TYPES[DTYPES[name]]
-            tile = tile_of("rotate", size, DTYPES[name])
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            own = {"SIZE": size, "WIDTH": tile.width, "ROWS": tile.rows, "PRECISION": "ieee", "UPCAST": False}
-            for levels in (1, 2):
-                source = _source(
-                    triton_rotate._rotate_kernel,
-                    {"x_ptr": pointer, "delta_ptr": pointer, "out_ptr": pointer},
-                    {**own, "STEPS": tile.steps, "LEVELS": levels},
-                )
-                yield f"rotate {size} {name}, levels {levels}", triton.compile(source, target=target, options=options)
-            tile = tile_of("delta_grad", size, DTYPES[name])
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            own |= {"WIDTH": tile.width, "ROWS": tile.rows, "LEVELS": 1}
-            for atomic in (True, False):
-                source = _source(
-                    triton_rotate._delta_grad_kernel,
-                    {"x_ptr": pointer, "grad_ptr": pointer, "out_ptr": "*fp32"},
-                    {**own, "ATOMIC": atomic},
-                )
-                yield (
-                    f"delta_grad {size} {name}, atomic {atomic}",
-                    triton.compile(source, target=target, options=options),
-                )
+            for what, kernel, pointers, constants, tile in _kernels(size, name):
+                source = _source(kernel, pointers, constants)
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                yield f"{what} of {size} {name}", triton.compile(source, target=target, options=options)
 
 
-def _source(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+def _kernels(size: int, name: str) -> Iterator[tuple[str, Any, str, dict[str, Any], Tile]]:
+    """(what, kernel, type of what it reads, constants, tile)."""
+    dtype = DTYPES[name]
+    tile = tile_of("rotate", size, dtype)
+    own = {"SIZE": size, "PRECISION": "ieee", "UPCAST": False}
+    rotates = {**own, "WIDTH": tile.width, "ROWS": tile.rows, "STEPS": tile.steps, "LEVELS": 1}
+    for levels, turned in ((1, False), (2, True)):
+        constants = {**rotates, "LEVELS": levels, "TURNED": turned}
+        yield f"rotate, levels {levels}", triton_rotate._rotate_kernel, TYPES[dtype], constants, tile
+    for gathers in (False, True):
+        constants = {**rotates, "COUNT": 3, "GATHERS": gathers}
+        yield f"three rotations, gathers {gathers}", triton_shared._shared_kernel, TYPES[dtype], constants, tile
+    tile = tile_of("delta_grad", size, dtype)
+    own |= {"ROWS": tile.rows, "LEVELS": 1}
+    for atomic in (True, False):
+        constants = {**own, "WIDTH": tile.width, "ATOMIC": atomic}
+        yield f"delta_grad, atomic {atomic}", triton_rotate._delta_grad_kernel, TYPES[dtype], constants, tile
+        constants = {**own, "WIDTH": triton_shared.narrow(size, tile), "COUNT": 3, "ATOMIC": atomic}
+        yield f"three delta_grads, atomic {atomic}", triton_shared._delta_grads_kernel, TYPES[dtype], constants, tile
+
+
+def _source(kernel: Any, pointer: str, constants: dict[str, Any]) -> ASTSource:
     """As Triton would specialise for sizes and strides that are multiples of 16, which models' are."""
-    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    sums = "ATOMIC" in constants
+    kinds = {
+        name: "constexpr" if name in constants
+        else "*fp32" if sums and name == "out_ptr"
+        else pointer if name.endswith("_ptr")
+        else "i32"
+        for name in kernel.arg_names
+    }  # fmt: skip
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(kinds.items())
