@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.counting import kernels_of, leaf_operations, peak_allocated, saved_bytes
-from benchmarks.methods import BASE, FULL, METHODS, TRITON, disturb, triton_switched
+from benchmarks.methods import BASE, FULL, METHODS, OURS, TRITON, disturb, triton_switched
 from benchmarks.speed_setups import Setup
 from benchmarks.works import Work
 from oft_diffusion import OFTConfig
@@ -112,7 +112,7 @@ class Candidate:
 
     def kernels(self) -> AbstractContextManager[None]:
         """What every call is made in, and what is not timed."""
-        return triton_switched(on=True) if self.method == TRITON else nullcontext()
+        return triton_switched(on=self.method == TRITON) if self.method in (OURS, TRITON) else nullcontext()
 
     def _all(self, verb: str) -> Callable[[], None]:
         calls = [getattr(adapted, verb) for adapted in self.adapted]

@@ -102,7 +102,7 @@ def ours(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
 
 
 def ours_in_triton(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
-    """This package with its kernels for CUDA cards, which `triton_switched` turns on around each call."""
+    """This package with its kernels for CUDA cards; `triton_switched` turns them off around each call of `OURS`."""
     if not torch.cuda.is_available() or next(model.parameters()).device.type != "cuda":
         raise UnsupportedError("the kernels need a CUDA card")
     with triton_switched(on=True):

@@ -36,13 +36,13 @@ SIZES = (16, 32, 64)
 
 
 def measure(repeats: int) -> None:
-    """Append one run."""
+    """Append one run, a shape at a time."""
     from triton.testing import do_bench_cudagraph
 
     if triton_kernels() is None:
-        raise SystemExit("no kernel to measure: it takes Triton, a C compiler and OFT_DIFFUSION_TRITON=1")
-    rows = []
+        raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_TRITON=0")
     for shape, (n, columns) in SHAPES.items():
+        rows = []
         for dtype in (torch.bfloat16, torch.float32):
             x, grad = (torch.randn(n, columns, device="cuda").to(dtype) for _ in range(2))
             for size in SIZES:
@@ -62,7 +62,7 @@ def measure(repeats: int) -> None:
                     }
                     for way, took in times.items()
                 ]  # fmt: skip
-    append(FILE, rows, "cuda")
+        append(FILE, rows, "cuda")
 
 
 def _ways(x: Tensor, grad: Tensor, delta: Tensor) -> dict[str, Callable[[], object]]:

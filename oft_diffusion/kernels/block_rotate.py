@@ -1,7 +1,7 @@
 """`block_rotate(x, D) = x + x blockdiag(D)`: the input-centric forward of OFTv2 (arXiv 2506.19847, section 3.2).
 
-Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels
-(`triton_rotate.py`) where these are asked for. The compiler sees one op, registered with `torch.library`; eager code
+Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels where there
+is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code
 runs the same functions without it, since an op in Python costs more to call than a small rotation to compute.
 """
 
@@ -153,16 +153,14 @@ def delta_grad_on_gpu(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """`oft_diffusion.kernels.triton_rotate` where `OFT_DIFFUSION_TRITON=1` asks for it; else, or without Triton, None.
-
-    To be asked for: where a tensor is small, launching these costs more than they save (docs/benchmarks.md).
+    """`oft_diffusion.kernels.triton_rotate`; None without Triton, or where `OFT_DIFFUSION_TRITON=0` is set.
 
     Triton compiles a launcher in C at a kernel's first use, and raises where there is no compiler; a GPU's owner who
     only draws pictures often has none, and the pure-torch form serves.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    wanted = os.environ.get("OFT_DIFFUSION_TRITON") == "1"
-    if not (wanted and compiler and importlib.util.find_spec("triton")):
+    refused = os.environ.get("OFT_DIFFUSION_TRITON") == "0"
+    if refused or not compiler or importlib.util.find_spec("triton") is None:
         return None
     from oft_diffusion.kernels import triton_rotate
 

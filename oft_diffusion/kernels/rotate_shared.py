@@ -76,7 +76,7 @@ def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelt
 
 
 def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
-    """`oft_diffusion.kernels.triton_shared` where it is wanted and takes what is there."""
+    """`oft_diffusion.kernels.triton_shared` where there is Triton and it takes what is there."""
     kernels = triton_kernels() if x.is_cuda else None
     if kernels is None or not kernels.fits(x, deltas[0].shape[-1]):
         return None

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", autouse=True)
 def ops() -> Iterator[Any]:
-    os.environ["OFT_DIFFUSION_TRITON"] = "1"
+    os.environ.pop("OFT_DIFFUSION_TRITON", None)
     triton_kernels.cache_clear()
     kernels = triton_kernels()
     if kernels is None:
@@ -29,7 +29,6 @@ def ops() -> Iterator[Any]:
 
     assert not launch.INTERPRETED
     yield kernels
-    del os.environ["OFT_DIFFUSION_TRITON"]
     triton_kernels.cache_clear()
 
 

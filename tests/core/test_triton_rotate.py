@@ -133,17 +133,17 @@ def test_cuda_has_kernels_of_its_own() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"oft_diffusion::{name}", "CUDA")
 
 
-@pytest.mark.parametrize("lack", ["triton", "compiler", "wanted"])
+@pytest.mark.parametrize("lack", ["triton", "compiler", "permission"])
 def test_without_triton_or_a_compiler_the_pure_torch_form_serves(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setenv("OFT_DIFFUSION_TRITON", "1")
+    monkeypatch.delenv("OFT_DIFFUSION_TRITON", raising=False)
     if lack == "triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     elif lack == "compiler":
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
     else:
-        monkeypatch.delenv("OFT_DIFFUSION_TRITON")
+        monkeypatch.setenv("OFT_DIFFUSION_TRITON", "0")
     dispatch.triton_kernels.cache_clear()
     try:
         assert dispatch.triton_kernels() is None
@@ -154,8 +154,8 @@ def test_without_triton_or_a_compiler_the_pure_torch_form_serves(lack: str, monk
 
 
 @needs_triton
-def test_kernels_that_are_asked_for_are_taken(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OFT_DIFFUSION_TRITON", "1")
+def test_kernels_are_taken_where_they_can_be(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OFT_DIFFUSION_TRITON", raising=False)
     monkeypatch.setenv("CC", "cc")
     dispatch.triton_kernels.cache_clear()
     try:
