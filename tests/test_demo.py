@@ -1,7 +1,8 @@
-"""The demo scripts, end to end, with next to no steps."""
+"""The demo scripts, end to end, with next to no steps; once, on demand, with all of them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -44,6 +45,19 @@ def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys
     command = [*shlex.split(line)[1:], "--steps", "1", "--out", str(tmp_path / "pictures")]
     subprocess.run(command, check=True, capture_output=True)
     assert list((tmp_path / "pictures").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_demo_as_it_comes_teaches_its_subject(tmp_path: Path) -> None:
+    assert demo.run_demo("party_car", tmp_path / "demo") == 0
+    rows = json.loads((tmp_path / "demo" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    hits = {
+        adapted: [r["hit"] for r in rows if r["set"] == "subject" and r["adapted"] is adapted]
+        for adapted in (True, False)
+    }
+    assert len(hits[True]) == len(hits[False]) == 4
+    assert any(hits[True])
+    assert not any(hits[False])
 
 
 def test_demo_deletes_nothing_but_what_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
