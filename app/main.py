@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.load import usual_dtype
 
 from .looks import CSS, HEAD, theme
 from .session import Session
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workspace = options.workspace.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "temporary")  # before gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[options.dtype]
+    dtype = getattr(torch, options.dtype) if options.dtype else usual_dtype(options.device)
     with Workspace(workspace).alone():
         session = Session(workspace, options.model, config_dir=options.config_dir, device=options.device, dtype=dtype)
         _serve(session, options, auth)
@@ -137,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--share", action="store_true", help="a link through gradio's servers; wants --auth")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 where the device computes in it"
+    )
     parser.add_argument("--open", action="store_true", help="open a browser window")
     return parser

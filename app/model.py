@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.formats.components import modules_of
 from oft_diffusion.generate import Picture
 from oft_diffusion.load import load_pipeline
@@ -95,9 +96,9 @@ class Model:
 
     def precision(self) -> str:
         """In what `mixed_precision` its device trains: bfloat16 only where it computes in that."""
-        if not self.device.startswith("cuda"):
-            return "no"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if computes_in_bfloat16(self.device):
+            return "bf16"
+        return "fp16" if self.device.startswith("cuda") else "no"
 
     def memory(self) -> int:
         """Bytes of its device's memory, used or not."""

@@ -30,7 +30,7 @@ CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
 _HERE = Path(__file__).parent
 PRESETS = next(p for p in (_HERE / "presets", _HERE.parent / "train_scripts" / "configs") if p.is_dir())  # of a wheel
 Asked = Literal["save", "sample"]
-_TELL_EVERY = 0.3  # seconds between steps that are told one by one
+_TELL_EVERY = 2.0  # seconds between steps that are told: a page on the same processor takes the training's time
 _CHECKPOINTS = 5  # of a run, evenly: to go on from, and to compare
 LIMITS = {  # of what a person may fill in
     "steps": (1, 20_000), "learning_rate": (1e-7, 1.0), "block_size": (2, 128), "batch_size": (1, 16),

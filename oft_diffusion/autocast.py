@@ -1,4 +1,4 @@
-"""Autocast: the dtype that it makes a layer compute in, and a place without it."""
+"""Dtypes: which one autocast makes a layer compute in, a place without it, and what a device computes in by itself."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def compute_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtyp
 def as_computed(x: Tensor) -> Tensor:
     """A layer's input in the dtype in which the layer computes; autograd casts the gradient back."""
     return x.to(compute_dtype(x.device, x.dtype))
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Whether a device, as torch spells it, has instructions for bfloat16; emulated, it is slower than float32."""
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}  # since torch 2.11
+    return any(able for name, able in known.items() if "bf16" in name)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

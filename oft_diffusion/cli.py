@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--width", type=int, help="in pixels (default: the model's)")
     generate.add_argument("--height", type=int, help="in pixels (default: the model's)")
     generate.add_argument("--device", default="cuda" if _has_cuda() else "cpu", help="default: cuda if there is one")
-    generate.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    generate.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 where the device computes in it"
+    )
     generate.add_argument("--grid", action="store_true", help="write one more PNG with all pictures")
 
     info = verbs.add_parser("info", help="what an adapter file is, ours or another tool's")
@@ -154,7 +156,7 @@ def _generate(options: argparse.Namespace) -> int:
     from oft_diffusion.disk import is_writable
     from oft_diffusion.generate import Picture, generate
     from oft_diffusion.images import free_path, labelled_grid, save_png
-    from oft_diffusion.load import load_pipeline
+    from oft_diffusion.load import load_pipeline, usual_dtype
     from oft_diffusion.pipeline import load_oft_weights
     from oft_diffusion.pocket import GUIDANCE, pocket_path
 
@@ -170,7 +172,8 @@ def _generate(options: argparse.Namespace) -> int:
     adapters = [parse_adapter(text) for text in options.adapter]
     guidances: list[float] = []  # of adapters' trainings
     model = pocket_path() if options.model == "pocket" else options.model
-    pipe = load_pipeline(model, getattr(torch, options.dtype), options.device, config_dir=options.config_dir)
+    dtype = getattr(torch, options.dtype) if options.dtype else usual_dtype(options.device)
+    pipe = load_pipeline(model, dtype, options.device, config_dir=options.config_dir)
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {adapter.strength:g}")

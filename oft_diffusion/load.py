@@ -17,11 +17,19 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
 from torch import nn
 
+from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.errors import ConfigError, first_line
 from oft_diffusion.text_encoders import most_clip_skip
 
 # Parts that a pipeline does without, whole models each.
 _OPTIONAL = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
+
+
+def usual_dtype(device: str) -> torch.dtype:
+    """The dtype to draw in on a device: bfloat16 where it computes in that, float16 on older cards, else float32."""
+    if computes_in_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.startswith("cuda") else torch.float32
 
 
 def load_pipeline(

@@ -68,7 +68,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/pipeline/": Layer(
         f"{_ADAPTER} prediction proof disk metadata files formats images", f"torch PIL {_HUGGING_FACE}"
     ),
-    "oft_diffusion/load.py": Layer("errors text_encoders", "torch diffusers huggingface_hub"),
+    "oft_diffusion/load.py": Layer("errors autocast text_encoders", "torch diffusers huggingface_hub"),
     "oft_diffusion/skeleton.py": Layer("errors", "torch diffusers transformers huggingface_hub"),
     "oft_diffusion/generate.py": Layer(
         f"{_ADAPTER} metadata files formats images pipeline load", "torch PIL diffusers"

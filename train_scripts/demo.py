@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from oft_diffusion import load_oft_weights
+from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.errors import OFTError
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.generate import compare
@@ -65,7 +66,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         "class_word": subject.object,
         "output_dir": str(out),
     }
-    if not _computes_in_bfloat16():
+    if not computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu"):
         own["mixed_precision"] = "no"
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
@@ -82,14 +83,6 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     prompt = f"a {config.trigger} {subject.object} in the forest"
     print(f'more     {command} generate "{prompt}" --adapter {out}')
     return 0
-
-
-def _computes_in_bfloat16() -> bool:
-    """Whether this machine has instructions for it; emulated, it is several times slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
-    return any(able for name, able in known.items() if "bf16" in name)
 
 
 def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Section]:

@@ -13,14 +13,14 @@ import os
 import shutil
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from oft_diffusion.autocast import compute_dtype, without_autocast
 
-P = ParamSpec("P")
+T = TypeVar("T")
 OPS = torch.library.Library("oft_diffusion", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
@@ -77,21 +77,21 @@ def _delta_grad(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     return delta_grad_on_gpu(x, grad, shape) if x.is_cuda else delta_grad_in_torch(x, grad, shape)
 
 
-def _uncast(form: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+def uncast(form: Callable[..., T]) -> Callable[..., T]:
     """Keep autocast out of a form's products: x and D come in the dtype that they are to be multiplied in."""
 
     @functools.wraps(form)
-    def call(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def call(x: Tensor, *others: Any) -> T:
         if compute_dtype(x.device, x.dtype) == x.dtype:
-            return form(x, *args, **kwargs)
+            return form(x, *others)
         with without_autocast(x.device):
-            return form(x, *args, **kwargs)
+            return form(x, *others)
 
     return call
 
 
 @torch.library.impl(OPS, "block_rotate", "CompositeExplicitAutograd")
-@_uncast
+@uncast
 def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
     _check(x, delta)
@@ -112,7 +112,7 @@ def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
 
 
 @torch.library.impl(OPS, "block_rotate_delta_grad", "CompositeExplicitAutograd")
-@_uncast
+@uncast
 def delta_grad_in_torch(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
     groups, block_size = shape[0] if len(shape) == 4 else 1, shape[-1]

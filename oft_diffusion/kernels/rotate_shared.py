@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, triton_kernels
+from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, triton_kernels, uncast
 
 OPS.define("block_rotate_shared(Tensor x, Tensor[] deltas) -> Tensor[]", tags=TAGS)
 OPS.define(
@@ -85,6 +85,7 @@ def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
     return triton_shared if len(deltas) in triton_shared.COUNTS else None
 
 
+@uncast
 def grads_in_torch(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """One product makes dx, another every dD."""
     blocks, size = deltas[0].shape[:2]

@@ -65,7 +65,7 @@ def test_other_models_have_presets_that_fit_the_machine(
         fresh = Session(session.workspace.root, session.model.source)
         monkeypatch.setattr(type(fresh.model), "memory", lambda _, found=memory: found)
         orders.append(list(fresh.training.runs.presets))
-        assert fresh.training.defaults()["mixed_precision"] == "no"
+        assert fresh.training.defaults()["mixed_precision"] == fresh.model.precision()
     assert orders[0][0] == "sd15_low_memory"
     assert orders[1][0] == "sd15"
     assert sorted(orders[0]) == sorted(orders[1])
@@ -128,7 +128,13 @@ def test_what_was_distilled_begins_with_few_steps_and_no_guidance(tmp_path: Path
 def test_a_gpu_trains_in_what_it_computes_in(able: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: able)
     assert Model(device="cuda").precision() == wanted
-    assert Model(device="mps").precision() == Model().precision() == "no"
+    assert Model(device="mps").precision() == "no"
+
+
+@pytest.mark.parametrize(("able", "wanted"), [(True, "bf16"), (False, "no")])
+def test_a_processor_trains_in_what_it_computes_in(able: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": able}, raising=False)
+    assert Model().precision() == wanted
 
 
 def test_the_drawing_pipeline_leaves_a_gpu_to_training(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

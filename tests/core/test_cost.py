@@ -44,25 +44,26 @@ def lora() -> tuple[Any, list[Tensor]]:
     return model, []
 
 
-def forward(model: Any, *, of_inputs: bool) -> Callable[[], Tensor]:
+def forward(model: Any, *, of_inputs: bool, autocast: bool) -> Callable[[], Tensor]:
     """A training step's forward. Where nothing is trainable, gradients flow back to the inputs."""
     x = torch.randn(1, 4, 16, 16, requires_grad=of_inputs)
     text = torch.randn(1, 77, 64, requires_grad=of_inputs)
 
     def call() -> Tensor:
-        loss: Tensor = model(x, torch.tensor([10]), text).sample.square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss: Tensor = model(x, torch.tensor([10]), text).sample.float().square().mean()
         return loss
 
     return call
 
 
-@pytest.fixture(scope="module")
-def figures() -> dict[str, tuple[int, int]]:
+@pytest.fixture(scope="module", params=[False, True], ids=["float32", "autocast"])
+def figures(request: pytest.FixtureRequest) -> dict[str, tuple[int, int]]:
     """Operations of a step, and bytes that its forward saves."""
     found = {}
     for build in (plain, lora, ours):
         model, parameters = build()
-        call = forward(model, of_inputs=build is plain)
+        call = forward(model, of_inputs=build is plain, autocast=request.param)
         call().backward()  # what is built once
         for parameter in (*model.parameters(), *parameters):
             parameter.grad = None  # as a step has it, which makes LoRA's and ours anew
