@@ -17,6 +17,7 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.generate import compare
 from oft_diffusion.images import labelled_grid, save_png
+from oft_diffusion.load import usual_dtype
 from oft_diffusion.pocket import SUBJECTS, pocket_path, pocket_pipeline, subjects_path
 from oft_diffusion.report import Pictures, Section
 from oft_diffusion.training import TrainConfig, TrainResult, train
@@ -66,7 +67,7 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
         "class_word": subject.object,
         "output_dir": str(out),
     }
-    if not computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu"):
+    if not computes_in_bfloat16(_device()):
         own["mixed_precision"] = "no"
     config = TrainConfig.from_toml(CONFIG, own | settings)
 
@@ -85,10 +86,15 @@ def run_demo(name: str, out: Path, **settings: Any) -> int:
     return 0
 
 
+def _device() -> str:
+    """Where the training runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _sections(name: str, config: TrainConfig, result: TrainResult) -> list[Section]:
     """What the demo adds to the run's page: its own grid."""
     out = Path(config.output_dir)
-    pipe = pocket_pipeline()
+    pipe = pocket_pipeline(torch_dtype=usual_dtype(_device())).to(_device())
     pipe.set_progress_bar_config(disable=True)
     load_oft_weights(pipe, result.adapter, adapter_name=name)
     print("2/2  drawing the same prompts before and after, and measuring", flush=True)
