@@ -69,9 +69,10 @@ bench-gpu: install  ## the same on a CUDA card: under 20 minutes
 	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 18
 	@$(PYTHON) -m benchmarks.speed --table
 
-lint: install  ## ruff: rules and format
+lint: install  ## ruff: rules and format; hadolint: the Dockerfile
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/hadolint app/deploy/Dockerfile
 
 types: install  ## mypy, strict
 	$(BIN)/mypy $(SOURCES)
