@@ -147,6 +147,7 @@ def test_a_set_that_is_new_is_drawn_with_the_adapters_there_are(files: Path, mon
     assert len(records.load(files / "runs.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_tiny_search_is_resumed_and_ranked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"steps": 1, "warmup_steps": 0, "decay_steps": 0, "sampling_steps": 1, "num_class_images": 1}
     monkeypatch.setattr(pocket_recipe, "CANDIDATES", {"one": quick, "two, no captions": quick | {"captions": "none"}})
@@ -257,7 +258,7 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
 @pytest.mark.parametrize(
     ("page", "made"),
     [
-        ("evaluation.md", pocket_subjects.table),
+        pytest.param("evaluation.md", pocket_subjects.table, marks=pytest.mark.slow),  # thousands of resamples
         ("evaluation.md", pocket_recipe.table),
         ("evaluation.md", pocket_look.table),
         ("pocket.md", pocket_base.table),

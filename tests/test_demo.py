@@ -26,8 +26,9 @@ QUICK = {
 
 def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    for steps in (3, 2):
-        assert demo.run_demo("party_car", out, **{**QUICK, "steps": steps, "overwrite": True}) == 0
+    for steps, measured in ((3, 0), (2, 1)):
+        own = {"steps": steps, "evaluation_count": measured, "overwrite": True}
+        assert demo.run_demo("party_car", out, **QUICK | own) == 0
     file = load_adapter_file(out)
     assert file.metadata.training["steps"] == 2
     assert file.metadata.class_word == SUBJECTS["party_car"].object

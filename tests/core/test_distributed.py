@@ -70,6 +70,7 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     start = Adapted(checkpointed=False)
     before = start.bank.generators["default"].detach().clone()

@@ -99,6 +99,7 @@ def test_swaps_and_strengths_recompile_nothing(pipe: Any, mug: Path, plain: Path
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_thousand_swaps_leave_nothing_behind(pipe: Any, mug: Path, plain: Path) -> None:
     torch.compiler.reset()
     backend = CompileCounterWithBackend("eager")

@@ -151,6 +151,7 @@ def snapshots(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(out / f"{name}.safetensors") for name in pretrain_pocket.STAGES}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     fixed = ["--pictures", "12", "--batch-size", "2", "--snapshot-every", "2", "--no-bf16"]
     monkeypatch.setattr("oft_diffusion.pocket.pretrain.classifiers.BATCH", 2)
