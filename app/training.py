@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
 from oft_diffusion.training import TrainConfig
-from oft_diffusion.training.tokens import check_trigger
+from oft_diffusion.training.tokens import check_trigger, is_common
 
 from .kept import Kept
 from .machine import Busy, Job, Machine
@@ -85,13 +86,18 @@ class Training:
     def words_notes(self, trigger: str, class_word: str) -> list[str]:
         """What speaks against a trigger and a class word with this model, in sentences."""
         notes, word = [], class_word.strip().lower()
+        own = self.model.studio().pipe.tokenizer
+        tokenizer = getattr(own, "tokenizer", own)  # of a processor
         if trigger.strip():
             try:
-                check_trigger(self.model.studio().pipe.tokenizer, trigger.strip())
+                check_trigger(tokenizer, trigger.strip())
             except OFTError as error:
                 notes.append(f"{error.problem}: {error.fix}")
-        if word and self.model.shipped and word not in OBJECTS:
-            notes.append(f"this model has never seen a {word}: it knows {', '.join(OBJECTS)}")
+        if self.model.shipped:
+            if word and word not in OBJECTS:
+                notes.append(f"this model has never seen a {word}: it knows {', '.join(OBJECTS)}")
+        elif rare := [part for part in re.findall(r"\w+", word) if not is_common(tokenizer, part)]:
+            notes.append(f"this model may not know a {word}: its tokenizer has no common word for {', '.join(rare)}")
         if word and word in trigger.lower().split():
             notes.append("the trigger holds the class word, whose meaning would be trained, too")
         return notes
