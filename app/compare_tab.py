@@ -86,7 +86,7 @@ class CompareTab:
             label="Left without, right with", interactive=False, visible=False, max_height=520,
             elem_id="slider", buttons=["fullscreen"],
         )  # fmt: skip
-        self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
+        self.which = as_it_came(gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which"))
         self.sheet = gr.Image(
             type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
             alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
@@ -101,7 +101,7 @@ class CompareTab:
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         asking = [self.about, self.adapter, self.strength, self.others, self.run, self.strengths]
         self.way.change(self.choose, [self.way], asking, queue=False, **PRIVATE)
-        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
+        self.which.change(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
         self.triggers.wire(self.subjects, [self.way, self.adapter, self.others, self.run])
 
     def begin(self, known: Any) -> None:
@@ -189,11 +189,13 @@ class CompareTab:
         """The buttons as they are while nothing is compared."""
         return gr.update(value=_GO), gr.update(interactive=False)
 
-    def pick(self, person: str, which: float) -> Any:
-        """Another seed's pair."""
+    def pick(self, person: str, which: float | None) -> Any:
+        """Another seed's pair; of a field that is being typed in, nothing yet."""
+        if not isinstance(which, (int, float)):
+            return gr.skip()
         job = self.session.machine.newest(person, "compare")
         pairs = [found for found in job.progress.found if isinstance(found, tuple)] if job else []
-        return _images(pairs[min(int(which), len(pairs)) - 1]) if pairs else gr.skip()
+        return _images(pairs[max(1, min(int(which), len(pairs))) - 1]) if pairs else gr.skip()
 
     def stop(self, person: str) -> None:
         """Cancel all of this person's comparisons, those that wait, too."""
