@@ -296,14 +296,15 @@ class TrainTab:
             fresh, seen = len(steps) != seen, len(steps)
             news, said = len(notes) != said, len(notes)
             moved, drawn = len(grids) != drawn, len(grids)
+            heeded = not now.ended and self.training.heeds(person)
             yield (
                 status_line(now),
                 told(*notes[-1:]) if news or now.ended else gr.skip(),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
                 gr.update(value=grids[::-1], visible=True) if moved and grids else gr.skip(),
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
-                *[gr.update(interactive=not now.ended)] * 2,
-                *[gr.update(interactive=now.state == "working")] * 2,
+                *[gr.update(interactive=heeded)] * 2,
+                *[gr.update(interactive=heeded and now.state == "working")] * 2,
                 gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
                 gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),

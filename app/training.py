@@ -15,6 +15,7 @@ from oft_diffusion.pocket.world import OBJECTS, Subject
 from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.tokens import check_trigger, is_common
 
+from .covers import covered
 from .kept import Kept
 from .machine import Busy, Job, Machine
 from .model import Model
@@ -160,10 +161,19 @@ class Training:
         job = self.machine.under_way(person, "train")
         if job is None:
             return "Nothing is being trained"
-        if job.progress.state == "waiting":
+        if waits := job.progress.state == "waiting":
             self.machine.cancel(person, job.id)
-        self.runs.stop(job, pause=pause)
+        if not self.runs.stop(job, pause=pause) and not waits:
+            return "Nothing is being trained"
         return "It pauses after this step" if pause else "It ends after this step, and the adapter is kept"
+
+    def heeds(self, person: str) -> bool:
+        """Whether stopping or pausing this person's last run, or asking it for something, does anything now.
+
+        It does not once its steps are done, while the adapter's cover is drawn.
+        """
+        job = self.machine.under_way(person, "train")
+        return job is not None and (job.progress.state == "waiting" or self.runs.takes_steps(job))
 
     def ask(self, person: str, what: Asked) -> str:
         """Have this person's run "save" or "sample" after its step. What will be, in a sentence."""
@@ -216,8 +226,8 @@ class Training:
             raise ConfigError("there is no such run", expected="one of yours", fix="choose one")
         return self.runs.config_of(what), self.workspace.run(what) / PHOTOS
 
-    def _cover(self, card: Card) -> Card:
-        return self.shelf.give_cover(card, self.model.portrait(card))
+    def _cover(self, card: Card, job: Job) -> tuple[Card, list[str]]:
+        return covered(self.shelf, self.model, card, job)
 
     def _check_free(self, person: str) -> None:
         """One run of a person at a time: the page shows, stops and pauses one."""
