@@ -13,7 +13,7 @@ from oft_diffusion.errors import ConfigError, OFTError
 from .drawing import STRENGTHS, Request, number, seeds_from, settings_of
 from .events import LOOKING, PRIVATE, as_it_came
 from .machine import Job
-from .prompts import Subject
+from .prompts import Subject, with_subject
 from .session import Session
 from .settings_box import SettingsBox, negative_prompt
 from .trigger_box import TriggerBox
@@ -97,6 +97,7 @@ class CompareTab:
             self.person, self.way, self.prompt, self.negative, self.adapter, self.strength, self.others, self.run,
             self.strengths, self.seed, self.count, *self.settings.inputs,
         ]  # fmt: skip
+        self.of_a_run = [self.way, self.run, self.prompt]
         self.shown = [self.status, self.preview, self.slider, self.which, self.sheet, self.go, self.cancel]
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         asking = [self.about, self.adapter, self.strength, self.others, self.run, self.strengths]
@@ -125,6 +126,11 @@ class CompareTab:
         """Those that have checkpoints, for the menu."""
         runs = self.session.training.runs.with_checkpoints()
         return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in runs]
+
+    def asked_for(self, run: str, prompt: str) -> tuple[Any, ...]:
+        """What compares a run's checkpoints, its subject in the prompt."""
+        [subject] = self.subjects(BY_STEP, None, None, run) or [Subject("", "")]
+        return BY_STEP, gr.update(choices=self.runs(), value=run), with_subject(prompt, subject)
 
     def subjects(self, way: str, adapter: str | None, others: list[str] | None, run: str | None) -> list[Subject]:
         """What that which is compared was trained on."""

@@ -269,6 +269,10 @@ class Runs:
         """Those that have any to compare, newest first."""
         return [run for run in self.earlier() if run.checkpoints]
 
+    def has_checkpoints(self, run_id: str) -> bool:
+        """Whether a run has any to compare."""
+        return bool(_checkpoints(self.workspace.run(run_id)))
+
     def model_of(self, run_id: str) -> str:
         """What a run was begun on, as the app's `--model` has it."""
         return str(self._state(run_id).get("model", self.moved_model))  # runs of earlier versions do not tell

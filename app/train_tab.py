@@ -126,6 +126,9 @@ class TrainTab:
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
+            self.compare = gr.Button(
+                "Compare its checkpoints", interactive=False, size="sm", min_width=160, elem_id="train-compare"
+            )
         self.status = gr.HTML(status_line(None), elem_id="train-status")
         self.note = gr.HTML(told(""), elem_id="train-note")
         gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
@@ -166,7 +169,7 @@ class TrainTab:
         self.look = self.photos.look
         self.shown = [
             self.status, self.note, self.curve, self.grids, self.go, self.stop, self.pause, self.sample, self.save,
-            self.earlier, self.along, *self.changed,
+            self.compare, self.earlier, self.along, *self.changed,
         ]  # fmt: skip
         self.buttons = [self.go, self.stop, self.pause, self.sample, self.save]
         self.measured = [self.estimated, self.ask, self.cancel_ask]
@@ -305,6 +308,7 @@ class TrainTab:
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 *[gr.update(interactive=heeded)] * 2,
                 *[gr.update(interactive=heeded and now.state == "working")] * 2,
+                gr.update(interactive=bool(self.training.comparable(person))) if fresh or now.ended else gr.skip(),
                 gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
                 gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),

@@ -175,6 +175,11 @@ class Training:
         job = self.machine.under_way(person, "train")
         return job is not None and (job.progress.state == "waiting" or self.runs.takes_steps(job))
 
+    def comparable(self, person: str) -> str:
+        """This person's last run since the server started, where it has a checkpoint; else empty."""
+        job = self.machine.newest(person, "train")
+        return job.about if job is not None and self.runs.has_checkpoints(job.about) else ""
+
     def ask(self, person: str, what: Asked) -> str:
         """Have this person's run "save" or "sample" after its step. What will be, in a sentence."""
         job = self.machine.newest(person, "train")

@@ -369,6 +369,8 @@ def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> No
     assert run.done
     assert list(run.checkpoints) == sorted(run.checkpoints)
     assert len(run.checkpoints) > 2
+    assert filled.training.comparable(person) == run.id
+    assert filled.training.comparable(new_token()) == ""
     request = Request("a zwx thing", (1, 2), steps=1)
     [sheet] = ended(filled.comparing.run_grid(person, request, run.id, (0.0, 1.0))).found
     told = filled.settings_in(sheet)
