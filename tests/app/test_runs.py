@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 from PIL import Image
 
@@ -17,13 +16,13 @@ from app.machine import Job
 from app.packing import COMMAND
 from app.runs import Wish
 from app.session import Session
-from app.train_tab import TrainTab
 from app.workspace import new_token
 from oft_diffusion import cli
 from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainStep, train
 from tests.app.test_photos import noise
+from tests.app.test_train_tab import laid_out
 from tests.helpers.app_page import occupied
 
 QUICK: dict[str, Any] = {
@@ -124,9 +123,7 @@ def test_while_a_cover_is_drawn_there_is_nothing_to_stop(
 ) -> None:
     training, free = filled.training, threading.Event()
     monkeypatch.setattr(filled.model, "portrait", lambda *_: free.wait(60) and Image.new("RGB", (8, 8)))
-    with gr.Blocks():
-        menu = gr.Dropdown([])
-        tab = TrainTab(filled, gr.BrowserState(None), lambda: (gr.update(),), [menu], menu)
+    tab = laid_out(filled)
     training.start(person, wish(validation_every=100))
     enabled = [tab.shown.index(button) for button in (tab.stop, tab.pause, tab.sample, tab.save)]
     seen = set[tuple[bool, ...]]()
