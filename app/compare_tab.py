@@ -13,7 +13,7 @@ from oft_diffusion.errors import ConfigError, OFTError
 from .drawing import STRENGTHS, Request, number, seeds_from, settings_of
 from .events import LOOKING, PRIVATE, as_it_came
 from .machine import Job
-from .prompts import Subject
+from .prompts import Subject, with_subject
 from .session import Session
 from .settings_box import SettingsBox, negative_prompt
 from .trigger_box import TriggerBox
@@ -86,7 +86,7 @@ class CompareTab:
             label="Left without, right with", interactive=False, visible=False, max_height=520,
             elem_id="slider", buttons=["fullscreen"],
         )  # fmt: skip
-        self.which = gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which")
+        self.which = as_it_came(gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which"))
         self.sheet = gr.Image(
             type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
             alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
@@ -97,11 +97,12 @@ class CompareTab:
             self.person, self.way, self.prompt, self.negative, self.adapter, self.strength, self.others, self.run,
             self.strengths, self.seed, self.count, *self.settings.inputs,
         ]  # fmt: skip
+        self.of_a_run = [self.way, self.run, self.prompt]
         self.shown = [self.status, self.preview, self.slider, self.which, self.sheet, self.go, self.cancel]
         self.cancel.click(self.stop, [self.person], None, queue=False, **PRIVATE)
         asking = [self.about, self.adapter, self.strength, self.others, self.run, self.strengths]
         self.way.change(self.choose, [self.way], asking, queue=False, **PRIVATE)
-        self.which.release(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
+        self.which.change(self.pick, [self.person, self.which], [self.slider], queue=False, **PRIVATE)
         self.triggers.wire(self.subjects, [self.way, self.adapter, self.others, self.run])
 
     def begin(self, known: Any) -> None:
@@ -125,6 +126,11 @@ class CompareTab:
         """Those that have checkpoints, for the menu."""
         runs = self.session.training.runs.with_checkpoints()
         return [(f"{run.name}, {len(run.checkpoints)} checkpoints", run.id) for run in runs]
+
+    def asked_for(self, run: str, prompt: str) -> tuple[Any, ...]:
+        """What compares a run's checkpoints, its subject in the prompt."""
+        [subject] = self.subjects(BY_STEP, None, None, run) or [Subject("", "")]
+        return BY_STEP, gr.update(choices=self.runs(), value=run), with_subject(prompt, subject)
 
     def subjects(self, way: str, adapter: str | None, others: list[str] | None, run: str | None) -> list[Subject]:
         """What that which is compared was trained on."""
@@ -189,11 +195,13 @@ class CompareTab:
         """The buttons as they are while nothing is compared."""
         return gr.update(value=_GO), gr.update(interactive=False)
 
-    def pick(self, person: str, which: float) -> Any:
-        """Another seed's pair."""
+    def pick(self, person: str, which: float | None) -> Any:
+        """Another seed's pair; of a field that is being typed in, nothing yet."""
+        if not isinstance(which, (int, float)):
+            return gr.skip()
         job = self.session.machine.newest(person, "compare")
         pairs = [found for found in job.progress.found if isinstance(found, tuple)] if job else []
-        return _images(pairs[min(int(which), len(pairs)) - 1]) if pairs else gr.skip()
+        return _images(pairs[max(1, min(int(which), len(pairs))) - 1]) if pairs else gr.skip()
 
     def stop(self, person: str) -> None:
         """Cancel all of this person's comparisons, those that wait, too."""

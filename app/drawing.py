@@ -26,6 +26,7 @@ from .shelf import Card
 
 MOST_PICTURES, MOST_STEPS, LARGEST = 16, 150, 2048
 MOST_ADAPTERS, STRENGTHS = 3, (-1.0, 2.0)
+FORM_GUIDANCE = 20.0  # where the form's slider ends
 LONGEST_PROMPT = 4000
 _MOST_LOADED = 6  # adapters that stay in the pipeline, in case they are wanted again
 

@@ -16,6 +16,9 @@ CSS = """
 .status .bar { height: 4px; margin-top: 0.4rem; border-radius: 2px; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.3s; }
 .status.problem .bar { visibility: hidden; }
+/* a thumb is white, as what lies around it nearly is */
+input[type=range]::-webkit-slider-thumb { box-sizing: border-box; border: 2px solid var(--color-accent) !important; }
+input[type=range]::-moz-range-thumb { box-sizing: border-box; border: 2px solid var(--color-accent) !important; }
 .note:not(:empty) { padding: 0.4rem 0.75rem; border-left: 3px solid var(--color-accent); }
 .note ul { margin: 0; padding-left: 1.1rem; }
 .block:has(.note:empty):not(:has(.block)) { margin-top: calc(-1 * var(--layout-gap)); }

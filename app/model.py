@@ -73,12 +73,17 @@ class Model:
         """What the model can be asked."""
         return self.studio().abilities
 
-    def portrait(self, card: Card) -> Image.Image:
-        """What an adapter is for, in one picture. In the machine's turn, as all drawing."""
+    def portrait(self, card: Card, job: Job) -> Image.Image:
+        """What an adapter is for, in one picture, which is drawn in a job's turn.
+
+        Raises:
+            Cancelled: the job was cancelled.
+            OFTError: the adapter does not fit, or was deleted meanwhile.
+        """
         drawn: list[Picture] = []
         own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
         request = Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        self.studio().draw(request, Job("the server", "cover"), drawn.append)
+        self.studio().draw(request, job, drawn.append)
         return drawn[0].image
 
     def parts(self) -> dict[str, nn.Module]:

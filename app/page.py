@@ -65,19 +65,24 @@ def build(session: Session) -> Page:
             f"anywhere under *Generate*. {_where(session.model.device)}",
             elem_id="title",
         )
-        with gr.Tab("Generate", id="generate"):
-            drawing = GenerateTab(session, person)
-        compare_place = gr.Tab("Compare", id="compare")
-        train_place = gr.Tab("Train", id="train")
-        with gr.Tab("Adapters", id="adapters"):
-            shelf = AdaptersTab(session, person, [(menu, _or_none) for menu in drawing.slots.menus])
-        with compare_place:
-            comparing = CompareTab(session, person)
-            shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
-            shelf.menus.append((comparing.run, lambda _: comparing.runs()))
-        shelf.wire()
-        with train_place:
-            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate"):
+                drawing = GenerateTab(session, person)
+            compare_place = gr.Tab("Compare", id="compare")
+            train_place = gr.Tab("Train", id="train")
+            with gr.Tab("Adapters", id="adapters"):
+                shelf = AdaptersTab(session, person, [(menu, _or_none) for menu in drawing.slots.menus])
+            with compare_place:
+                comparing = CompareTab(session, person)
+                shelf.menus += [(comparing.adapter, usable), (comparing.others, usable)]
+                shelf.menus.append((comparing.run, lambda _: comparing.runs()))
+            shelf.wire()
+            with train_place:
+                training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
+        training.compare.click(
+            lambda person, prompt: _shown_in_compare(comparing, session.training.comparable(person), prompt),
+            [person, comparing.prompt], [tabs, *comparing.of_a_run], queue=False, **PRIVATE,
+        )  # fmt: skip
         shelf.kept.shows = [
             (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
             (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
@@ -114,6 +119,12 @@ def _lies_in(folder: Path, path: str) -> bool:
         return Path(path).resolve().is_relative_to(folder)
     except (OSError, ValueError):  # no path of any file
         return False
+
+
+def _shown_in_compare(comparing: CompareTab, run: str, prompt: str | None) -> tuple[Any, ...]:
+    """The tab that compares, asked for this run's checkpoints; nothing where there are none any more."""
+    found = comparing.asked_for(run, prompt or "") if run else None
+    return (gr.skip(),) * (1 + len(comparing.of_a_run)) if found is None else (gr.update(selected="compare"), *found)
 
 
 def _or_none(cards: Cards) -> Choices:

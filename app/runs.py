@@ -88,12 +88,12 @@ class Runs:
         moved_model: its name on another machine.
         presets: names of configurations that fit it, the best first.
         knobs: what all of them are changed in.
-        cover: gives a new adapter its cover.
+        cover: gives a new adapter its cover, in a job's turn: its card then, and sentences about what went wrong.
     """
 
     def __init__(
         self, workspace: Workspace, shelf: Shelf, model: str, moved_model: str, presets: Sequence[str],
-        knobs: Mapping[str, Any], cover: Callable[[Card], Card],
+        knobs: Mapping[str, Any], cover: Callable[[Card, Job], tuple[Card, list[str]]],
     ) -> None:  # fmt: skip
         self.workspace, self.shelf, self.model, self.moved_model = workspace, shelf, model, moved_model
         self.presets, self.knobs, self.cover = presets, knobs, cover
@@ -226,13 +226,19 @@ class Runs:
                 self._note(run_id, {"done": True})
             raise
         finally:
-            del self._control[job.id]
+            self._control.pop(job.id, None)
 
-    def stop(self, job: Job, *, pause: bool) -> None:
-        """End a run after its step: paused, to be gone on with, or with the adapter as it is."""
-        if (control := self._control.get(job.id)) is not None:
-            control.paused, control.ended = pause, True
-            control.stop_run()
+    def stop(self, job: Job, *, pause: bool) -> bool:
+        """End a run after its step: paused, to be gone on with, or with the adapter as it is; whether it takes any."""
+        if (control := self._control.get(job.id)) is None:
+            return False
+        control.paused, control.ended = pause, True
+        control.stop_run()
+        return True
+
+    def takes_steps(self, job: Job) -> bool:
+        """Whether a run prepares for steps or takes them: it can be stopped, and asked for what it does after one."""
+        return job.id in self._control
 
     def ask(self, job: Job, what: Asked) -> bool:
         """Have a run "save" a checkpoint, or "sample" pictures, after its step; whether it is under way."""
@@ -263,6 +269,10 @@ class Runs:
         """Those that have any to compare, newest first."""
         return [run for run in self.earlier() if run.checkpoints]
 
+    def has_checkpoints(self, run_id: str) -> bool:
+        """Whether a run has any to compare."""
+        return bool(_checkpoints(self.workspace.run(run_id)))
+
     def model_of(self, run_id: str) -> str:
         """What a run was begun on, as the app's `--model` has it."""
         return str(self._state(run_id).get("model", self.moved_model))  # runs of earlier versions do not tell
@@ -276,10 +286,11 @@ class Runs:
         if control.paused:
             job.tell(text=f"paused at step {result.steps}")
             return
-        job.tell(text="drawing a cover")
-        card = self.cover(self.shelf.add(result.adapter, self._state(run_id)["name"]))
+        del self._control[job.id]  # what is left cannot be paused
+        card = self.shelf.add(result.adapter, self._state(run_id)["name"])
         self._note(run_id, {"done": True})
-        job.tell(card, text=f"the adapter {card.name} is on the shelf")
+        card, notes = self.cover(card, job)
+        job.tell(*notes, card, text=f"the adapter {card.name} is on the shelf")
 
     def _for_page(self, run_id: str, step: TrainStep) -> TrainStep:
         """With its grid where the page may show it from: in a run's folder lie its pictures, too."""

@@ -15,7 +15,7 @@ from oft_diffusion.generate import Picture
 from oft_diffusion.images import read_settings, save_png
 
 from .comparing import Comparing
-from .drawing import MOST_ADAPTERS, Abilities, Request, check, newest_first, number
+from .drawing import FORM_GUIDANCE, MOST_ADAPTERS, Abilities, Request, check, newest_first, number
 from .machine import Job, Machine
 from .model import Model
 from .room import check_room, check_shelf
@@ -24,6 +24,8 @@ from .training import Training
 from .words import caption
 from .workshop import Workshop
 from .workspace import Workspace, new_id
+
+_EXACT = 2**53  # JavaScript's numbers count so far
 
 
 class Session:
@@ -168,6 +170,10 @@ class Session:
             change=0.6 if change is None else float(change),
         )
         check(request, own)
+        if request.seeds[0] > _EXACT:
+            notes.append("its seed is larger than a browser counts exactly: it is rounded, and gives another picture")
+        if request.guidance > FORM_GUIDANCE:
+            notes.append(f"its guidance is {request.guidance:g}, and the form's slider ends at {FORM_GUIDANCE:g}")
         return request, notes
 
     # -- adapters ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from .drawing import MOST_STEPS, Abilities
+from .drawing import FORM_GUIDANCE, MOST_STEPS, Abilities
 from .events import as_it_came
 
 
@@ -28,7 +28,9 @@ class SettingsBox:
     def __init__(self, own: Abilities, prefix: str = "") -> None:
         with gr.Row():
             steps = gr.Slider(1, MOST_STEPS, own.steps, step=1, label="Steps", elem_id=f"{prefix}steps")
-            guidance = gr.Slider(0, 20, own.guidance, step=0.5, label="Guidance", elem_id=f"{prefix}guidance")
+            guidance = gr.Slider(
+                0, FORM_GUIDANCE, own.guidance, step=0.5, label="Guidance", elem_id=f"{prefix}guidance"
+            )
         self.scheduler = gr.Dropdown(
             list(own.schedulers), value=own.schedulers[0], label="Scheduler", elem_id=f"{prefix}scheduler"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
-from .events import LOOKING, PRIVATE
+from .drawing import number
+from .events import LOOKING, PRIVATE, as_it_came
 from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
@@ -104,8 +105,10 @@ class TrainTab:
             self.seed = gr.Number(
                 value=0, precision=0, minimum=0, label="Seed", elem_id="run-seed", min_width=120
             )  # fmt: skip
+        for component in (self.steps, self.rate, self.seed):
+            as_it_came(component)
         self.prompts = gr.Textbox(
-            value="\n".join(defaults["validation_prompts"]), lines=3, elem_id="run-prompts",
+            value=_prompts(defaults), lines=3, elem_id="run-prompts",
             label="Prompts to look at while it trains, one per line",
         )  # fmt: skip
 
@@ -126,6 +129,9 @@ class TrainTab:
             small: dict[str, Any] = {"size": "sm", "min_width": 90}
             self.sample = gr.Button("Draw now", interactive=False, elem_id="train-sample", **small)
             self.save = gr.Button("Save now", interactive=False, elem_id="train-save", **small)
+            self.compare = gr.Button(
+                "Compare its checkpoints", interactive=False, size="sm", min_width=160, elem_id="train-compare"
+            )
         self.status = gr.HTML(status_line(None), elem_id="train-status")
         self.note = gr.HTML(told(""), elem_id="train-note")
         gr.HTML(empty("How the loss falls, and pictures drawn meanwhile, will be here."), elem_id="train-empty")
@@ -154,10 +160,11 @@ class TrainTab:
         for box in words:
             box.change(self.check_words, words, [self.words_note], queue=False, **PRIVATE)
         self.photos.on_example(self.name, self.class_word)
-        for control in (self.preset, self.length):
-            control.input(
-                self.choose, [self.preset, self.length], [self.steps, self.rate, self.block, self.prompts], **PRIVATE
-            )
+        chosen = [self.preset, self.length]
+        self.preset.input(
+            self.choose, [*chosen, self.prompts], [self.steps, self.rate, self.block, self.prompts], **PRIVATE
+        )
+        self.length.input(self.steps_for, chosen, [self.steps], **PRIVATE)
         self.asked = [
             self.person, self.name, self.trigger, self.class_word, self.preset, self.steps, self.rate, self.block,
             self.seed, self.prompts,
@@ -166,7 +173,7 @@ class TrainTab:
         self.look = self.photos.look
         self.shown = [
             self.status, self.note, self.curve, self.grids, self.go, self.stop, self.pause, self.sample, self.save,
-            self.earlier, self.along, *self.changed,
+            self.compare, self.earlier, self.along, *self.changed,
         ]  # fmt: skip
         self.buttons = [self.go, self.stop, self.pause, self.sample, self.save]
         self.measured = [self.estimated, self.ask, self.cancel_ask]
@@ -208,14 +215,24 @@ class TrainTab:
         """What speaks against these words."""
         return told(*self.training.words_notes(trigger or "", class_word or ""))
 
-    def choose(self, preset: str, length: str) -> tuple[Any, ...]:
-        """A preset's settings."""
+    def choose(self, preset: str, length: str, prompts: str | None) -> tuple[Any, ...]:
+        """A preset's settings; prompts that somebody has written stay."""
         try:
             found = self.training.defaults(preset)
-            steps = max(1, round(found["steps"] * LENGTHS[length]))
-        except (OFTError, KeyError):
+        except OFTError:
             return (gr.skip(),) * 4
-        return steps, found["learning_rate"], found["block_size"], "\n".join(found["validation_prompts"])
+        given = {_prompts(self.training.defaults(name)) for name in self.training.runs.presets}
+        return (
+            self.steps_for(preset, length), found["learning_rate"], found["block_size"],
+            _prompts(found) if (prompts or "") in given else gr.skip(),
+        )  # fmt: skip
+
+    def steps_for(self, preset: str, length: str) -> Any:
+        """As many as a preset takes for a run that long."""
+        try:
+            return max(1, round(self.training.defaults(preset)["steps"] * LENGTHS[length]))
+        except (OFTError, KeyError):
+            return gr.skip()
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -296,14 +313,16 @@ class TrainTab:
             fresh, seen = len(steps) != seen, len(steps)
             news, said = len(notes) != said, len(notes)
             moved, drawn = len(grids) != drawn, len(grids)
+            heeded = not now.ended and self.training.heeds(person)
             yield (
                 status_line(now),
                 told(*notes[-1:]) if news or now.ended else gr.skip(),
                 loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
                 gr.update(value=grids[::-1], visible=True) if moved and grids else gr.skip(),
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
-                *[gr.update(interactive=not now.ended)] * 2,
-                *[gr.update(interactive=now.state == "working")] * 2,
+                *[gr.update(interactive=heeded)] * 2,
+                *[gr.update(interactive=heeded and now.state == "working")] * 2,
+                gr.update(interactive=bool(self.training.comparable(person))) if fresh or now.ended else gr.skip(),
                 gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
                 gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
@@ -322,9 +341,11 @@ class TrainTab:
     def _wish(self, name: str, trigger: str, class_word: str, preset: str, *knobs: Any) -> Wish:
         steps, rate, block, seed, prompts = knobs
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+        count = int(number("Steps", steps))
         settings = {
-            "steps": int(steps), "learning_rate": float(rate), "block_size": int(block), "seed": int(seed or 0),
-            "validation_prompts": lines, "validation_every": max(1, int(steps) // 3),
+            "steps": count, "learning_rate": float(number("The learning rate", rate)),
+            "block_size": int(number("The block size", block)), "seed": int(number("The seed", seed)),
+            "validation_prompts": lines, "validation_every": max(1, count // 3),
         }  # fmt: skip
         return Wish(name or "", trigger or "", class_word or "", settings, preset or "")
 
@@ -348,3 +369,8 @@ class TrainTab:
         """Runs that can be gone on with, for the menu."""
         unfinished = self.training.unfinished(person)
         return [(f"{run.name}: step {run.step} of {run.steps}", run.id) for run in unfinished]
+
+
+def _prompts(settings: Mapping[str, Any]) -> str:
+    """Those of a preset, as the form has them."""
+    return "\n".join(settings["validation_prompts"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.pocket import SUBJECTS, subjects_path
 from oft_diffusion.pocket.world import OBJECTS, Subject
 from oft_diffusion.training import TrainConfig
-from oft_diffusion.training.tokens import check_trigger
+from oft_diffusion.training.tokens import check_trigger, is_common
 
+from .covers import covered
 from .kept import Kept
 from .machine import Busy, Job, Machine
 from .model import Model
@@ -85,13 +87,18 @@ class Training:
     def words_notes(self, trigger: str, class_word: str) -> list[str]:
         """What speaks against a trigger and a class word with this model, in sentences."""
         notes, word = [], class_word.strip().lower()
+        own = self.model.studio().pipe.tokenizer
+        tokenizer = getattr(own, "tokenizer", own)  # of a processor
         if trigger.strip():
             try:
-                check_trigger(self.model.studio().pipe.tokenizer, trigger.strip())
+                check_trigger(tokenizer, trigger.strip())
             except OFTError as error:
                 notes.append(f"{error.problem}: {error.fix}")
-        if word and self.model.shipped and word not in OBJECTS:
-            notes.append(f"this model has never seen a {word}: it knows {', '.join(OBJECTS)}")
+        if self.model.shipped:
+            if word and word not in OBJECTS:
+                notes.append(f"this model has never seen a {word}: it knows {', '.join(OBJECTS)}")
+        elif rare := [part for part in re.findall(r"\w+", word) if not is_common(tokenizer, part)]:
+            notes.append(f"this model may not know a {word}: its tokenizer has no common word for {', '.join(rare)}")
         if word and word in trigger.lower().split():
             notes.append("the trigger holds the class word, whose meaning would be trained, too")
         return notes
@@ -154,10 +161,24 @@ class Training:
         job = self.machine.under_way(person, "train")
         if job is None:
             return "Nothing is being trained"
-        if job.progress.state == "waiting":
+        if waits := job.progress.state == "waiting":
             self.machine.cancel(person, job.id)
-        self.runs.stop(job, pause=pause)
+        if not self.runs.stop(job, pause=pause) and not waits:
+            return "Nothing is being trained"
         return "It pauses after this step" if pause else "It ends after this step, and the adapter is kept"
+
+    def heeds(self, person: str) -> bool:
+        """Whether stopping or pausing this person's last run, or asking it for something, does anything now.
+
+        It does not once its steps are done, while the adapter's cover is drawn.
+        """
+        job = self.machine.under_way(person, "train")
+        return job is not None and (job.progress.state == "waiting" or self.runs.takes_steps(job))
+
+    def comparable(self, person: str) -> str:
+        """This person's last run since the server started, where it has a checkpoint; else empty."""
+        job = self.machine.newest(person, "train")
+        return job.about if job is not None and self.runs.has_checkpoints(job.about) else ""
 
     def ask(self, person: str, what: Asked) -> str:
         """Have this person's run "save" or "sample" after its step. What will be, in a sentence."""
@@ -210,8 +231,8 @@ class Training:
             raise ConfigError("there is no such run", expected="one of yours", fix="choose one")
         return self.runs.config_of(what), self.workspace.run(what) / PHOTOS
 
-    def _cover(self, card: Card) -> Card:
-        return self.shelf.give_cover(card, self.model.portrait(card))
+    def _cover(self, card: Card, job: Job) -> tuple[Card, list[str]]:
+        return covered(self.shelf, self.model, card, job)
 
     def _check_free(self, person: str) -> None:
         """One run of a person at a time: the page shows, stops and pauses one."""

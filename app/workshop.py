@@ -15,6 +15,7 @@ from oft_diffusion.convert import convert
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.files import AdapterFile, load_adapter_file
 
+from .covers import covered
 from .machine import Job, Machine
 from .model import Model
 from .room import check_room, check_shelf
@@ -114,9 +115,8 @@ class Workshop:
             made = interpolate(files[0], files[1], share) if how == "interpolate" else compose(files)
             job.check()
             card = self.shelf.put(made, name)
-            job.tell(text="drawing a cover")
-            card = self.shelf.give_cover(card, self.model.portrait(card))
-            job.tell(*made.notes, card, text=f"the adapter {card.name} is on the shelf")
+            card, notes = covered(self.shelf, self.model, card, job)
+            job.tell(*made.notes, *notes, card, text=f"the adapter {card.name} is on the shelf")
 
         return self.machine.start(person, "combine", work)
 

@@ -160,18 +160,28 @@ def _from_image(
 
 def _told(pipe: Any, on_step: Callable[[Step], object] | None, first: int, count: int) -> dict[str, Any]:
     """What has the pipeline call back, where it can."""
-    if on_step is None or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+    known = inspect.signature(type(pipe).__call__).parameters
+    if on_step is None:
         return {}
 
-    def after(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def tell(index: int, steps: int, latents: torch.Tensor | None) -> None:
         try:
-            on_step(Step(index + 1, pipe.num_timesteps, first, count, tensors.get("latents")))
+            on_step(Step(index + 1, steps, first, count, latents))
         except BaseException:
             pipe.maybe_free_model_hooks()  # as it would have done at its end
             raise
+
+    def after(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tell(index, pipe.num_timesteps, tensors.get("latents"))
         return {}
 
-    return {"callback_on_step_end": after}
+    def formerly(index: int, _: Any, latents: torch.Tensor) -> None:
+        scheduler = pipe.scheduler  # which passes twice through each step where its order is 2
+        tell(index, -(-len(scheduler.timesteps) // scheduler.order), latents)
+
+    if "callback_on_step_end" in known:
+        return {"callback_on_step_end": after}
+    return {"callback": formerly, "callback_steps": 1} if "callback" in known else {}  # PixArt's
 
 
 def _extra(pipe: Any, width: int | None, height: int | None, clip_skip: int | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -95,7 +96,9 @@ def write_report(
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """The losses as HTML: every step as a dot, and a running mean over a tenth of the run as a line.
+    """The losses as HTML: steps as dots, and a running mean over a tenth of the run as a line.
+
+    Of a long run, `_MOST_DOTS` steps are drawn, evenly, the last one among them; the mean is that of all.
 
     Labels are texts around the drawing, whose size does not depend on its width. It needs no stylesheet, and has the
     colour of the text around it where none says otherwise. Steps whose loss was not finite have no dot.
@@ -105,7 +108,9 @@ def loss_curve(losses: Sequence[float]) -> str:
         return f"<p>{'No step had a finite loss' if losses else 'No step was made'}.</p>"
     finite = [losses[i] for i in steps]
     window = max(1, len(finite) // 10)
-    means = [sum(finite[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(finite))]
+    sums = [0.0, *accumulate(finite)]
+    means = [max(0.0, sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    drawn = [*range(0, len(finite) - 1, math.ceil(len(finite) / _MOST_DOTS)), len(finite) - 1]
     levels = _levels(max(finite))
 
     def point(step: int, value: float) -> str:
@@ -113,13 +118,13 @@ def loss_curve(losses: Sequence[float]) -> str:
 
     begun, ended = means[min(window, len(means)) - 1], means[-1]
     lines = "".join(f"M{point(0, level)}h{_SIDE}" for level in levels)
-    dots = "".join(f"M{point(i, v)}h0" for i, v in zip(steps, finite, strict=True))
+    dots = "".join(f"M{point(steps[i], finite[i])}h0" for i in drawn)
     return _CURVE.substitute(
         label=f"Loss over {len(losses)} steps, from a mean of {begun:.3g} to {ended:.3g}",
         side=_SIDE,
         drawing=_stroke("lines", lines, 1, 0.2)
         + _stroke("dots", dots, 4, 0.4)
-        + _stroke("mean", "M" + " ".join(point(i, v) for i, v in zip(steps, means, strict=True)), 2, 1),
+        + _stroke("mean", "M" + " ".join(point(steps[i], means[i]) for i in drawn), 2, 1),
         levels="".join(f"<span>{level:g}</span>" for level in reversed(levels)),
         steps="<div>loss, and its running mean</div>".join(f"<span>step {i}</span>" for i in sorted({1, len(losses)})),
     )
@@ -194,6 +199,7 @@ def _shown(value: object) -> str:
 
 
 _SIDE = 1000  # of the curve's drawing, in its own units
+_MOST_DOTS = 600  # about as many as can be told apart
 _CURVE = Template("""<div class="curve" role="img" aria-label="$label"
 style="display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .6rem; padding-top: .5rem;
 font-size: .8rem; line-height: 1">

@@ -96,6 +96,7 @@ LAYERS: dict[str, Layer] = {
             "shelf",
             "drawing",
             "comparing",
+            "covers",
             "photos",
             "runs",
             "kept",

@@ -34,14 +34,19 @@ def load_tokenizer(base: Base) -> Any:
     return getattr(found, "tokenizer", found)  # of a processor
 
 
+def is_common(tokenizer: Any, word: str) -> bool:
+    """Whether a word is one frequent token, at the beginning of a prompt or, where that differs, within it."""
+    ways = (tokenizer(text, add_special_tokens=False).input_ids for text in (word, f" {word}"))
+    return any(len(ids) == 1 and ids[0] < COMMON_BELOW for ids in ways)
+
+
 def check_trigger(tokenizer: Any, trigger: str) -> None:
     """Refuse a trigger that the model knows as a word: each of its words one frequent token.
 
     Raises:
         ConfigError: training would have to unlearn that word's meaning.
     """
-    tokens = [tokenizer(word, add_special_tokens=False).input_ids for word in trigger.split()]
-    if all(len(ids) == 1 and ids[0] < COMMON_BELOW for ids in tokens):
+    if all(is_common(tokenizer, word) for word in trigger.split()):
         raise ConfigError(
             f"the trigger {trigger!r} is a common word to this model's tokenizer",
             expected="a rare word, which has no meaning yet that training would have to fight",

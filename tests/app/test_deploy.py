@@ -14,6 +14,7 @@ import httpx
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import parse_wheel_filename
 
 from app.main import AUTH, arguments_of
 from oft_diffusion.errors import ConfigError
@@ -116,10 +117,20 @@ def test_the_space_says_what_the_project_says() -> None:
     assert found["license"] == PROJECT["license"].lower()
     assert (DEPLOY / "space" / found["app_file"]).is_file()
     lines = (DEPLOY / "space" / "requirements.txt").read_text().splitlines()
-    [needed] = [Requirement(line) for line in lines if not line.startswith("#")]
-    assert needed.name == PROJECT["name"]
-    assert needed.extras <= set(EXTRAS)
-    assert {"app", "train"} <= needed.extras
+    [needed] = [line for line in lines if not line.startswith("#")]
+    file, extras = needed.removeprefix("./").rstrip("]").split("[")
+    name, version, _, tags = parse_wheel_filename(file)
+    assert (name, str(version)) == (PROJECT["name"], PROJECT["version"])
+    assert {str(tag) for tag in tags} == {"py3-none-any"}
+    assert set(extras.split(",")) == {"app", "train"} <= set(EXTRAS)
+
+
+def test_the_space_is_not_installed_without_its_wheel(space: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--dry-run", "-r", "requirements.txt"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=space)
+    assert ended.returncode == 1
+    assert "oft_diffusion" in ended.stderr
+    assert "No such file" in ended.stderr
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 
 from app.drawing import Request, Studio
-from app.machine import Job
+from app.machine import Cancelled, Job
 from app.previews import Previews, decoded
 from oft_diffusion.generate import Step, generate
 from tests.helpers.tiny_families import BUILDERS, side_of, tiny_family
-
-SILENT = {"PixArtAlphaPipeline", "PixArtSigmaPipeline"}  # they tell of no steps
 
 
 def drawn(pipe: Any, width: int, height: int, steps: int = 2) -> tuple[Any, list[Step]]:
@@ -26,23 +25,52 @@ def drawn(pipe: Any, width: int, height: int, steps: int = 2) -> tuple[Any, list
     return picture.image, told
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in SILENT])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_of_what_is_finished_it_is_the_picture(name: str, tmp_path: Path) -> None:
     pipe, width = tiny_family(name, tmp_path), side_of(name)
     height = width if name == "HiDreamImagePipeline" else 2 * width  # which enlarges what is that small
-    picture, [*_, last] = drawn(pipe, width, height)
+    picture, [*before, last] = drawn(pipe, width, height)
+    assert [(step.step, step.steps) for step in (*before, last)] == [(1, 2), (2, 2)]
     assert last.latents is not None
     found = decoded(pipe, last.latents, (width, height))
     assert found is not None
     assert np.array_equal(np.asarray(found), np.asarray(picture))
 
 
-@pytest.mark.parametrize("name", sorted(SILENT))
-def test_those_without_are_known(name: str, tmp_path: Path) -> None:
-    assert drawn(tiny_family(name, tmp_path), side_of(name), side_of(name))[1] == []
+def test_a_scheduler_that_passes_twice_through_a_step_tells_of_it_once(tmp_path: Path) -> None:
+    pipe = tiny_family("PixArtSigmaPipeline", tmp_path)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    told = drawn(pipe, 16, 16, steps=3)[1]
+    assert [(step.step, step.steps) for step in told] == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"])
+def test_a_cancel_ends_a_drawing_within_a_step(name: str, tmp_path: Path) -> None:
+    job, pipe, side = Job("somebody", "draw"), tiny_family(name, tmp_path), side_of(name)
+    pipe.set_progress_bar_config(disable=True)
+    tell, told = job.tell, list[str]()
+
+    def cancel_at_the_second(*found: Any, **changes: Any) -> None:
+        tell(*found, **changes)
+        if (text := changes.get("text", "")).startswith("step"):
+            told.append(text)
+        if text == "step 2 of 6":
+            job.cancel()
+
+    job.tell = cancel_at_the_second  # type: ignore[method-assign]
+    studio, request = Studio(pipe, name, 6, 2.0), Request("a mug", (1,), steps=6, width=side, height=side)
+    with pytest.raises(Cancelled):
+        studio.draw(request, job, lambda _: None)
+    assert told == ["step 1 of 6", "step 2 of 6"]
+    fresh = Job("somebody", "draw")
+    studio.draw(request, fresh, lambda picture: picture)
+    assert len(fresh.progress.found) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"],
+)
 def test_the_studio_shows_them(name: str, tmp_path: Path) -> None:
     job = Job("somebody", "draw")
     seen: list[Any] = []

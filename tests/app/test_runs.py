@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from app.drawing import Request
 from app.machine import Job
@@ -21,6 +22,8 @@ from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.training import TrainConfig, TrainStep, train
 from tests.app.test_photos import noise
+from tests.app.test_train_tab import laid_out
+from tests.helpers.app_page import occupied
 
 QUICK: dict[str, Any] = {
     "steps": 6, "resolution": 32, "validation_prompts": ["a {trigger} {class_word}"], "validation_every": 3,
@@ -60,6 +63,10 @@ def test_pictures_become_an_adapter_on_the_shelf(filled: Session, person: str) -
     assert filled.training.runs.config_of(job.about).steps == 6
 
 
+def scarce(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
 def listened(job: Job, listen: Callable[[str], object]) -> Job:
     """A job that waits, whose texts are listened to."""
     tell = job.tell
@@ -78,6 +85,58 @@ def after(job: Job, step: int) -> None:
         assert not now.ended, now.error
         if any(isinstance(found, TrainStep) and found.step >= step for found in now.found):
             return
+
+
+def test_an_adapter_whose_cover_fails_is_there_without_one(
+    filled: Session, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filled.model, "portrait", lambda *_: [][0])
+    *_, unforeseen, _ = ended(filled.training.start(person, wish())).found
+    assert unforeseen.startswith("My thing has no cover: Something went wrong that nobody foresaw")
+    monkeypatch.setattr(filled.model, "portrait", scarce)
+    now = ended(filled.training.start(person, wish("Another")))
+    *_, note, card = now.found
+    assert note.startswith("Another has no cover: There is not enough memory for this.")
+    assert (card.name, card.cover, now.text) == ("Another", None, "the adapter Another is on the shelf")
+    assert [card.name for card in filled.shelf.cards()] == ["Another", "My thing"]
+    assert filled.training.unfinished(person) == []
+
+
+def test_a_cover_is_cancelled_within_a_step_and_the_adapter_stays(filled: Session, person: str) -> None:
+    training, told = filled.training, list[str]()
+
+    def interrupt(text: str) -> None:
+        if text.startswith("drawing a cover: step"):
+            told.append(text)
+            assert [run.done for run in training.mine(person)] == [True]
+            filled.machine.cancel(person, job.id)
+
+    with occupied(filled.machine):
+        job = listened(training.start(person, wish()), interrupt)
+    *_, note, card = ended(job).found
+    assert note == "My thing has no cover: drawing it was cancelled"
+    assert (len(told), card.cover, job.progress.text) == (1, None, "the adapter My thing is on the shelf")
+
+
+def test_while_a_cover_is_drawn_there_is_nothing_to_stop(
+    filled: Session, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, free = filled.training, threading.Event()
+    monkeypatch.setattr(filled.model, "portrait", lambda *_: free.wait(60) and Image.new("RGB", (8, 8)))
+    tab = laid_out(filled)
+    training.start(person, wish(validation_every=100))
+    enabled = [tab.shown.index(button) for button in (tab.stop, tab.pause, tab.sample, tab.save)]
+    seen = set[tuple[bool, ...]]()
+    for shown in tab._follow(person):
+        now = tuple(shown[place]["interactive"] for place in enabled)
+        seen.add(now)
+        if "Drawing a cover" in shown[0]:
+            assert now == (False,) * 4
+            assert training.stop(person, pause=True) == training.ask(person, "save") == "Nothing is being trained"
+            free.set()
+    assert free.is_set()
+    assert (True,) * 4 in seen
+    assert [(card.name, card.cover is None) for card in filled.shelf.cards()] == [("My thing", False)]
 
 
 def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person: str, model_folder: Path) -> None:
@@ -307,6 +366,8 @@ def test_a_grid_of_checkpoints_and_strengths(filled: Session, person: str) -> No
     assert run.done
     assert list(run.checkpoints) == sorted(run.checkpoints)
     assert len(run.checkpoints) > 2
+    assert filled.training.comparable(person) == run.id
+    assert filled.training.comparable(new_token()) == ""
     request = Request("a zwx thing", (1, 2), steps=1)
     [sheet] = ended(filled.comparing.run_grid(person, request, run.id, (0.0, 1.0))).found
     told = filled.settings_in(sheet)

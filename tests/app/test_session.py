@@ -251,6 +251,12 @@ def test_what_a_picture_has_and_the_form_has_not_is_said(session: Session, perso
         "the picture was drawn with a clip skip, which is not taken over",
         "it began with another picture, which is not in it: drop that under Begin with a picture",
     ]
+    plain = {"prompt": PROMPT, "seed": 2**53, "guidance": 20.0}
+    assert session.request_from(plain)[1] == []
+    assert session.request_from(plain | {"seed": 2**53 + 1, "guidance": 50})[1] == [
+        "its seed is larger than a browser counts exactly: it is rounded, and gives another picture",
+        "its guidance is 50, and the form's slider ends at 20",
+    ]
     sheet = ended(session.comparing.sweep(person, asked((mug, 1.0)), (0.0, 1.0))).found[-1]
     with pytest.raises(DataError, match="not tell of one picture"):
         session.request_from(session.settings_in(sheet))

@@ -39,6 +39,13 @@ def test_words_that_would_not_do_are_pointed_out(pocket: Session) -> None:
     assert any("would be trained, too" in note for note in notes("zwx mug", "mug"))
 
 
+def test_other_models_are_asked_whether_the_class_word_is_a_common_one(session: Session) -> None:
+    notes = session.training.words_notes
+    assert notes("zwx", "Dog") == notes("zwx", "red-dog") == []
+    [unknown] = notes("zwx", "red axolotl")
+    assert unknown == "this model may not know a red axolotl: its tokenizer has no common word for axolotl"
+
+
 def test_an_example_takes_the_place_of_what_was_there(pocket: Session, person: str) -> None:
     training = pocket.training
     assert set(training.examples()) == set(SUBJECTS)

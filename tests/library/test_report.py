@@ -189,6 +189,20 @@ def test_the_curve_stays_inside_its_frame(losses):
         assert dots[0][1] < dots[-1][1]  # higher losses are higher up
 
 
+@pytest.mark.parametrize("count", [599, 600, 601, 20_000])
+def test_a_long_runs_curve_has_few_dots_and_the_mean_of_all(count):
+    losses = [1.0 + (i % 2) for i in range(count - 1)] + [2.0]
+    curve = loss_curve(losses)
+    paths = {path["class"]: _POINT.findall(path["d"]) for path in Page(curve).all("path")}
+    assert len(paths["dots"]) == len(paths["mean"])
+    assert 300 <= len(paths["dots"]) <= 601
+    assert (paths["dots"][0][0], paths["dots"][-1][0]) == ("0.0", "1000.0")
+    window = count // 10
+    ended = sum(losses[-window:]) / window
+    assert f"to {ended:.3g}" in curve
+    assert 2 * (1 - float(paths["mean"][-1][1]) / 1000) == pytest.approx(ended, abs=2e-3)
+
+
 @given(highest=st.floats(1e-9, 1e9))
 def test_the_curves_levels_are_few_and_round_and_lie_where_they_say(highest):
     curve = loss_curve([highest / 2, highest])

@@ -29,7 +29,7 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     assert page.evaluate("document.activeElement.id") == "compare"
     page.wait_for_selector("#sheet img")
     before = page.locator("#slider img").first.get_attribute("src")
-    number(page, "which", 2)
+    page.locator("#which input[type=range]").press("ArrowRight")
     page.wait_for_function(f"document.querySelector('#slider img').src !== {before!r}")
     handle = page.get_by_role("slider", name="How much is shown without the adapter")
     for key, percent in {"Home": 0, "ArrowRight": 5, "End": 100, "ArrowDown": 95}.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from app.session import Session
 from oft_diffusion.pocket import pocket_path
@@ -18,6 +21,7 @@ from tests.helpers.browser import SCHEMES, WIDTHS, faint_texts, too_wide
 from tests.library.support import Maker
 
 pytestmark = pytest.mark.browser
+ACCENT = (15, 118, 110)  # teal 700
 USER = ("ada", "first")  # whose things are the same in every browser
 # The least that each tab has of pictures, or there would be nothing to judge.
 PICTURES = {"Generate": 4 + 1 + 4 + 5, "Compare": 2 + 1, "Train": 5 + 2, "Adapters": 2}
@@ -116,6 +120,9 @@ def test_without_a_mouse(opened: Any, pictures: Any) -> None:
     page = opened()
     quick(page, steps=1)
     number(page, "count", 1)
+    slider = Image.open(io.BytesIO(page.locator("#steps input[type=range]").screenshot())).convert("RGB")
+    ringed = np.abs(np.asarray(slider, dtype=int) - ACCENT).max(axis=-1) < 30
+    assert ringed.sum() > 20  # or its thumb is white on white
     before = len(pictures())
     text(page, "prompt").focus()
     page.keyboard.type("a red car")

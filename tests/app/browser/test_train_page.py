@@ -65,10 +65,12 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     page.wait_for_selector("#status .done")
     newest = max(session.workspace.people.glob("*/pictures/*.png"), key=lambda path: path.name)  # anybody's
     assert session.settings_in(newest)["adapters"][0]["name"] == "Cat one"
-    go_to(page, "Compare")
-    text(page, "compare-prompt").fill("a zwx cat")
-    page.get_by_label("a training run", exact=True).check()
-    choose(page, "compare-run", "Cat one, 6 checkpoints")
+    go_to(page, "Train")
+    page.locator("#train-compare").click()
+    page.locator("#compare").wait_for()
+    assert page.get_by_role("tab", name="Compare").get_attribute("aria-selected") == "true"
+    page.wait_for_function("document.querySelector('#compare-run input')?.value === 'Cat one, 6 checkpoints'")
+    assert text(page, "compare-prompt").input_value() == "a zwx cat"
     number(page, "compare-count", 1)
     opened_part(page, "Settings")
     number(page, "compare-steps", 1)
