@@ -11,7 +11,7 @@ import gradio as gr
 from oft_diffusion.errors import ConfigError, OFTError
 
 from .drawing import STRENGTHS, Request, number, seeds_from, settings_of
-from .events import LOOKING, PRIVATE, as_it_came
+from .events import EACH_TIME, LOOKING, PRIVATE, as_it_came
 from .machine import Job
 from .prompts import Subject, with_subject
 from .session import Session
@@ -28,7 +28,7 @@ WAYS = {
 }
 _OF_A_RUN = [0.5, 0.75, 1.0, 1.25, 1.5]  # strengths
 _MOST = 8  # pictures in a row
-_GO, _GOING = "Compare", "Comparing …"
+_GO, _GOING = "Compare", "Comparing … press for more"
 
 
 class CompareTab:
@@ -78,19 +78,20 @@ class CompareTab:
             )  # fmt: skip
         self.status = gr.HTML(status_line(None), elem_id="compare-status")
         gr.HTML(empty("What is compared will be here."), elem_id="compare-empty")
-        self.preview = gr.Image(
-            label="Unfinished", visible=False, interactive=False, height=320, alt_text="The picture so far",
-            buttons=[], elem_id="compare-preview",
-        )  # fmt: skip
-        self.slider = gr.ImageSlider(
-            label="Left without, right with", interactive=False, visible=False, max_height=520,
-            elem_id="slider", buttons=["fullscreen"],
-        )  # fmt: skip
-        self.which = as_it_came(gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which"))
-        self.sheet = gr.Image(
-            type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
-            alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
-        )  # fmt: skip
+        with gr.Column(elem_id="compare-stage"):  # the last comparison stays until the next one is there
+            self.preview = gr.Image(
+                label="Unfinished", visible=False, interactive=False, height=320, alt_text="The picture so far",
+                buttons=[], elem_id="compare-preview",
+            )  # fmt: skip
+            self.slider = gr.ImageSlider(
+                label="Left without, right with", interactive=False, visible=False, max_height=520,
+                elem_id="slider", buttons=["fullscreen"],
+            )  # fmt: skip
+            self.which = as_it_came(gr.Slider(1, 2, 1, step=1, label="Which pair", visible=False, elem_id="which"))
+            self.sheet = gr.Image(
+                type="filepath", interactive=False, visible=False, elem_id="sheet", show_label=False,
+                alt_text="A row of pictures for each of what is compared", buttons=["download", "fullscreen"],
+            )  # fmt: skip
 
     def _wire(self) -> None:
         self.asked = [
@@ -111,9 +112,9 @@ class CompareTab:
         The button keeps the keyboard's focus, as Generate does.
         """
         resumed = known.then(self.resume, [self.person], self.shown, **LOOKING)
-        compared = self.go.click(self.compare, self.asked, self.shown, **LOOKING)
+        compared = self.go.click(self.compare, self.asked, self.shown, **EACH_TIME)
         for going in (resumed, compared):
-            going.then(self.rest, None, [self.go, self.cancel], queue=False, **PRIVATE)
+            going.then(self.rest, [self.person], [self.go, self.cancel], queue=False, **PRIVATE)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
@@ -180,19 +181,21 @@ class CompareTab:
         for now in self.session.machine.watch_newest(person, "compare"):
             pairs = [found for found in now.found if isinstance(found, tuple)]
             sheets = [found for found in now.found if not isinstance(found, tuple)]
-            hidden = gr.update(visible=False) if not now.ended else gr.skip()
+            no_pairs = gr.update(visible=False) if sheets else gr.skip()
             yield (
                 status_line(now),
                 gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
-                gr.update(value=_images(pairs[0]), visible=True) if pairs else hidden,
-                gr.update(maximum=max(2, len(pairs)), value=1, visible=len(pairs) > 1) if pairs else hidden,
-                gr.update(value=str(sheets[0]), visible=True) if sheets else hidden,
+                gr.update(value=_images(pairs[0]), visible=True) if pairs else no_pairs,
+                gr.update(maximum=max(2, len(pairs)), value=1, visible=len(pairs) > 1) if pairs else no_pairs,
+                gr.update(value=str(sheets[0]), visible=True) if sheets else gr.skip(),
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
             )
 
-    def rest(self) -> tuple[Any, Any]:
+    def rest(self, person: str) -> tuple[Any, Any]:
         """The buttons as they are while nothing is compared."""
+        if self.session.machine.under_way(person, "compare"):  # it was another event that has ended
+            return gr.skip(), gr.skip()
         return gr.update(value=_GO), gr.update(interactive=False)
 
     def pick(self, person: str, which: float | None) -> Any:

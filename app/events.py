@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 # Of those that look on at a job until its end.
 LOOKING: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **PRIVATE}
+# Of those that begin such a job: pressed again meanwhile, they begin another, or say why not.
+EACH_TIME: dict[str, Any] = {**LOOKING, "trigger_mode": "multiple"}
 
 _Component = TypeVar("_Component")
 

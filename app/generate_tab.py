@@ -13,7 +13,7 @@ from oft_diffusion.errors import DataError, OFTError
 
 from .adapter_slots import AdapterSlots
 from .drawing import MOST_ADAPTERS, MOST_PICTURES, Request, number, seeds_from, settings_of, size_like
-from .events import LOOKING, PRIVATE, as_it_came
+from .events import EACH_TIME, LOOKING, PRIVATE, as_it_came
 from .history_box import HistoryBox
 from .photos import check_upload, uploaded
 from .session import Session
@@ -21,7 +21,7 @@ from .settings_box import SettingsBox, negative_prompt
 from .trigger_box import TriggerBox
 from .words import explained, status_line, told
 
-_GO, _GOING = "Generate", "Drawing …"
+_GO, _GOING = "Generate", "Drawing … press for more"
 
 
 class GenerateTab:
@@ -110,12 +110,12 @@ class GenerateTab:
     def begin(self, known: Any) -> None:
         """Connect Generate, and show, once it is known who looks, what that person is drawing.
 
-        The button keeps the keyboard's focus while it works: it changes its words, and does nothing.
+        The button keeps the keyboard's focus while it works, and changes its words: pressed again, it draws once more.
         """
         resumed = known.then(self.resume, [self.person], self.shown, **LOOKING)
-        drawn = gr.on([self.go.click, self.prompt.submit], self.draw, self.asked, self.shown, **LOOKING)
+        drawn = gr.on([self.go.click, self.prompt.submit], self.draw, self.asked, self.shown, **EACH_TIME)
         for going in (resumed, drawn):
-            going.then(self.rest, None, [self.go, self.cancel], queue=False, **PRIVATE)
+            going.then(self.rest, [self.person], [self.go, self.cancel], queue=False, **PRIVATE)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
@@ -150,13 +150,16 @@ class GenerateTab:
                 gr.update(value=now.preview, visible=True) if now.preview is not None else gr.update(visible=False),
                 [(str(path), caption) for path, caption in now.found] if fresh else gr.skip(),
                 *(self.history.look(person) if now.ended else [gr.skip()] * 2),
-                gr.skip() if seed is None else seed,
+                gr.skip() if seed is None else seed,  # once: the next drawing's seed is another
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 gr.update(interactive=not now.ended),
             )
+            seed = None
 
-    def rest(self) -> tuple[Any, Any]:
+    def rest(self, person: str) -> tuple[Any, Any]:
         """The buttons as they are while nothing is drawn."""
+        if self.session.machine.under_way(person, "draw"):  # it was another event that has ended
+            return gr.skip(), gr.skip()
         return gr.update(value=_GO), gr.update(interactive=False)
 
     def stop(self, person: str) -> None:

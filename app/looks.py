@@ -26,6 +26,9 @@ input[type=range]::-moz-range-thumb { box-sizing: border-box; border: 2px solid 
 #stage > #preview { position: absolute; inset: 0; z-index: 99; height: auto !important; }
 #stage:has(#pictures img) > #preview { inset: auto 0.75rem 0.75rem auto; width: min(11rem, 40%); }
 #stage:has(#pictures img) > #preview { height: auto !important; aspect-ratio: 1; }
+#compare-stage { position: relative; isolation: isolate; }
+#compare-stage:has(#sheet img) > #compare-preview { position: absolute; z-index: 99; inset: 0.75rem 0.75rem auto auto; }
+#compare-stage:has(#sheet img) > #compare-preview { width: min(11rem, 40%); height: auto !important; aspect-ratio: 1; }
 :is(#preview, #compare-preview) :is(.image-container, .image-frame) { height: 100%; }
 :is(#preview, #compare-preview) img { width: 100%; height: 100%; object-fit: contain; }
 .slot-tools { align-items: center; justify-content: space-between; padding: 0.35rem 0.75rem 0.5rem; }

@@ -13,7 +13,7 @@ from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
 from .drawing import number
-from .events import LOOKING, PRIVATE, as_it_came
+from .events import EACH_TIME, LOOKING, PRIVATE, as_it_came
 from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
@@ -204,7 +204,7 @@ class TrainTab:
         for going in (measuring, measured):
             going.then(self.rest_estimate, [self.person], [self.ask, self.cancel_ask], queue=False, **PRIVATE)
         resumed = known.then(self.again, [self.person], self.shown, **LOOKING)
-        trained = self.go.click(self.train, self.asked, self.shown, **LOOKING)
+        trained = self.go.click(self.train, self.asked, self.shown, **EACH_TIME)  # a second one is answered
         gone_on = self.resume.click(self.go_on, [self.person, self.earlier], self.shown, **LOOKING)
         for going in (resumed, trained, gone_on):
             going.then(self.rest, [self.person], self.buttons, queue=False, **PRIVATE)

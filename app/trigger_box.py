@@ -40,9 +40,10 @@ class TriggerBox:
         def look(prompt: str | None, *values: Any) -> tuple[Any, Any]:
             named = [subject for subject in subjects(*values) if subject.phrase]
             missing = missing_triggers(prompt or "", named)
-            note = told(f"the prompt lacks {', '.join(missing)}: without it, the subject is not called")
+            lacks = f"the prompt lacks {', '.join(missing)}: without it, the subject is not called"
+            note = told(lacks if missing else "the prompt calls the subject")  # always a line: nothing moves
             phrases = [[subject.phrase] for subject in named]
-            return gr.update(samples=phrases, visible=bool(named)), gr.update(value=note, visible=bool(missing))
+            return gr.update(samples=phrases, visible=bool(named)), gr.update(value=note, visible=bool(named))
 
         def insert(index: int, prompt: str | None, *values: Any) -> str:
             named = [subject for subject in subjects(*values) if subject.phrase]

@@ -22,7 +22,7 @@ def test_with_and_without_and_strengths_by_keyboard_and_after_a_reload(opened: A
     page.wait_for_selector("#compare-triggers")
     page.wait_for_selector("#compare-trigger-warning")
     page.locator("#compare-triggers").get_by_text("sks mug", exact=True).click()
-    page.wait_for_selector("#compare-trigger-warning", state="hidden")
+    page.wait_for_selector("#compare-trigger-warning:has-text('calls the subject')")
     page.locator("#compare").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#slider img")

@@ -31,7 +31,7 @@ def test_drawing_with_and_without_an_adapter(opened: Any, pictures: Any) -> None
     assert "sks" in page.locator("#trigger-warning").inner_text()
     page.get_by_text("sks mug", exact=True).click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks mug'")
-    page.wait_for_selector("#trigger-warning", state="hidden")
+    page.wait_for_selector("#trigger-warning:has-text('calls the subject')")
     drawn = []
     for strength in (1, 0):
         number(page, "strength-0", strength)
