@@ -43,9 +43,11 @@ class AdapterSlots:
         label = "then" if index else "Adapter"
         with gr.Group():
             with gr.Row(equal_height=True):
-                menu = gr.Dropdown(
-                    choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160,
-                    elem_id=f"adapter-{index}",
+                menu = as_it_came(
+                    gr.Dropdown(
+                        choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160,
+                        elem_id=f"adapter-{index}",
+                    )
                 )  # fmt: skip
                 strength = as_it_came(
                     gr.Slider(

@@ -10,7 +10,8 @@ import gradio as gr
 
 from oft_diffusion.errors import OFTError
 
-from .events import LOOKING, PRIVATE
+from .adapter_slots import NONE
+from .events import LOOKING, PRIVATE, as_it_came
 from .kept_box import KeptBox
 from .machine import Job
 from .session import Session
@@ -47,7 +48,8 @@ class AdaptersTab:
     """Its components, and what they do.
 
     Attributes:
-        menus: components whose choices depend on the adapters, here and in other tabs: `refresh` fills them.
+        menus: components whose choices depend on the adapters, here and in other tabs: `refresh` fills them, and
+            `forget` empties those whose choice is gone.
         working: what shows how a file or an adapter is made.
     """
 
@@ -59,7 +61,7 @@ class AdaptersTab:
             with gr.Column(scale=5, min_width=320):
                 self.all = gr.HTML(elem_id="cards", js_on_load=_CLICKED, apply_default_css=False)
             with gr.Column(scale=4, min_width=320):
-                self.chosen = gr.Dropdown([], label="Adapter", elem_id="shelf-adapter")
+                self.chosen = as_it_came(gr.Dropdown([], label="Adapter", elem_id="shelf-adapter"))
                 self.about = gr.HTML(elem_id="about", apply_default_css=False)
                 self.note = gr.HTML(told(""), elem_id="shelf-note")
                 self.status = gr.HTML(visible=False, elem_id="shelf-status")
@@ -90,7 +92,7 @@ class AdaptersTab:
         self.menus = [(self.chosen, all_of), (self.second, all_of), *menus]
 
     def _two(self) -> None:
-        self.second = gr.Dropdown([], label="And", elem_id="second")
+        self.second = as_it_came(gr.Dropdown([], label="And", elem_id="second"))
         self.share = gr.Slider(
             0, 1, 0.5, step=0.05, label="How far towards the second", elem_id="share",
             info="along the way of the rotations; 0 is the first, 1 the second",
@@ -107,16 +109,18 @@ class AdaptersTab:
 
     def wire(self) -> None:
         """Connect everything, once all menus are known."""
-        changed = [self.note, self.all, *(menu for menu, _ in self.menus)]
+        menus = [menu for menu, _ in self.menus]
+        changed = [self.note, self.all, *menus]
         look = [self.about, self.name, self.sure]
         self.all.click(self.choose, None, [self.chosen], queue=False, **PRIVATE)
+        self.all.change(self.forget, menus, menus, queue=False, **PRIVATE)
         self.chosen.change(self.look, [self.chosen], look, queue=False, **PRIVATE)
         self.sure.change(lambda sure: gr.update(interactive=bool(sure)), [self.sure], [self.delete], **PRIVATE)
         self.file.upload(self.take_in, [self.file, self.component], [self.file, *changed], **PRIVATE)
         self.rename.click(self.call, [self.chosen, self.name], changed, **PRIVATE).then(
             self.look, [self.chosen], look, **PRIVATE
         )
-        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, self.chosen, *changed], **PRIVATE)
+        self.delete.click(self.remove, [self.chosen, self.sure], [self.sure, *changed], **PRIVATE)
         self.working = [
             self.status, self.cancel, self.made, self.export, self.interpolate, self.compose, *changed
         ]  # fmt: skip
@@ -133,6 +137,14 @@ class AdaptersTab:
         """Notes, the cards, and every menu of adapters."""
         cards = self.session.cards()
         return told(*notes), cards_page(cards), *(gr.update(choices=choices(cards)) for _, choices in self.menus)
+
+    def forget(self, *chosen: Any) -> tuple[Any, ...]:
+        """Menus without what is gone, whoever has deleted it; the others as they are."""
+        cards = self.session.cards()
+        return tuple(
+            _without_gone(value, [key for _, key in choices(cards)])
+            for value, (_, choices) in zip(chosen, self.menus, strict=True)
+        )
 
     def choose(self, event: gr.EventData) -> Any:
         """The adapter whose card was clicked."""
@@ -164,8 +176,8 @@ class AdaptersTab:
     def remove(self, adapter: str | None, sure: bool) -> tuple[Any, ...]:
         """Delete, where that was confirmed."""
         if not sure:
-            return (False, gr.skip(), *self.refresh())
-        return (False, None, *self._done(lambda: self.session.delete(adapter or ""), "Deleted."))
+            return (False, *self.refresh())
+        return (False, *self._done(lambda: self.session.delete(adapter or ""), "Deleted."))
 
     def between(self, person: str, first: str, second: str, share: float, *words: str) -> Iterator[tuple[Any, ...]]:
         """A new adapter on the way between two."""
@@ -228,3 +240,13 @@ class AdaptersTab:
         except OFTError as error:
             note = explained(error)
         return self.refresh(note)
+
+
+def _without_gone(value: Any, offered: Sequence[str]) -> Any:
+    """What a menu is to show, of what was chosen in it and what can be."""
+    if isinstance(value, list):
+        left = [part for part in value if part in offered]
+        return gr.skip() if left == value else left
+    if not value or value in offered:
+        return gr.skip()
+    return NONE if NONE in offered else None

@@ -108,6 +108,10 @@ class Shelf:
             self._known[file] = (changed, card)
         return _labelled(card, folder)
 
+    def holds(self, card: Card) -> bool:
+        """Whether nobody has deleted it."""
+        return card.file.is_file()
+
     def add(self, file: Path, name: str) -> Card:
         """Take a copy of a file of ours.
 

@@ -12,7 +12,7 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
-from .events import LOOKING, PRIVATE
+from .events import LOOKING, PRIVATE, as_it_came
 from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
@@ -135,7 +135,7 @@ class TrainTab:
             visible=False, elem_id="train-grids", buttons=["download", "fullscreen"],
         )  # fmt: skip
         with gr.Accordion("Take it to another machine", open=False):
-            self.along = gr.Dropdown([_FORM], value="", label="What", elem_id="along")
+            self.along = as_it_came(gr.Dropdown([_FORM], value="", label="What", elem_id="along"))
             with gr.Row():
                 self.pack = gr.Button("Pack settings and pictures", size="sm", elem_id="run-pack")
                 self.alone = gr.Button("Settings alone", size="sm", elem_id="run-settings")
@@ -146,7 +146,7 @@ class TrainTab:
                 label=f"There, in the folder that {ZIP} was unpacked to",
             )  # fmt: skip
         with gr.Accordion("Go on with an earlier run", open=False):
-            self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
+            self.earlier = as_it_came(gr.Dropdown([], label="Run", elem_id="earlier"))
             self.resume = gr.Button("Go on", elem_id="train-resume")
 
     def _wire(self) -> None:
@@ -304,7 +304,7 @@ class TrainTab:
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 *[gr.update(interactive=not now.ended)] * 2,
                 *[gr.update(interactive=now.state == "working")] * 2,
-                gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
+                gr.update(choices=self.unfinished(person), value=None) if now.ended else gr.skip(),
                 gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
                 *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
             )
@@ -329,9 +329,9 @@ class TrainTab:
         return Wish(name or "", trigger or "", class_word or "", settings, preset or "")
 
     def _shelf(self, now: Progress) -> list[Any]:
-        """The adapters, of which a new one is chosen for drawing."""
+        """The adapters, of which a new one is chosen for drawing, if it is still there: a reload shows an old run."""
         shown = list(self.refresh())
-        if now.found and isinstance(now.found[-1], Card):
+        if now.found and isinstance(now.found[-1], Card) and self.training.shelf.holds(now.found[-1]):
             shown[self.chosen] = gr.update(**{**shown[self.chosen], "value": now.found[-1].id})
         return shown
 
