@@ -77,7 +77,7 @@ def build(session: Session) -> Page:
             shelf.menus.append((comparing.run, lambda _: comparing.runs()))
         shelf.wire()
         with train_place:
-            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
+            training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots)
         shelf.kept.shows = [
             (comparing.run, lambda _: gr.update(choices=comparing.runs(), value=None)),
             (training.earlier, lambda person: gr.update(choices=training.unfinished(person), value=None)),
