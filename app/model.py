@@ -75,10 +75,13 @@ class Model:
     def portrait(self, card: Card) -> Image.Image:
         """What an adapter is for, in one picture. In the machine's turn, as all drawing."""
         drawn: list[Picture] = []
-        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
-        request = Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        self.studio().draw(request, Job("the server", "cover"), drawn.append)
+        self.studio().draw(self.portrayed(card), Job("the server", "cover"), drawn.append)
         return drawn[0].image
+
+    def portrayed(self, card: Card) -> Request:
+        """What to draw to show what an adapter is for, in one picture."""
+        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
+        return Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
 
     def parts(self) -> dict[str, nn.Module]:
         """The components that adapters are for."""

@@ -17,9 +17,9 @@ from .events import LOOKING, PRIVATE, as_it_came
 from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
-from .runs import LIMITS, LONGEST_WORD, Wish
+from .runs import LIMITS, Wish
 from .session import Session
-from .shelf import LONGEST_NAME, Card
+from .shelf import LONGEST_NAME, LONGEST_WORD, Card
 from .words import empty, explained, status_line, told
 
 _GO, _GOING = "Train", "Training …"

@@ -31,11 +31,18 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     page.locator("#take-in input[type=file]").set_input_files(path)
     page.locator("#cards .card", has_text="back").click()
     page.wait_for_function("document.querySelector('#shelf-adapter input').value === 'back'")
-    opened_part(page, "Name, and delete")
-    page.wait_for_function("document.querySelector('#name input, #name textarea')?.value === 'back'")
+    opened_part(page, "Name, trigger and cover")
+    for field, value in (("name", "back"), ("own-trigger", "sks"), ("own-class", "mug")):  # which comes in late
+        page.wait_for_function(f"document.querySelector('#{field} input, #{field} textarea')?.value === '{value}'")
     text(page, "name").fill("<b onclick='x'>bold</b>")
-    page.locator("#rename").click()
+    text(page, "own-trigger").fill("zwx")
+    page.locator("#label").click()
     page.wait_for_function("document.querySelector('#cards').innerText.includes('<b onclick=')")
+    page.wait_for_function("document.querySelector('#about').innerText.includes('zwx mug')")
+    page.locator("#cover").click()
+    page.wait_for_function("document.querySelector('#shelf-status').innerText.includes('has a new cover')")
+    page.wait_for_function("document.querySelector('#cards img')?.naturalWidth > 0")
+    opened_part(page, "Delete")
     page.get_by_label("Yes, delete it for good").check()
     page.wait_for_selector("#delete:not([disabled])")
     page.locator("#cards .card", has_text="My mug").click()  # which nobody was sure of
@@ -52,7 +59,7 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
 def test_what_is_deleted_is_chosen_nowhere_any_more(opened: Any, server: Any, pictures: Any) -> None:
     session, _ = server
     [mug] = session.shelf.cards()
-    here, elsewhere = (session.shelf.add(mug.file, name) for name in ("Deleted here", "Deleted elsewhere"))
+    here, elsewhere = (session.shelf.add(mug.file, name) for name in ("Gone from here", "Gone elsewhere"))
     page = opened()
     quick(page, 1)
     choose(page, "adapter-0", here.name)
@@ -62,7 +69,7 @@ def test_what_is_deleted_is_chosen_nowhere_any_more(opened: Any, server: Any, pi
     choose(page, "compare-adapter", here.name)
     go_to(page, "Adapters")
     page.locator("#cards .card", has_text=here.name).click()
-    opened_part(page, "Name, and delete")
+    opened_part(page, "Delete")
     page.get_by_label("Yes, delete it for good").check()
     page.locator("#delete:not([disabled])").click()
     for menu, left in (("shelf-adapter", ""), ("compare-adapter", ""), ("adapter-0", "none")):
