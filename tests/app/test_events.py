@@ -9,6 +9,8 @@ import gradio as gr
 import pytest
 
 from app import events
+from app.adapter_slots import NONE, _shown
+from app.drawing import STRENGTHS
 from app.events import as_it_came
 
 
@@ -29,3 +31,11 @@ def test_values_come_as_they_are_before_and_after_an_update(component: Any, sent
         assert made.get_block_name() == kind.__name__.lower()
         assert made.component_class_id == kind.get_component_class_id()
     assert not Path(str(events.__file__)).with_suffix(".pyi").exists()
+
+
+def test_a_place_that_moves_is_one_that_can_be_shown() -> None:
+    assert _shown(False, "an id", 0.5) == (False, "an id", 0.5)
+    for adapter, strength in ((10**30, 10**30), ([], None), ({}, "x"), (None, 10**400)):
+        acts, menu, within = _shown(True, adapter, strength)
+        assert (acts, menu) == (True, NONE)
+        assert STRENGTHS[0] <= within <= STRENGTHS[1]
