@@ -43,9 +43,11 @@ class AdapterSlots:
         label = "then" if index else "Adapter"
         with gr.Group():
             with gr.Row(equal_height=True):
-                menu = gr.Dropdown(
-                    choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160,
-                    elem_id=f"adapter-{index}",
+                menu = as_it_came(
+                    gr.Dropdown(
+                        choices=[("none", NONE)], value=NONE, label=label, scale=3, min_width=160,
+                        elem_id=f"adapter-{index}",
+                    )
                 )  # fmt: skip
                 strength = as_it_came(
                     gr.Slider(
@@ -68,7 +70,9 @@ class AdapterSlots:
             menu.input(self.recommended, [menu], [strength], queue=False, **PRIVATE)
         for index, move in enumerate(self._moves):
             pair = [*rows[index], *rows[index + 1]]
-            move.click(lambda *values: (*values[3:], *values[:3]), pair, pair, queue=False, **PRIVATE)
+            move.click(
+                lambda *values: (*_shown(*values[3:]), *_shown(*values[:3])), pair, pair, queue=False, **PRIVATE
+            )  # fmt: skip
 
     def recommended(self, adapter: str) -> float:
         """The strength that an adapter's author recommends."""
@@ -93,3 +97,13 @@ class AdapterSlots:
             except OFTError:  # deleted meanwhile
                 continue
         return cards
+
+
+def _shown(acts: Any, adapter: Any, strength: Any) -> tuple[bool, str, float]:
+    """A place as a page can show it: what comes is not checked, and gradio fails to send back what is no such value."""
+    least, most = STRENGTHS
+    try:
+        within = min(max(float(strength), least), most)
+    except (TypeError, ValueError, OverflowError):
+        within = 1.0
+    return bool(acts), adapter if isinstance(adapter, str) else NONE, within

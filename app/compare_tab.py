@@ -67,7 +67,7 @@ class CompareTab:
             self.count = gr.Slider(1, _MOST, 3, step=1, label="Seeds", elem_id="compare-count")
         with gr.Accordion("Settings", open=False, elem_id="compare-settings"):
             self.settings = SettingsBox(own, "compare-")
-        for component in (self.strength, self.seed, self.count):
+        for component in (self.adapter, self.others, self.run, self.strength, self.seed, self.count):
             as_it_came(component)
 
     def _results(self) -> None:
@@ -139,7 +139,7 @@ class CompareTab:
             if way == BY_STEP:
                 return [self.session.comparing.subject_of_run(run)] if run else []
             cards = [self.session.shelf.card(card) for card in _chosen(way, adapter, others)]
-        except OFTError:  # deleted meanwhile
+        except (OFTError, TypeError):  # deleted meanwhile, or nothing that this page sends
             return []
         return [Subject(card.trigger, card.class_word) for card in cards]
 

@@ -81,10 +81,13 @@ class Model:
             OFTError: the adapter does not fit, or was deleted meanwhile.
         """
         drawn: list[Picture] = []
-        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
-        request = Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        self.studio().draw(request, job, drawn.append)
+        self.studio().draw(self.portrayed(card), job, drawn.append)
         return drawn[0].image
+
+    def portrayed(self, card: Card) -> Request:
+        """What to draw to show what an adapter is for, in one picture."""
+        own, prompt = self.abilities, f"a {card.phrase}" if card.phrase else ""
+        return Request(prompt, (0,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
 
     def parts(self) -> dict[str, nn.Module]:
         """The components that adapters are for."""

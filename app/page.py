@@ -78,7 +78,7 @@ def build(session: Session) -> Page:
                 shelf.menus.append((comparing.run, lambda _: comparing.runs()))
             shelf.wire()
             with train_place:
-                training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots.menus[0])
+                training = TrainTab(session, person, shelf.refresh, shelf.changed, drawing.slots)
         training.compare.click(
             lambda person, prompt: _shown_in_compare(comparing, session.training.comparable(person), prompt),
             [person, comparing.prompt], [tabs, *comparing.of_a_run], queue=False, **PRIVATE,

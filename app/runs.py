@@ -23,7 +23,7 @@ from oft_diffusion.training.find import download_base, find_base, is_hub_id
 
 from .machine import Cancelled, Job
 from .photos import Photos
-from .shelf import Card, Shelf, checked_name
+from .shelf import LONGEST_WORD, Card, Shelf, checked_name
 from .workspace import Workspace, new_id
 
 CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
@@ -36,7 +36,7 @@ LIMITS = {  # of what a person may fill in
     "steps": (1, 20_000), "learning_rate": (1e-7, 1.0), "block_size": (2, 128), "batch_size": (1, 16),
     "num_class_images": (1, 1000), "validation_count": (1, 16), "sampling_steps": (1, 150),
 }  # fmt: skip
-MOST_PROMPTS, LONGEST_PROMPT, LONGEST_WORD = 12, 500, 100
+MOST_PROMPTS, LONGEST_PROMPT = 12, 500
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,15 @@ class Session:
         check_shelf(self.workspace)
         return self.shelf.take_in(path, self.model.parts(), " ".join(path.stem.split())[:60] or "adapter", component)
 
+    def label(self, adapter_id: str, name: str, trigger: str, class_word: str) -> list[str]:
+        """Give an adapter another name and other words; what speaks against these, in sentences.
+
+        Raises:
+            OFTError: there is none, or the name is empty or too long, or a word is too long.
+        """
+        self.shelf.label(adapter_id, name, trigger, class_word)
+        return self.training.words_notes(trigger, class_word)
+
     def delete(self, adapter_id: str) -> None:
         """Remove an adapter; what waits to be drawn with it will say that it is gone.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .workspace import Workspace, new_id
 
 COVER = "cover.png"
 _LABEL = "label.json"
-LONGEST_NAME = 60
+LONGEST_NAME, LONGEST_WORD = 60, 100  # of adapters; of triggers and class words
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Card:
     Attributes:
         id: of its folder.
         name: as its owner calls it.
-        trigger, class_word: what names the subject in a prompt; empty where the file does not tell.
+        trigger, class_word: what names the subject in a prompt; empty where neither the file nor anybody tells.
         base: what it was trained on.
         classes: component to class name, of that base.
         block_sizes: of its blocks, as text.
@@ -46,6 +47,7 @@ class Card:
         training: settings.
         error: orthogonality error.
         cover: a picture, if there is one.
+        drawn: when that was written, by which a browser knows that there is a new one.
         file: the adapter's.
     """
 
@@ -63,6 +65,7 @@ class Card:
     training: Mapping[str, Any]
     error: float
     cover: Path | None
+    drawn: int
     file: Path
 
     @property
@@ -108,6 +111,10 @@ class Shelf:
             self._known[file] = (changed, card)
         return _labelled(card, folder)
 
+    def holds(self, card: Card) -> bool:
+        """Whether nobody has deleted it."""
+        return card.file.is_file()
+
     def add(self, file: Path, name: str) -> Card:
         """Take a copy of a file of ours.
 
@@ -126,12 +133,16 @@ class Shelf:
         name, adapter_id = checked_name(name), new_id()
         folder = self.workspace.adapter(adapter_id)
         save_adapter_file(folder / FILE_NAME, file.components, file.metadata)
-        self.rename(adapter_id, name)
+        _write_label(folder, name=name)
         return self.card(adapter_id)
 
     def give_cover(self, card: Card, picture: Image.Image) -> Card:
-        """A picture for the card."""
-        save_png(picture, self.workspace.adapter(card.id) / COVER)
+        """A picture for the card.
+
+        Raises:
+            OFTError: it is gone.
+        """
+        save_png(picture, self.card(card.id).file.parent / COVER)
         return self.card(card.id)
 
     def take_in(
@@ -151,15 +162,15 @@ class Shelf:
         card = self.put(imported.file, name)
         return card, [f"{card.layers} layers, a file of {imported.format}", *imported.notes]
 
-    def rename(self, adapter_id: str, name: str) -> None:
-        """Give another name.
+    def label(self, adapter_id: str, name: str, trigger: str, class_word: str) -> None:
+        """Give another name, and other words than the file tells, which stays as it is.
 
         Raises:
-            OFTError: there is none, or the name is empty or too long.
+            OFTError: there is none, or the name is empty or too long, or a word is too long.
         """
         folder = self.card(adapter_id).file.parent
-        name = checked_name(name)
-        write_atomically(folder / _LABEL, json.dumps({"name": name}).encode())
+        words = {"trigger": checked_word(trigger), "class_word": checked_word(class_word)}
+        _write_label(folder, name=checked_name(name), **words)
 
     def delete(self, adapter_id: str) -> None:
         """Remove an adapter for good, whole or not at all.
@@ -204,6 +215,20 @@ def checked_name(name: str) -> str:
     return name
 
 
+def checked_word(text: str) -> str:
+    """A trigger or a class word, of one word or several, or none, without spaces too many.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    text = " ".join(text.split())
+    if len(text) > LONGEST_WORD:
+        raise ConfigError(
+            f"a trigger or class word of {len(text)} letters", expected=f"at most {LONGEST_WORD}", fix="shorten it"
+        )
+    return text
+
+
 def read_card(adapter_id: str, file: AdapterFile) -> Card:
     """What a file says of itself."""
     metadata = file.metadata
@@ -231,15 +256,23 @@ def read_card(adapter_id: str, file: AdapterFile) -> Card:
         training=metadata.training,
         error=max(errors),
         cover=None,
+        drawn=0,
         file=file.path,
     )
 
 
+def _write_label(folder: Path, **told: str) -> None:
+    write_atomically(folder / _LABEL, json.dumps(told).encode())
+
+
 def _labelled(card: Card, folder: Path) -> Card:
-    """With the name and the cover, which may change."""
+    """With the name, the words and the cover, which may change."""
     try:
-        name = str(json.loads((folder / _LABEL).read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        name = card.name
+        told = dict(json.loads((folder / _LABEL).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        told = {}
+    own: dict[str, Any] = {key: str(told[key]) for key in ("name", "trigger", "class_word") if key in told}
     cover = folder / COVER
-    return Card(**{**card.__dict__, "name": name, "cover": cover if cover.is_file() else None})
+    with suppress(FileNotFoundError):
+        own |= {"cover": cover, "drawn": cover.stat().st_mtime_ns}
+    return replace(card, **own)

@@ -12,14 +12,15 @@ from oft_diffusion.errors import OFTError
 from oft_diffusion.report import loss_curve
 from oft_diffusion.training import TrainStep
 
+from .adapter_slots import AdapterSlots
 from .drawing import number
 from .events import EACH_TIME, LOOKING, PRIVATE, as_it_came
 from .machine import Progress
 from .packing import COMMAND, ZIP
 from .photos_box import PhotosBox
-from .runs import LIMITS, LONGEST_WORD, Wish
+from .runs import LIMITS, Wish
 from .session import Session
-from .shelf import LONGEST_NAME, Card
+from .shelf import LONGEST_NAME, LONGEST_WORD, Card
 from .words import empty, explained, status_line, told
 
 _GO, _GOING = "Train", "Training …"
@@ -37,15 +38,17 @@ class TrainTab:
         person: whose browser this is.
         refresh: gives what `changed` shows, once there is a new adapter.
         changed: components that list the adapters.
-        chosen: of these, the menu in which a new adapter is chosen at once.
+        slots: the adapters of a drawing, of which a new one takes the first place at once.
     """
 
     def __init__(
         self, session: Session, person: gr.BrowserState, refresh: Callable[[], tuple[Any, ...]], changed: list[Any],
-        chosen: gr.Dropdown,
+        slots: AdapterSlots,
     ) -> None:  # fmt: skip
         self.training, self.machine, self.person = session.training, session.machine, person
-        self.refresh, self.changed, self.chosen = refresh, changed, changed.index(chosen)
+        self.refresh, self.changed = refresh, changed
+        acts, menu, strength = slots.inputs[:3]
+        self.chosen, self.shelf = changed.index(menu), [*changed, acts, strength]
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 self.photos = PhotosBox(session.training, person)
@@ -141,7 +144,7 @@ class TrainTab:
             visible=False, elem_id="train-grids", buttons=["download", "fullscreen"],
         )  # fmt: skip
         with gr.Accordion("Take it to another machine", open=False):
-            self.along = gr.Dropdown([_FORM], value="", label="What", elem_id="along")
+            self.along = as_it_came(gr.Dropdown([_FORM], value="", label="What", elem_id="along"))
             with gr.Row():
                 self.pack = gr.Button("Pack settings and pictures", size="sm", elem_id="run-pack")
                 self.alone = gr.Button("Settings alone", size="sm", elem_id="run-settings")
@@ -152,7 +155,7 @@ class TrainTab:
                 label=f"There, in the folder that {ZIP} was unpacked to",
             )  # fmt: skip
         with gr.Accordion("Go on with an earlier run", open=False):
-            self.earlier = gr.Dropdown([], label="Run", elem_id="earlier")
+            self.earlier = as_it_came(gr.Dropdown([], label="Run", elem_id="earlier"))
             self.resume = gr.Button("Go on", elem_id="train-resume")
 
     def _wire(self) -> None:
@@ -173,7 +176,7 @@ class TrainTab:
         self.look = self.photos.look
         self.shown = [
             self.status, self.note, self.curve, self.grids, self.go, self.stop, self.pause, self.sample, self.save,
-            self.compare, self.earlier, self.along, *self.changed,
+            self.compare, self.earlier, self.along, *self.shelf,
         ]  # fmt: skip
         self.buttons = [self.go, self.stop, self.pause, self.sample, self.save]
         self.measured = [self.estimated, self.ask, self.cancel_ask]
@@ -323,9 +326,9 @@ class TrainTab:
                 *[gr.update(interactive=heeded)] * 2,
                 *[gr.update(interactive=heeded and now.state == "working")] * 2,
                 gr.update(interactive=bool(self.training.comparable(person))) if fresh or now.ended else gr.skip(),
-                gr.update(choices=self.unfinished(person)) if now.ended else gr.skip(),
+                gr.update(choices=self.unfinished(person), value=None) if now.ended else gr.skip(),
                 gr.update(choices=self.runs(person)) if fresh or now.ended else gr.skip(),
-                *(self._shelf(now) if now.ended else [gr.skip()] * len(self.changed)),
+                *(self._shelf(now) if now.ended else [gr.skip()] * len(self.shelf)),
             )
 
     def take_along(
@@ -350,11 +353,12 @@ class TrainTab:
         return Wish(name or "", trigger or "", class_word or "", settings, preset or "")
 
     def _shelf(self, now: Progress) -> list[Any]:
-        """The adapters, of which a new one is chosen for drawing."""
-        shown = list(self.refresh())
-        if now.found and isinstance(now.found[-1], Card):
-            shown[self.chosen] = gr.update(**{**shown[self.chosen], "value": now.found[-1].id})
-        return shown
+        """The adapters, of which a new one is drawn with, if it is still there: a reload shows an old run."""
+        shown, acts, strength = list(self.refresh()), gr.skip(), gr.skip()
+        if now.found and isinstance(card := now.found[-1], Card) and self.training.shelf.holds(card):
+            acts, adapter, strength, *_ = AdapterSlots.filled(((card, card.strength),))
+            shown[self.chosen] = gr.update(**{**shown[self.chosen], "value": adapter})
+        return [*shown, acts, strength]
 
     def _problem(self, person: str, text: str) -> tuple[Any, ...]:
         """What is wrong, where nothing that goes on writes over it."""

@@ -138,7 +138,7 @@ class Training:
         Raises:
             OFTError: there is no such run of this person, or it was begun on another model, or another one is going on.
         """
-        if run_id not in {run.id for run in self.unfinished(person)}:
+        if run_id not in [run.id for run in self.unfinished(person)]:
             raise ConfigError("there is no such run", expected="one that can be gone on with", fix="choose one")
         self._check_free(person)
         if (begun_on := self.runs.model_of(run_id)) != self.model.name:
@@ -227,7 +227,7 @@ class Training:
             config = self.runs.config(what, self.workspace.temporary)
             check_limits(config)
             return config, None
-        if what not in {run.id for run in self.mine(person)}:
+        if what not in [run.id for run in self.mine(person)]:
             raise ConfigError("there is no such run", expected="one of yours", fix="choose one")
         return self.runs.config_of(what), self.workspace.run(what) / PHOTOS
 

@@ -31,6 +31,7 @@ _JOBS = {  # one, and several
     "train": ("a training", "trainings"),
     "estimate": ("an estimate", "estimates"),
     "export": ("a file", "files"),
+    "cover": ("a cover", "covers"),
     "combine": ("one adapter of two", "adapters of two"),
     "program": ("a program's drawing", "programs' drawings"),
 }
@@ -201,7 +202,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _card(card: Card, problem: str) -> str:
-    source = f"/gradio_api/file={quote(card.cover.as_posix())}" if card.cover else ""
+    source = f"/gradio_api/file={quote(card.cover.as_posix())}?{card.drawn}" if card.cover else ""
     cover = f'<img src="{escape(source)}" alt="cover of {escape(card.name)}">' if source else "<span></span>"
     facts = f"{escape(card.phrase or 'no trigger')}<br>on {escape(card.base or 'an unknown base')}"
     made = f"<time>{escape(card.created[:10])}</time>"

@@ -1,4 +1,4 @@
-"""What is made of adapters on the shelf: files for other tools, and one adapter of two."""
+"""What is made of adapters on the shelf: files for other tools, one adapter of two, and covers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from oft_diffusion.arithmetic import compose, interpolate
 from oft_diffusion.convert import convert
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.files import AdapterFile, load_adapter_file
+from oft_diffusion.files import FILE_NAME, AdapterFile, load_adapter_file, save_adapter_file
+from oft_diffusion.generate import Picture
 
 from .covers import covered
 from .machine import Job, Machine
 from .model import Model
 from .room import check_room, check_shelf
-from .shelf import Card, Shelf, checked_name
+from .shelf import Card, Shelf, checked_name, checked_word
 from .workspace import Workspace
 
 WAYS = ("interpolate", "compose")
-LONGEST_WORD = 100  # of triggers and class words
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,11 @@ class Workshop:
         """
         if how not in WAYS or not 0 <= share <= 1:
             raise ConfigError("that is no way to combine", expected=f"{' or '.join(WAYS)}, from 0 to 1", fix="reload")
-        if max(len(trigger), len(class_word)) > LONGEST_WORD:
-            raise ConfigError("a trigger too long", expected=f"at most {LONGEST_WORD} letters", fix="shorten it")
         cards = (self.shelf.card(first), self.shelf.card(second))
         check_shelf(self.workspace)
         name = checked_name(" and ".join(card.name for card in cards)[:60])
-        words = (" ".join(trigger.split()) or _both([c.trigger for c in cards]),
-                 " ".join(class_word.split()) or _shared([c.class_word for c in cards]))  # fmt: skip
+        words = (checked_word(trigger) or _both([c.trigger for c in cards]),
+                 checked_word(class_word) or _shared([c.class_word for c in cards]))  # fmt: skip
 
         def work(job: Job) -> None:
             job.tell(text=f"making {name}")
@@ -120,8 +120,30 @@ class Workshop:
 
         return self.machine.start(person, "combine", work)
 
+    def cover(self, person: str, adapter_id: str) -> Job:
+        """A new cover for an adapter, with its words in the prompt; the job finds the picture.
+
+        Raises:
+            OFTError: before anyone waits: there is no such adapter, or it does not fit this model, no room, or too much
+                waits already.
+        """
+        card = self.shelf.card(adapter_id)
+        if problem := self.shelf.fits(card, self.model.parts()):
+            raise ConfigError(problem, expected="an adapter for this model", fix="choose another one")
+        check_room(self.workspace)
+
+        def keep(picture: Picture) -> Image.Image:
+            self.shelf.give_cover(card, picture.image)
+            return picture.image
+
+        def work(job: Job) -> None:
+            self.model.studio().draw(self.model.portrayed(self.shelf.card(card.id)), job, keep)
+            job.tell(text=f"the adapter {card.name} has a new cover")
+
+        return self.machine.start(person, "cover", work)
+
     def _export(self, card: Card, to: str, job: Job) -> None:
-        self.shelf.card(card.id)  # or it is gone, which is said better than by whoever reads it
+        card = self.shelf.card(card.id)  # or it is gone, which is said better than by whoever reads it
         known, name = FORMATS[to], f"{_file_name(card.name)}-{to}"
         with ExitStack() as unless_done:
             folder = self.workspace.fresh()
@@ -132,7 +154,10 @@ class Workshop:
                 job.check()
                 job.tell(text=part)
 
-            *notes, _ = convert([str(card.file), str(target), "--to", to, *self._options(to)], tell)
+            own = _called(card, card.trigger, card.class_word)
+            source = save_adapter_file(folder / FILE_NAME, own.components, own.metadata)
+            *notes, _ = convert([str(source), str(target), "--to", to, *self._options(to)], tell)
+            source.unlink()
             found = _zipped(target, job) if known.folder else target
             job.check()
             unless_done.pop_all()

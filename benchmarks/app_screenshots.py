@@ -23,9 +23,6 @@ import numpy as np
 from PIL import Image
 
 from app.compare_tab import BY_STEP
-from app.drawing import Request
-from app.machine import Job
-from app.session import Session
 from app.shelf import Card, Shelf
 from app.workspace import Workspace
 from tests.helpers.app_command import APP, free_port, started
@@ -39,19 +36,25 @@ MANY = 200  # pixels of one colour
 LOOKS = (("light", WIDTHS["wide"], False), ("dark", WIDTHS["wide"], True), ("narrow", WIDTHS["narrow"], False))
 
 
-def fill_shelf(workspace: Path, adapters: Sequence[str]) -> list[Card]:
-    """Adapters given as NAME=FILE, each with a cover that it draws."""
-    session = Session(workspace)
-    cards = []
-    for given in adapters:
+def fill_shelf(page: Any, adapters: Sequence[str]) -> None:
+    """Take in adapters given as NAME=FILE, each with that name and a cover."""
+    go_to(page, "Adapters")
+    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Name, trigger and cover")
+    for index, given in enumerate(adapters):
         name, _, file = given.rpartition("=")
-        card = session.shelf.add(Path(file), name or Path(file).parent.name)
-        drawn: list[Any] = []
-        own = session.abilities
-        asked = Request(f"a {card.phrase}", (1,), steps=own.steps, guidance=own.guidance, adapters=((card, 1.0),))
-        session.model.studio().draw(asked, Job("the server", "cover"), drawn.append)
-        cards.append(session.shelf.give_cover(card, drawn[0].image))
-    return cards
+        page.locator("#take-in input[type=file]").set_input_files(file)
+        page.wait_for_function(f"document.querySelectorAll('#cards .card').length === {index + 1}")
+        page.locator("#cards .card").first.click()  # the newest
+        page.wait_for_function(f"document.querySelector('#shelf-adapter input').value === '{Path(file).stem}'")
+        page.wait_for_timeout(1000)  # for what is known of it
+        text(page, "name").fill(name or Path(file).parent.name)
+        page.locator("#label").click()
+        page.wait_for_function("document.querySelector('#shelf-note').innerText.includes('Saved')")
+        page.locator("#cover:not([disabled])").click()
+        page.wait_for_function(f"document.querySelectorAll('#cards img').length === {index + 1}")
+    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Name, trigger and cover")
 
 
 def train(page: Any, steps: int | None, out: Path) -> None:
@@ -140,13 +143,15 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        given, port = fill_shelf(Path(folder), options.adapter), free_port()
+        port = free_port()
         with started([*APP, "--workspace", folder, "--port", str(port)], port) as url, open_browser() as browser:
             page = browser.new_page(viewport={"width": WIDTHS["wide"], "height": 800}, color_scheme="light")
             page.set_default_timeout(120_000)
             page.goto(url)
             page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
             page.wait_for_timeout(2000)
+            fill_shelf(page, options.adapter)
+            given = Shelf(Workspace(Path(folder))).cards()[::-1]
             train(page, options.steps, options.out)
             use(page, (given or Shelf(Workspace(Path(folder))).cards())[0])
             take(page, options.out)

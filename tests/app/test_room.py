@@ -52,6 +52,7 @@ def acts(filled: Session, person: str, mug: Card, style: Card, make: Maker) -> A
         "train": lambda: filled.training.start(person, wish()),
         "export": lambda: filled.workshop.export(person, mug.id, "oft"),
         "combine": lambda: filled.workshop.combine(person, "compose", mug.id, mug.id),
+        "cover": lambda: filled.workshop.cover(person, mug.id),
         "take in": lambda: filled.take_in(file),
     }
 

@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from app.session import Session
-from app.shelf import Card
+from app.shelf import Card, Shelf
 from app.words import card_page, cards_page
 from app.workspace import new_id
 from oft_diffusion.errors import OFTError
@@ -28,11 +28,11 @@ def test_a_card_tells_what_the_file_says(mug: Card, style: Card, session: Sessio
 
 
 def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) -> None:
-    session.shelf.rename(mug.id, "  <b>Tea</b>\n cup ")
+    session.shelf.label(mug.id, "  <b>Tea</b>\n cup ", "sks", "mug")
     assert session.shelf.card(mug.id).name == "<b>Tea</b> cup"
     for name in ("", "   ", "x" * 61):
         with pytest.raises(OFTError):
-            session.shelf.rename(mug.id, name)
+            session.shelf.label(mug.id, name, "", "")
     with pytest.raises(OFTError, match="no adapter is chosen"):
         session.delete("")
     assert session.fits(mug) == ""
@@ -41,9 +41,27 @@ def test_names_change_and_adapters_go(mug: Card, style: Card, session: Session) 
     assert not any(mug.file in key for key in session.shelf._fits)
     assert [card.id for card in session.shelf.cards()] == [style.id]
     for gone in (mug.id, new_id(), "../x"):
-        for act in (session.shelf.card, session.shelf.delete, lambda i: session.shelf.rename(i, "x")):
+        for act in (session.shelf.card, session.shelf.delete, lambda i: session.shelf.label(i, "x", "", "")):
             with pytest.raises(OFTError):
                 act(gone)
+
+
+def test_words_are_given_and_taken_back_and_the_file_stays_as_it_is(session: Session, style: Card) -> None:
+    before = style.file.read_bytes()
+    assert style.phrase == ""
+    assert session.label(style.id, "Ink", "  zwx \n one", "style") == []
+    card = Shelf(session.workspace).card(style.id)  # as after a restart
+    assert (card.name, card.trigger, card.class_word, card.phrase) == ("Ink", "zwx one", "style", "zwx one style")
+    with pytest.raises(OFTError, match="101 letters"):
+        session.label(style.id, "Ink", "x" * 101, "")
+    with pytest.raises(OFTError, match="101 letters"):
+        session.label(style.id, "Ink", "", "x" * 101)
+    assert session.shelf.card(style.id) == card
+    [note] = session.label(style.id, "Ink", "style one", "style")
+    assert "the trigger holds the class word" in note
+    session.label(style.id, "Ink", "", "")
+    assert session.shelf.card(style.id).phrase == ""
+    assert style.file.read_bytes() == before
 
 
 def test_files_of_other_tools_are_taken_in(session: Session, tmp_path: Path) -> None:
@@ -85,7 +103,7 @@ def test_broken_files_are_passed_over_and_refused(session: Session, mug: Card, t
 def test_covers_have_a_text_and_an_address_whatever_they_are_called(mug: Card) -> None:
     cover = Path("/a #place/of 100%/cover.png")
     shown = cards_page([(dataclasses.replace(mug, name='"Tea" <cup>', cover=cover), "")])
-    assert 'src="/gradio_api/file=/a%20%23place/of%20100%25/cover.png"' in shown
+    assert 'src="/gradio_api/file=/a%20%23place/of%20100%25/cover.png?0"' in shown
     assert 'alt="cover of &quot;Tea&quot; &lt;cup&gt;"' in shown
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from app.adapter_slots import AdapterSlots
 from app.session import Session
 from app.train_tab import TrainTab
 
@@ -14,10 +15,11 @@ FORM = ("My thing", "zwx", "thing", "", 6, 1e-3, 8, 0, "")
 
 
 def laid_out(session: Session) -> TrainTab:
-    """The tab, beside one menu of adapters."""
+    """The tab, beside the places of a drawing's adapters."""
     with gr.Blocks():
-        menu = gr.Dropdown([])
-        return TrainTab(session, gr.BrowserState(None), lambda: (gr.update(),), [menu], menu)
+        slots = AdapterSlots(session)
+        changed = slots.menus[:1]
+        return TrainTab(session, gr.BrowserState(None), lambda: (gr.update(),), changed, slots)
 
 
 @pytest.mark.parametrize(

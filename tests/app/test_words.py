@@ -83,7 +83,7 @@ def test_what_python_says_of_a_form_is_not_shown() -> None:
 def test_an_adapters_table_and_cover_are_sound_html(mug: Card) -> None:
     assert '<th scope="row">Trigger</th>' in card_page(mug, "")
     shown = cards_page([(replace(mug, cover=Path("/my #1 folder/50%20.png")), "")])
-    assert 'src="/gradio_api/file=/my%20%231%20folder/50%2520.png"' in shown
+    assert 'src="/gradio_api/file=/my%20%231%20folder/50%2520.png?0"' in shown
 
 
 def test_pictures_are_called_by_what_made_them() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from app.machine import Job
 from app.session import Session
 from app.shelf import Card
+from app.words import cards_page
 from app.workshop import FORMATS
 from app.workspace import new_id
 from oft_diffusion import OFTConfig, load_oft_weights
@@ -51,6 +52,15 @@ def handed_out(session: Session, person: str, card: Card, to: str, folder: Path)
 @pytest.fixture
 def base(model_folder: Path) -> StableDiffusionPipeline:
     return load_pipeline(model_folder)
+
+
+@pytest.fixture
+def misfit(session: Session, tmp_path: Path) -> Card:
+    """An adapter for a wider base."""
+    wider = StableDiffusionPipeline.from_pretrained(session.model.source)
+    wider.unet = UNet2DConditionModel.from_config({**wider.unet.config, "cross_attention_dim": 64})
+    (tmp_path / "wider").mkdir()
+    return session.shelf.add(Maker(wider, tmp_path / "wider")("other", parts=("unet",)), "for a wider one")
 
 
 @pytest.mark.parametrize("to", ROTATIONS)
@@ -171,3 +181,48 @@ def test_words_are_those_asked_for_and_notes_are_kept(session: Session, person: 
     for how, second, share in (("average", style.id, 0.5), ("compose", new_id(), 0.5), ("interpolate", style.id, 2.0)):
         with pytest.raises(OFTError):
             session.workshop.combine(person, how, mug.id, second, share)
+
+
+def test_words_that_were_given_here_are_handed_out(
+    session: Session, person: str, mug: Card, style: Card, tmp_path: Path
+) -> None:
+    session.label(style.id, "Ink", "zwx", "style")
+    session.label(mug.id, "Mug", "", "")
+    told = []
+    for card in (style, mug):
+        path = handed_out(session, person, card, "oft", tmp_path)
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        told.append((load_adapter_file(path).metadata.trigger, load_adapter_file(path).metadata.class_word))
+    assert told == [("zwx", "style"), (None, None)]
+    made = ended(session.workshop.combine(person, "compose", mug.id, style.id)).found[-1]
+    assert (made.trigger, made.class_word) == ("zwx", "style")
+
+
+def test_a_cover_is_drawn_with_the_words_and_again(session: Session, person: str, mug: Card, misfit: Card) -> None:
+    now = ended(session.workshop.cover(person, mug.id))
+    first = session.shelf.card(mug.id)
+    assert (now.text, len(now.found)) == ("the adapter My mug has a new cover", 1)
+    assert first.cover is not None
+    before = first.cover.read_bytes()
+    session.label(mug.id, "My mug", "zwx", "cat")
+    ended(session.workshop.cover(person, mug.id))
+    second = session.shelf.card(mug.id)
+    assert first.cover.read_bytes() != before
+    assert cards_page([(first, "")]) != cards_page([(second, "")])  # or the browser would show the old one
+    for other in (misfit.id, new_id(), ""):
+        with pytest.raises(OFTError):
+            session.workshop.cover(person, other)
+
+
+def test_a_cover_that_waits_is_cancelled_and_of_what_is_gone_there_is_none(
+    session: Session, person: str, mug: Card, style: Card, busy: threading.Event
+) -> None:
+    cancelled, gone = session.workshop.cover(person, style.id), session.workshop.cover(person, mug.id)
+    assert session.machine.cancel(person, cancelled.id)
+    session.delete(mug.id)
+    busy.set()
+    *_, last = gone.watch(timeout=60)
+    assert "This adapter is gone" in last.error
+    assert cancelled.progress.state == "cancelled"
+    assert [card.cover for card in session.shelf.cards()] == [None]
+    assert not mug.file.parent.exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text
+from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text, until
 from tests.library.support import Maker
 from tests.peers.peft_oft import write_peft
 
@@ -31,11 +31,18 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     page.locator("#take-in input[type=file]").set_input_files(path)
     page.locator("#cards .card", has_text="back").click()
     page.wait_for_function("document.querySelector('#shelf-adapter input').value === 'back'")
-    opened_part(page, "Name, and delete")
-    page.wait_for_function("document.querySelector('#name input, #name textarea')?.value === 'back'")
+    opened_part(page, "Name, trigger and cover")
+    for field, value in (("name", "back"), ("own-trigger", "sks"), ("own-class", "mug")):  # which comes in late
+        page.wait_for_function(f"document.querySelector('#{field} input, #{field} textarea')?.value === '{value}'")
     text(page, "name").fill("<b onclick='x'>bold</b>")
-    page.locator("#rename").click()
+    text(page, "own-trigger").fill("zwx")
+    page.locator("#label").click()
     page.wait_for_function("document.querySelector('#cards').innerText.includes('<b onclick=')")
+    page.wait_for_function("document.querySelector('#about').innerText.includes('zwx mug')")
+    page.locator("#cover").click()
+    page.wait_for_function("document.querySelector('#shelf-status').innerText.includes('has a new cover')")
+    page.wait_for_function("document.querySelector('#cards img')?.naturalWidth > 0")
+    opened_part(page, "Delete")
     page.get_by_label("Yes, delete it for good").check()
     page.wait_for_selector("#delete:not([disabled])")
     page.locator("#cards .card", has_text="My mug").click()  # which nobody was sure of
@@ -47,6 +54,41 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     page.locator("#delete:not([disabled])").click()
     page.wait_for_function("!document.querySelector('#cards').innerText.includes('<b onclick=')")
     assert [card.name for card in session.shelf.cards()] == ["My mug"]
+
+
+def test_what_is_deleted_is_chosen_nowhere_any_more(opened: Any, server: Any, pictures: Any) -> None:
+    session, _ = server
+    [mug] = session.shelf.cards()
+    here, elsewhere = (session.shelf.add(mug.file, name) for name in ("Gone from here", "Gone elsewhere"))
+    page = opened()
+    quick(page, 1)
+    choose(page, "adapter-0", here.name)
+    opened_part(page, "More adapters, one after another")
+    choose(page, "adapter-1", elsewhere.name)
+    go_to(page, "Compare")
+    choose(page, "compare-adapter", here.name)
+    go_to(page, "Adapters")
+    page.locator("#cards .card", has_text=here.name).click()
+    opened_part(page, "Delete")
+    page.get_by_label("Yes, delete it for good").check()
+    page.locator("#delete:not([disabled])").click()
+    for menu, left in (("shelf-adapter", ""), ("compare-adapter", ""), ("adapter-0", "none")):
+        page.wait_for_function(f"document.querySelector('#{menu} input').value === '{left}'")
+    assert page.locator("#adapter-1 input").input_value() == elsewhere.name
+    session.delete(elsewhere.id)  # of which this page is not told
+    go_to(page, "Generate")
+    text(page, "prompt").fill("a mug")
+    page.locator("#generate").click()
+    page.wait_for_selector("#status .problem")
+    assert "This adapter is gone." in page.locator("#status").inner_text()
+    choose(page, "adapter-1", "none")
+    draw(page, "a mug")
+    assert session.settings_in(pictures()[-1])["adapters"] == []
+    [*_, drawn] = [job for job in session.machine._jobs.values() if job.kind == "draw"]
+    trained = session.machine.start(drawn.owner, "train", lambda job: job.tell(here, text="the adapter is here"))
+    until(lambda: trained.progress.ended)
+    reload(page)
+    assert page.locator("#adapter-0 input").input_value() == "none"
 
 
 def test_what_is_no_adapter_is_refused_with_a_sentence(opened: Any, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def filled(page: Any, name: str, steps: int) -> None:
 def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -> None:
     session, url = small_server
     page = opened(url)
+    number(page, "strength-0", 0)  # as of an earlier trial
+    page.locator("#acts-0 input").uncheck()
     filled(page, "Cat one", 6)
     caption = page.get_by_label("Caption of picture 2")
     assert caption.input_value() == PICTURES[3].read_text().strip()
@@ -57,6 +59,8 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     page.wait_for_selector("#packed a")
     go_to(page, "Generate")
     assert page.locator("#adapter-0 input").input_value() == "Cat one"
+    assert page.locator("#strength-0 input").first.input_value() == "1"
+    assert page.locator("#acts-0 input").is_checked()
     text(page, "prompt").fill("a zwx cat")
     opened_part(page, "Settings")
     number(page, "count", 1)
