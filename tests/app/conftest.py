@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from app import runs
 from app.session import Session
 from app.shelf import Card
 from app.workspace import new_token
@@ -14,6 +15,12 @@ from oft_diffusion import OFTConfig
 from tests.helpers.app_page import occupied
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.library.support import Maker
+
+
+@pytest.fixture(autouse=True)
+def told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a training as they come, not every other second: tests wait for them."""
+    monkeypatch.setattr(runs, "_TELL_EVERY", 0.3)
 
 
 @pytest.fixture(scope="session")
