@@ -66,7 +66,7 @@ class AdaptersTab:
                 self.status = gr.HTML(visible=False, elem_id="shelf-status")
                 self.made = gr.File(label="File", interactive=False, height=90, visible=False, elem_id="exported")
                 self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="shelf-cancel", size="sm")
-                with gr.Accordion("Take in a file, of any tool", open=False):
+                with gr.Accordion("Import a file, of any tool", open=False):
                     self.file = gr.File(
                         label="A .safetensors file", file_types=[".safetensors"], height=130, elem_id="take-in"
                     )
@@ -74,13 +74,13 @@ class AdaptersTab:
                         [("as the file says", ""), *((part, part) for part in session.model.parts())], value="",
                         label="For", elem_id="take-in-component",
                     )  # fmt: skip
-                with gr.Accordion("Hand out", open=False):
+                with gr.Accordion("Export", open=False):
                     self.format = gr.Dropdown(
                         [(text, key) for key, text in self.workshop.formats().items()], value="oft", label="As",
                         elem_id="export-format",
                     )  # fmt: skip
                     self.export = gr.Button("Make the file", elem_id="export")
-                with gr.Accordion("One adapter of two", open=False):
+                with gr.Accordion("Merge two", open=False):
                     self._two()
                 with gr.Accordion("Name, trigger and cover", open=False):
                     self._label()

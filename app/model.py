@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,16 @@ class Model:
         """
         with self._loading:  # libraries patch torch while they load: never in two threads
             if self._studio is None:
-                pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
-                steps, guidance = (STEPS, GUIDANCE) if self.shipped else beginning(pipe)
-                self._studio = Studio(
-                    pipe, "the pocket base" if self.shipped else Path(self.name).name, steps, guidance
-                )
+                # In a thread that ends: where two threads that live have computed, OpenMP counts more helpers than
+                # there are processors, and lets them sleep after each operation; a training takes half as long again.
+                with ThreadPoolExecutor(1, "load") as once:
+                    self._studio = once.submit(self._load).result()
             return self._studio
+
+    def _load(self) -> Studio:
+        pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
+        steps, guidance = (STEPS, GUIDANCE) if self.shipped else beginning(pipe)
+        return Studio(pipe, "the pocket base" if self.shipped else Path(self.name).name, steps, guidance)
 
     @property
     def abilities(self) -> Abilities:

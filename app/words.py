@@ -32,7 +32,7 @@ _JOBS = {  # one, and several
     "estimate": ("an estimate", "estimates"),
     "export": ("a file", "files"),
     "cover": ("a cover", "covers"),
-    "combine": ("one adapter of two", "adapters of two"),
+    "combine": ("a merge of two adapters", "merges of two adapters"),
     "program": ("a program's drawing", "programs' drawings"),
 }
 

@@ -39,7 +39,7 @@ LOOKS = (("light", WIDTHS["wide"], False), ("dark", WIDTHS["wide"], True), ("nar
 def fill_shelf(page: Any, adapters: Sequence[str]) -> None:
     """Take in adapters given as NAME=FILE, each with that name and a cover."""
     go_to(page, "Adapters")
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     opened_part(page, "Name, trigger and cover")
     for index, given in enumerate(adapters):
         name, _, file = given.rpartition("=")
@@ -53,7 +53,7 @@ def fill_shelf(page: Any, adapters: Sequence[str]) -> None:
         page.wait_for_function("document.querySelector('#shelf-note').innerText.includes('Saved')")
         page.locator("#cover:not([disabled])").click()
         page.wait_for_function(f"document.querySelectorAll('#cards img').length === {index + 1}")
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     opened_part(page, "Name, trigger and cover")
 
 

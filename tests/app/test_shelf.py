@@ -58,7 +58,7 @@ def test_words_are_given_and_taken_back_and_the_file_stays_as_it_is(session: Ses
     with pytest.raises(OFTError, match="101 letters"):
         session.label(style.id, "Ink", "", "x" * 101)
     assert session.shelf.card(style.id) == card
-    note, _ = session.label(style.id, "Ink", "style one", "style")
+    _, note = session.label(style.id, "Ink", "style one", "style")
     assert "the trigger holds the class word" in note
     session.label(style.id, "Ink", "", "")
     assert session.shelf.card(style.id).phrase == ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from app import model
 from app.drawing import Request
 from app.machine import Cancelled, Job
 from app.model import Model
@@ -16,6 +19,7 @@ from app.presets import POCKET, PRESETS, beginning, fitting
 from app.runs import Wish
 from app.session import Session
 from oft_diffusion.errors import ConfigError
+from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import SUBJECTS
 from tests.app.test_photos import noise
 from tests.helpers.tiny_families import tiny_family, write_tiny_family
@@ -136,6 +140,23 @@ def test_a_gpu_trains_in_what_it_computes_in(able: bool, wanted: str, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: able)
     assert Model(device="cuda").precision() == wanted
     assert Model(device="mps").precision() == "no"
+
+
+def test_the_model_is_loaded_in_a_thread_that_ends(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def load(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return load_pipeline(*given, **named)
+
+    monkeypatch.setattr(model, "load_pipeline", load)
+    fresh = Model(session.model.source)
+    assert fresh.studio() is fresh.studio()
+    [thread] = threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    with pytest.raises(ConfigError, match="nowhere"):
+        Model("./nowhere").studio()
 
 
 @pytest.mark.parametrize(("able", "wanted"), [(True, "bf16"), (False, "no")])

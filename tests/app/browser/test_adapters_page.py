@@ -21,13 +21,13 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     page.locator("#cards .card", has_text="My mug").click()
     page.wait_for_selector("#about table")
     assert "sks mug" in page.locator("#about").inner_text()
-    opened_part(page, "Hand out")
+    opened_part(page, "Export")
     page.locator("#export").click()
     with page.expect_download() as download:
         page.locator("#exported a").first.click()
     path = tmp_path / "back.safetensors"
     download.value.save_as(path)
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     page.locator("#take-in input[type=file]").set_input_files(path)
     page.locator("#cards .card", has_text="back").click()
     page.wait_for_function("document.querySelector('#shelf-adapter input').value === 'back'")
@@ -94,7 +94,7 @@ def test_what_is_deleted_is_chosen_nowhere_any_more(opened: Any, server: Any, pi
 def test_what_is_no_adapter_is_refused_with_a_sentence(opened: Any, tmp_path: Path) -> None:
     page = opened()
     go_to(page, "Adapters")
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     pickled = tmp_path / "evil.safetensors"
     pickled.write_bytes(b"\x80\x04\x95cos\nsystem\n(S'touch hurt'\ntR.")
     page.locator("#take-in input[type=file]").set_input_files(pickled)
@@ -111,7 +111,7 @@ def test_a_file_of_another_tool_is_taken_in_and_one_for_another_base_is_not(
     file = write_peft(tmp_path / "peft", layers, block_size=8, norm=0.3) / "adapter_model.safetensors"
     page = opened()
     go_to(page, "Adapters")
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     choose(page, "take-in-component", "unet")
     page.locator("#take-in input[type=file]").set_input_files(file)
     page.locator("#cards .card", has_text="adapter_model").wait_for()
@@ -129,7 +129,7 @@ def test_two_become_one(opened: Any, server: Any) -> None:
     page = opened()
     go_to(page, "Adapters")
     page.locator("#cards .card").first.click()
-    opened_part(page, "One adapter of two")
+    opened_part(page, "Merge two")
     choose(page, "second", "My mug")
     page.locator("#compose").click()
     page.wait_for_function("document.querySelectorAll('#cards .card').length === 2")

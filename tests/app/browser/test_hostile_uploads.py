@@ -138,7 +138,7 @@ def test_adapters(opened: Any, server: Any, kept: Kept, pictures: Any, tmp_path:
     page, before, drawn = opened(), kept(), len(pictures())
     [card] = session.shelf.cards()
     go_to(page, "Adapters")
-    opened_part(page, "Take in a file, of any tool")
+    opened_part(page, "Import a file, of any tool")
     for path in hostile_adapters(tmp_path, card.file.read_bytes()):
         page.locator("#take-in input[type=file]").set_input_files(path)
         page.wait_for_function(f"document.querySelector('#shelf-note').innerText.includes({path.name!r})")
