@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -158,9 +159,16 @@ def test_a_trainable_adapter_at_strength_0_costs_no_rotation_and_is_back_afterwa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[str] = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            made.append("a rotation")
+            return real(*given)
+
+        return call
+
     for module, name in ((hooks, "block_rotate"), (sharing, "block_rotate"), (sharing, "block_rotate_shared")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, real=real: made.append("a rotation") or real(*given))
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
     unet = tiny_unet()
     inputs = unet_inputs(unet)
     with torch.no_grad():
