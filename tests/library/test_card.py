@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from PIL.ExifTags import GPS, IFD
 
+from oft_diffusion import load
 from oft_diffusion.cli import main
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.formats.tools import TOOLS, is_loaded_by
@@ -175,6 +176,7 @@ def test_its_python_draws_its_first_picture(folder, model_folder, drawn, tmp_pat
 
 def test_its_commands_run(folder, model_folder, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "usual_dtype", lambda device: torch.float32)  # as `drawn` was
     Path(model_folder.name).symlink_to(model_folder)
     commands = [row for text in blocks(folder, "bash") for row in text.splitlines() if not row.startswith("#")]
     assert [shlex.split(row)[:2] for row in commands] == [["oft-diffusion", v] for v in ["generate"] + ["convert"] * 5]

@@ -221,6 +221,6 @@ def test_fused_adapters_cost_nothing(pipe, base_pipe, mug, style):
     load_oft_weights(pipe, mug, adapter_name="mug")
     load_oft_weights(pipe, style, adapter_name="style")
     draw(pipe)
-    assert operations(pipe)["oft_diffusion.block_rotate.default"] > 0
+    assert operations(pipe)["aten.bmm.default"] > base["aten.bmm.default"]
     fuse_oft(pipe)
     assert operations(pipe) == base
