@@ -30,7 +30,7 @@ CONFIG, STATE, PHOTOS = "config.toml", "state.json", "photos"
 _HERE = Path(__file__).parent
 PRESETS = next(p for p in (_HERE / "presets", _HERE.parent / "train_scripts" / "configs") if p.is_dir())  # of a wheel
 Asked = Literal["save", "sample"]
-_TELL_EVERY = 2.0  # seconds between steps that are told: a page on the same processor takes the training's time
+_TELL_EVERY = 2.0  # seconds: a page on the same processor takes the training's time
 _CHECKPOINTS = 5  # of a run, evenly: to go on from, and to compare
 LIMITS = {  # of what a person may fill in
     "steps": (1, 20_000), "learning_rate": (1e-7, 1.0), "block_size": (2, 128), "batch_size": (1, 16),
@@ -206,6 +206,7 @@ class Runs:
                 control.stop_run = run.stop
                 _end_early(job, control)
                 told = 0.0
+                untold: list[TrainStep] = []
                 for step in run:
                     if control.sample.is_set():
                         control.sample.clear()
@@ -217,9 +218,13 @@ class Runs:
                         job.tell(f"Saved a checkpoint after step {step.step}")
                     if step.checkpoint:
                         self._note(run_id, {"step": step.step})
+                    untold.append(self._for_page(run_id, step))
                     if time.monotonic() - told > _TELL_EVERY or step.pictures or step.step == step.steps:
                         told = time.monotonic()
-                        _tell(job, self._for_page(run_id, step))
+                        _tell(job, untold)
+                        untold = []
+                if untold:  # it was stopped
+                    _tell(job, untold)
             self._finish(run_id, job, run.result, control)
         except BaseException:
             if not control.paused and not list_checkpoints(folder / "run"):
@@ -366,7 +371,12 @@ def _end_early(job: Job, control: Control) -> None:
     raise Cancelled
 
 
-def _tell(job: Job, step: TrainStep) -> None:
+def _tell(job: Job, steps: Sequence[TrainStep]) -> None:
+    step = steps[-1]
     job.tell(
-        step, text=f"step {step.step} of {step.steps}", done=step.step, total=step.steps, seconds_left=step.seconds_left
+        *steps,
+        text=f"step {step.step} of {step.steps}",
+        done=step.step,
+        total=step.steps,
+        seconds_left=step.seconds_left,
     )

@@ -320,7 +320,7 @@ class TrainTab:
             yield (
                 status_line(now),
                 told(*notes[-1:]) if news or now.ended else gr.skip(),
-                loss_curve([step.loss for step in steps]) if fresh and len(steps) > 1 else gr.skip(),
+                loss_curve([step.loss for step in steps], steps[0].step) if fresh and len(steps) > 1 else gr.skip(),
                 gr.update(value=grids[::-1], visible=True) if moved and grids else gr.skip(),
                 gr.update(value=_GOING) if not now.ended else gr.skip(),
                 *[gr.update(interactive=heeded)] * 2,

@@ -95,13 +95,17 @@ def write_report(
     return path
 
 
-def loss_curve(losses: Sequence[float]) -> str:
+def loss_curve(losses: Sequence[float], first: int = 1) -> str:
     """The losses as HTML: steps as dots, and a running mean over a tenth of the run as a line.
 
     Of a long run, `_MOST_DOTS` steps are drawn, evenly, the last one among them; the mean is that of all.
 
     Labels are texts around the drawing, whose size does not depend on its width. It needs no stylesheet, and has the
     colour of the text around it where none says otherwise. Steps whose loss was not finite have no dot.
+
+    Args:
+        losses: of steps one after another.
+        first: the number of the first step.
     """
     steps = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
     if not steps:
@@ -116,6 +120,7 @@ def loss_curve(losses: Sequence[float]) -> str:
     def point(step: int, value: float) -> str:
         return f"{_SIDE * step / max(1, len(losses) - 1):.1f},{_SIDE * (1 - value / levels[-1]):.1f}"
 
+    last = first + len(losses) - 1
     begun, ended = means[min(window, len(means)) - 1], means[-1]
     lines = "".join(f"M{point(0, level)}h{_SIDE}" for level in levels)
     dots = "".join(f"M{point(steps[i], finite[i])}h0" for i in drawn)
@@ -126,7 +131,7 @@ def loss_curve(losses: Sequence[float]) -> str:
         + _stroke("dots", dots, 4, 0.4)
         + _stroke("mean", "M" + " ".join(point(steps[i], means[i]) for i in drawn), 2, 1),
         levels="".join(f"<span>{level:g}</span>" for level in reversed(levels)),
-        steps="<div>loss, and its running mean</div>".join(f"<span>step {i}</span>" for i in sorted({1, len(losses)})),
+        steps="<div>loss, and its running mean</div>".join(f"<span>step {i}</span>" for i in sorted({first, last})),
     )
 
 

@@ -205,7 +205,9 @@ def test_a_long_runs_curve_has_few_dots_and_the_mean_of_all(count):
 
 @given(highest=st.floats(1e-9, 1e9))
 def test_the_curves_levels_are_few_and_round_and_lie_where_they_say(highest):
-    curve = loss_curve([highest / 2, highest])
+    curve = loss_curve([highest / 2, highest], 90)
+    assert "step 90" in curve
+    assert "step 91" in curve
     levels = [float(text) for text in re.findall("<span>([^<s]+)</span>", curve)]  # from top to bottom
     assert 4 <= len(levels) <= 5
     assert levels[-1] == 0
