@@ -19,7 +19,9 @@ SOURCES := $(wildcard oft_diffusion train_scripts tests benchmarks app)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 # Each profile would write two lines of its own otherwise.
 QUIET := KINETO_LOG_LEVEL=99
-FULL_LOG := docs/logs/test-full.log
+# A part of make test-full alone, with a log of its own: TESTS="-m slow tests/app" FULL_LOG=docs/logs/test-app.log
+TESTS ?=
+FULL_LOG ?= docs/logs/test-full.log
 
 .PHONY: help install demo app test test-full bench bench-gpu lint types format wheel constraints clean
 
@@ -58,7 +60,7 @@ test: install  ## the quick tests (minutes): seeded samples of the property test
 # Paths of this machine are taken out of the log, since it is committed.
 test-full: install  ## everything that this machine can run; writes docs/logs/test-full.log
 	@mkdir -p $(dir $(FULL_LOG))
-	@HYPOTHESIS_PROFILE=full $(PYTEST) --durations=15 2>&1 \
+	@HYPOTHESIS_PROFILE=full $(PYTEST) $(TESTS) --durations=15 2>&1 \
 	  | sed -u -e "s#$(CURDIR)#.#g" -e "s#$${HOME:-/nonexistent}#~#g" | tee $(FULL_LOG)
 
 bench: install  ## speed and memory beside LoRA and others, on this processor: under 15 minutes, on an idle machine

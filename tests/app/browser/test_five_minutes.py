@@ -45,7 +45,7 @@ def test_five_pictures_to_the_subject_on_a_beach(opened: Any, pictures: Any) -> 
     page.get_by_label("Keep this seed").check()
     text(page, "prompt").fill(f"a {subject.object} on the beach")
     page.locator("#triggers").get_by_text(subject.object).click()
-    page.wait_for_selector("#trigger-warning", state="hidden")
+    page.wait_for_selector("#trigger-warning:has-text('calls the subject')")
     prompt = text(page, "prompt").input_value()
     assert prompt.endswith(f" {subject.object} on the beach")
 
