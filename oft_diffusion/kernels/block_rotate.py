@@ -94,7 +94,7 @@ def uncast(form: Callable[..., T]) -> Callable[..., T]:
 @uncast
 def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
-    _check(x, delta)
+    check(x, delta)
     rows = x.numel() // x.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if delta.dim() == 3 and rows < _MANY_ROWS:
@@ -135,7 +135,7 @@ def _blocks_first(x: Tensor, groups: int, block_size: int) -> Tensor:
 @torch.library.impl(OPS, "block_rotate", "CUDA")
 def rotate_on_gpu(x: Tensor, delta: Tensor) -> Tensor:
     """The op on CUDA tensors: the kernel where it fits."""
-    _check(x, delta)
+    check(x, delta)
     kernels = triton_kernels()
     if kernels is None or not kernels.fits(x, delta.shape[-1]):
         return rotate_in_torch(x, delta)
@@ -200,7 +200,8 @@ torch.library.register_autograd("oft_diffusion::block_rotate", _backward, setup_
 torch.library.register_autograd("oft_diffusion::block_rotate_delta_grad", _no_second_derivative, lib=OPS)
 
 
-def _check(x: Tensor, delta: Tensor) -> None:
+def check(x: Tensor, delta: Tensor) -> None:
+    """Raise a RuntimeError where shapes, dtypes or devices do not fit."""
     fits = delta.dim() in (3, 4) and delta.shape[-1] == delta.shape[-2]
     fits = fits and x.shape[-1] == delta.shape[-3] * delta.shape[-1]
     if not fits or (delta.dim() == 4 and (x.dim() < 2 or x.shape[0] % delta.shape[0])):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, triton_kernels, uncast
+from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, check, triton_kernels, uncast
 
 OPS.define("block_rotate_shared(Tensor x, Tensor[] deltas) -> Tensor[]", tags=TAGS)
 OPS.define(
@@ -38,7 +38,7 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas))
     if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
         return list(_RotateShared.apply(x, *deltas))
-    return [block_rotate(x, delta) for delta in deltas]
+    return _rotate(x, list(deltas))
 
 
 class _RotateShared(torch.autograd.Function):
@@ -62,7 +62,11 @@ class _RotateShared(torch.autograd.Function):
 @torch.library.impl(OPS, "block_rotate_shared", "CompositeExplicitAutograd")
 def _rotate(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
     kernels = _kernels(x, deltas)
-    return [block_rotate(x, delta) for delta in deltas] if kernels is None else kernels.rotate(x, deltas)
+    if kernels is None:
+        return [block_rotate(x, delta) for delta in deltas]
+    for delta in deltas:
+        check(x, delta)
+    return kernels.rotate(x, deltas)
 
 
 @torch.library.impl(OPS, "block_rotate_shared_grads", "CompositeExplicitAutograd")
