@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from benchmarks.candidates import Candidate, builder
 from benchmarks.records import DATA, append, environment, load
 from benchmarks.speed_setups import KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
-from benchmarks.turns import Around, Calls, take_turns, told
+from benchmarks.turns import Around, Calls, spread, take_turns, told
 from benchmarks.works import WORKS, Work
 
 FILE = DATA / "speed.csv"
@@ -63,7 +62,7 @@ def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int |
             **_versions(), "device": device, "run": run, **setup.columns(), **stand.about,
             "kind": kind, "method": method,
             **dict.fromkeys(("settings", "trained", "adapter_bytes", *_FIGURES), ""),
-            **stand.figures.get((method, kind), {}), **_spread(stand.times.get((method, kind), [])),
+            **stand.figures.get((method, kind), {}), **spread(stand.times.get((method, kind), [])),
             "load": f"{load_before:.1f}",
             "reason": "" if (method, kind) in stand.times else stand.reasons.get((method, kind), ""),
         }
@@ -251,14 +250,6 @@ def main() -> None:
 def _versions() -> dict[str, str]:
     """Of the peers; `records.environment` has the rest."""
     return {"peft": version("peft"), "lycoris": version("lycoris-lora"), "cuda": torch.version.cuda or ""}
-
-
-def _spread(times: Sequence[float]) -> dict[str, str]:
-    """Median and quartiles, and all of them, in the order of the rounds, so that ratios can be paired."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if times else ("", "", "")
-    shown = {"median": median, "low": low, "high": high}
-    cells = {name: f"{value:.6g}" if times else "" for name, value in shown.items()}
-    return {"rounds": str(len(times)), **cells, "seconds": " ".join(f"{t:.6g}" for t in times)}
 
 
 def _give_back(device: str) -> None:

@@ -80,18 +80,19 @@ def _scaling(usual: Setup, tokens: tuple[int, ...], widths: tuple[int, ...]) -> 
     return [usual, *(replace(usual, sizes=s) for s in sizes), *(replace(usual, block_size=b) for b in (16, 64))]
 
 
-_CPU_TRAIN = Setup("SD 1.5", small=True, rounds=20)
+_CPU_TRAIN = Setup("SD 1.5", small=True, rounds=15)
 _CPU_MAIN = replace(_CPU_TRAIN, methods=_MAIN, rounds=10)
 CPU: list[Setup] = [
     _CPU_TRAIN,
-    replace(_CPU_TRAIN, kind="inference", methods=_INFERENCE),
+    replace(_CPU_TRAIN, kind="inference", methods=_INFERENCE, rounds=10),
+    replace(_CPU_MAIN, sizes=Sizes(batch=4), rounds=8),
     Setup("SD 1.5", kind="build", methods=BUILDS, rounds=7),
-    *_scaling(Setup(STACK, methods=_SCALED, rounds=10), tokens=(64, 1024), widths=(320, 1280)),
+    *_scaling(Setup(STACK, methods=_SCALED, rounds=8), tokens=(64, 1024), widths=(320, 1280)),
     replace(_CPU_MAIN, checkpointing=True),
     replace(_CPU_MAIN, text=True),
     replace(_CPU_MAIN, dtype="bfloat16"),
-    *(Setup(work, methods=_MAIN, small=True, rounds=5) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
-    *(Setup(work, "inference", _MAIN, small=True, rounds=5) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
+    *(Setup(work, methods=_MAIN, small=True, rounds=4) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
+    *(Setup(work, "inference", _MAIN, small=True, rounds=4) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
     replace(_CPU_MAIN, compiled=True, methods=_COMPILED),
     replace(_CPU_MAIN, compiled=True, methods=_COMPILED, kind="inference"),
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -52,6 +53,14 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     call()
     _wait(device)
     return time.perf_counter() - started
+
+
+def spread(times: Sequence[float]) -> dict[str, str]:
+    """Median and quartiles, and all of them, in the order of the rounds, so that ratios can be paired."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if times else ("", "", "")
+    shown = {"median": median, "low": low, "high": high}
+    cells = {name: f"{value:.6g}" if times else "" for name, value in shown.items()}
+    return {"rounds": str(len(times)), **cells, "seconds": " ".join(f"{t:.6g}" for t in times)}
 
 
 def told(method: str, error: Exception) -> str:

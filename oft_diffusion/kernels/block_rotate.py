@@ -1,8 +1,9 @@
 """`block_rotate(x, D) = x + x blockdiag(D)`: the input-centric forward of OFTv2 (arXiv 2506.19847, section 3.2).
 
 Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels where there
-is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code
-runs the same functions without it, since an op in Python costs more to call than a small rotation to compute.
+is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code runs the same
+functions without it, since an op in Python costs more to call than a small rotation to compute. For the same reason
+small rotations on a processor are left to torch's own backward, in which there is no Python.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ TAGS = (torch.Tag.pt2_compliant_tag,)
 OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
 OPS.define("block_rotate_delta_grad(Tensor x, Tensor grad, SymInt[] shape) -> Tensor", tags=TAGS)
 
-# torch multiplies into strided memory block by block, which saves a pass over x, and costs a call per block.
-_MANY_ROWS = 2048
+_MANY_ROWS, _FEW_BLOCKS = 1024, 4  # bounds of `lies_apart`
+_SMALL = 2**19  # of `is_small`: numbers in x
 
 
 def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
@@ -47,9 +48,18 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.oft_diffusion.block_rotate.default(x, delta)
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        if delta.dim() == 3 and is_small(x):
+            check(x, delta)
+            blocks = x.reshape(-1, *delta.shape[:2])
+            return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view(x.shape)
         rotated: Tensor = _Rotate.apply(x, delta)
         return rotated
     return _rotated(x, delta)
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether calling Python in backward would cost more than tuned products save (`benchmarks.rotate_forms`)."""
+    return not x.is_cuda and x.numel() < _SMALL and compute_dtype(x.device, x.dtype) == x.dtype
 
 
 class _Rotate(torch.autograd.Function):
@@ -95,41 +105,78 @@ def uncast(form: Callable[..., T]) -> Callable[..., T]:
 def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
     check(x, delta)
-    rows = x.numel() // x.shape[-1]
+    if delta.dim() == 4:
+        parts = x.reshape(delta.shape[0], -1, x.shape[-1])
+        return torch.stack([_turned(part, d) for part, d in zip(parts, delta, strict=True)]).view(x.shape)
+    return _turned(x, delta)
+
+
+def _turned(x: Tensor, delta: Tensor) -> Tensor:
+    count, size = delta.shape[:2]
+    first = blocks_first(x, count, size)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if delta.dim() == 3 and rows < _MANY_ROWS:
-        blocks = x.reshape(rows, *delta.shape[:2])
-        torch.add(blocks, torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1), out=out.view_as(blocks))
-        return out
-    groups, block_size = delta.shape[0] if delta.dim() == 4 else 1, delta.shape[-1]
-    deltas = delta.reshape(groups, -1, block_size, block_size)
-    # Read and written where they lie: no permuted copy of x, nor of the product.
-    for part, d, written in zip(
-        _blocks_first(x, groups, block_size), deltas, _blocks_first(out, groups, block_size), strict=True
-    ):
-        torch.baddbmm(part, part, d, out=written)
+    written = blocks_first(out, count, size)
+    if not lies_apart(x, count):
+        torch.add(first.transpose(0, 1), torch.bmm(first, delta).transpose(0, 1), out=out.view(-1, count, size))
+    elif is_wide(x):
+        torch.bmm(first, with_identity(delta), out=written)
+    else:
+        torch.baddbmm(first, first, delta, out=written)
     return out
+
+
+def lies_apart(x: Tensor, count: int) -> bool:
+    """Whether to multiply block by block, reading and writing where x lies: no pass to gather, none to add.
+
+    That costs a call for each of the `count` blocks, which few of these, or many rows, pay for
+    (`benchmarks.rotate_forms`).
+    """
+    if not is_wide(x):
+        return x.numel() >= 2 * _MANY_ROWS * x.shape[-1]
+    return count <= _FEW_BLOCKS or x.numel() >= _MANY_ROWS * x.shape[-1]
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether x's dtype holds R as exactly as what R rotates; R in 16 bits is no rotation, D in 16 bits is one of D."""
+    return x.element_size() >= 4
+
+
+def with_identity(delta: Tensor) -> Tensor:
+    """R of D, in a wide dtype; or of several D below each other, `(r, n b, b)`."""
+    rows, size = delta.shape[-2:]
+    return delta + _identities(rows // size, size, delta.dtype, delta.device)
+
+
+@functools.cache
+def _identities(count: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=dtype, device=device).repeat(count, 1)
 
 
 @torch.library.impl(OPS, "block_rotate_delta_grad", "CompositeExplicitAutograd")
 @uncast
 def delta_grad_in_torch(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
-    groups, block_size = shape[0] if len(shape) == 4 else 1, shape[-1]
-    rows, grads = (_blocks_first(t, groups, block_size) for t in (x, grad))
-    out = torch.empty(shape, dtype=x.dtype, device=x.device).view(groups, -1, block_size, block_size)
+    if len(shape) == 3:
+        return _outer(x, grad, *shape[:2])
+    parts = (t.reshape(shape[0], -1, t.shape[-1]) for t in (x, grad))
+    return torch.stack([_outer(own, of, *shape[1:3]) for own, of in zip(*parts, strict=True)])
+
+
+def _outer(x: Tensor, grad: Tensor, count: int, size: int) -> Tensor:
+    x, grad = blocks_first(x, count, size), blocks_first(grad, count, size)
     # oneDNN, which multiplies 16-bit numbers, is the faster for a copy (1.7 times, bfloat16); float32 is the slower.
-    copied = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    for own, grad_of, written in zip(rows, grads, out, strict=True):
-        if copied:
-            own, grad_of = own.contiguous(), grad_of.contiguous()
-        torch.bmm(own.transpose(1, 2), grad_of, out=written)
-    return out.view(shape)
+    if x.device.type == "cpu" and not is_wide(x):
+        x, grad = x.contiguous(), grad.contiguous()
+    return torch.bmm(x.transpose(1, 2), grad)
 
 
-def _blocks_first(x: Tensor, groups: int, block_size: int) -> Tensor:
-    """`(..., r b)` as `(groups, r, rows, b)`: a view, in which one batched product per group does all blocks."""
-    return x.reshape(groups, -1, x.shape[-1] // block_size, block_size).transpose(1, 2)
+def blocks_first(x: Tensor, count: int, size: int) -> Tensor:
+    """`(..., r b)` as `(r, rows, b)`, in which one batched product does all blocks: a view, where x's strides allow."""
+    if x.is_contiguous():
+        width = count * size
+        return x.as_strided((count, x.numel() // width, size), (size, width, 1))
+    return x.reshape(-1, count, size).transpose(0, 1)
 
 
 @torch.library.impl(OPS, "block_rotate", "CUDA")

@@ -1,7 +1,6 @@
 """`block_rotate_shared(x, [D_1, D_2, ...])`: one input for several layers (q, k and v), each with its own rotation.
 
-What `block_rotate` gives for each, to the bit; but backward gathers the layers' gradients, makes all dD with one
-product and dx with another, and autograd adds up no gradients of x.
+What `block_rotate` gives for each, without gradients to the bit. With them one product makes all dD, and another dx.
 """
 
 from __future__ import annotations
@@ -13,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oft_diffusion.kernels.block_rotate import OPS, TAGS, block_rotate, check, triton_kernels, uncast
+from oft_diffusion.kernels.block_rotate import (
+    OPS,
+    TAGS,
+    block_rotate,
+    blocks_first,
+    check,
+    is_small,
+    is_wide,
+    lies_apart,
+    triton_kernels,
+    uncast,
+    with_identity,
+)
 
 OPS.define("block_rotate_shared(Tensor x, Tensor[] deltas) -> Tensor[]", tags=TAGS)
 OPS.define(
@@ -37,8 +48,20 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas))
     if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
+        if is_small(x):
+            return _differentiable(x, deltas)
         return list(_RotateShared.apply(x, *deltas))
     return _rotate(x, list(deltas))
+
+
+def _differentiable(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """In torch's own operations: one product for all, and in backward two."""
+    for delta in deltas:
+        check(x, delta)
+    count, size = deltas[0].shape[:2]
+    blocks = x.reshape(-1, count, size)
+    turned = torch.bmm(blocks.transpose(0, 1), torch.cat(list(deltas), dim=2)).split(size, dim=2)
+    return [(blocks + own.transpose(0, 1)).view(x.shape) for own in turned]
 
 
 class _RotateShared(torch.autograd.Function):
@@ -70,13 +93,21 @@ def _rotate(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
 
 
 @torch.library.impl(OPS, "block_rotate_shared_grads", "CompositeExplicitAutograd")
+def _separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
+    """As a registered op has to answer: with tensors that share no memory."""
+    return [found.contiguous() for found in _grads(x, deltas, grads, dx, ddelta)]
+
+
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
-    """dx, and every dD side by side, `(r, b, layers b)`: what is asked for of these."""
+    """dx, and every dD, `(r, b, b)`: what is asked for of these."""
     kernels = _kernels(x, deltas)
     if kernels is None:
         return grads_in_torch(x, deltas, grads, dx, ddelta)
     found = [kernels.input_grad(x, deltas, grads)] if dx else []
-    return [*found, kernels.delta_grads(x, grads, *deltas[0].shape[:2])] if ddelta else found
+    if ddelta:
+        blocks, size = deltas[0].shape[:2]
+        found += kernels.delta_grads(x, grads, blocks, size).split(size, dim=2)
+    return found
 
 
 def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
@@ -93,19 +124,28 @@ def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
 def grads_in_torch(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """One product makes dx, another every dD."""
     blocks, size = deltas[0].shape[:2]
-    views = [grad.reshape(-1, blocks, size) for grad in grads]
-    gathered = torch.cat([view.transpose(0, 1) for view in views], dim=2)  # (r, rows, layers b)
-    found: list[Tensor] = []
-    if dx:
-        turned = torch.bmm(gathered, torch.cat([delta.transpose(1, 2) for delta in deltas], dim=1)).transpose(0, 1)
-        for view in views[:-1]:
-            turned = turned + view
-        total = torch.empty_like(x, memory_format=torch.contiguous_format)
-        torch.add(turned, views[-1], out=total.view_as(turned))
-        found.append(total)
+    gathered = torch.cat([blocks_first(grad, blocks, size) for grad in grads], dim=2)  # (r, rows, layers b)
+    found = [_input_grad(x, deltas, grads, gathered)] if dx else []
     if ddelta:
-        found.append(torch.bmm(x.reshape(-1, blocks, size).permute(1, 2, 0), gathered))
+        found += torch.bmm(blocks_first(x, blocks, size).transpose(1, 2), gathered).split(size, dim=2)
     return found
+
+
+def _input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], gathered: Tensor) -> Tensor:
+    """The sum of `g R^T` over the layers."""
+    blocks, size = deltas[0].shape[:2]
+    turns = torch.cat([delta.transpose(1, 2) for delta in deltas], dim=1)
+    if not is_wide(x):
+        turned = torch.bmm(gathered, turns).transpose(0, 1)
+        for grad in grads:
+            turned = turned + grad.reshape(turned.shape)
+        return turned.reshape(x.shape)
+    turns = with_identity(turns)
+    if not lies_apart(x, blocks):
+        return torch.bmm(gathered, turns).transpose(0, 1).reshape(x.shape)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.bmm(gathered, turns, out=blocks_first(total, blocks, size))
+    return total
 
 
 def _like_rotated(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
@@ -113,9 +153,8 @@ def _like_rotated(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
 
 
 def _like_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
-    blocks, size = deltas[0].shape[:2]
     first = [torch.empty_like(x, memory_format=torch.contiguous_format)] if dx else []
-    return [*first, x.new_empty(blocks, size, len(deltas) * size)] if ddelta else first
+    return [*first, *(x.new_empty(delta.shape) for delta in (deltas if ddelta else []))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: list[Tensor]) -> None:
@@ -139,7 +178,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and the gradient of each delta."""
     found = form(x, deltas, [torch.zeros_like(x) if grad is None else grad for grad in grads], dx, ddelta)
-    each: list[Tensor | None] = list(found[-1].split(x.shape[-1] // deltas[0].shape[0], dim=2)) if ddelta else []
+    each: list[Tensor | None] = list(found[dx:])
     return (found[0] if dx else None), (each or [None] * len(deltas))
 
 

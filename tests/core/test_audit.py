@@ -121,7 +121,7 @@ def test_a_forward_that_raised_leaves_no_trace() -> None:
     with torch.no_grad():
         assert torch.equal(model.inner[0](x), layer)
     loss = model(x)
-    assert torch.equal(loss, whole)
+    torch.testing.assert_close(loss, whole)  # rotated otherwise where gradients are wanted, up to rounding
     loss.sum().backward()
 
 

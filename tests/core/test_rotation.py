@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oft_diffusion import rotation
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.rotation import (
@@ -189,3 +190,23 @@ def test_scaled_divides_by_twice_the_root_of_b_minus_one(b: int, seed: int) -> N
     scaled = effective_generator(packed, OFTConfig(scaled=True))
     torch.testing.assert_close(scaled, packed / (2 * math.sqrt(b - 1)))
     assert effective_generator(packed, OFTConfig()) is packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("norm", [0.0, 1e-4, 0.1, 0.4, 0.7, 1.5, 20.0])
+def test_on_a_processor_small_generators_take_products_and_large_ones_a_solve(norm: float, dtype: torch.dtype) -> None:
+    q = unpack(torch.randn(6, packed_size(8), dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    q = q * (norm / torch.linalg.matrix_norm(q, 2))[:, None, None]
+    found = rotation._by_doubling(q.to(dtype))
+    assert (found is not None) == (norm < 0.9)
+    expected = torch.linalg.solve(torch.eye(8, dtype=torch.float64) - q, 2 * q)
+    delta = cayley_delta(q.to(dtype))
+    assert found is None or torch.equal(found, delta)
+    assert (delta.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * max(1.0, norm)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    q = torch.full((2, 8, 8), torch.nan)
+    assert rotation._by_doubling(q) is None
+    assert not torch.isfinite(cayley_delta(q)).any()
+    assert cayley_delta(torch.zeros(0, 8, 8)).shape == (0, 8, 8)

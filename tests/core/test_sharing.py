@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -18,6 +19,18 @@ from tests.library.support import excite
 
 B = 8
 T = TypeVar("T")
+
+# By its path: the package has a function of the same name.
+dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
+
+
+@pytest.fixture(params=["small", "large"], autouse=True)
+def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test with small rotations left to torch's backward, and with our own for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "large":
+            patch.setattr(dispatch, "_SMALL", 0)
+        yield
 
 
 class Attention(nn.Module):
@@ -89,11 +102,14 @@ def test_the_op_is_the_single_one_for_each_layer(leading: tuple[int, ...], dtype
     deltas = [(0.3 * torch.randn(3, B, B)).to(dtype).requires_grad_() for _ in range(3)]
     grads = [torch.randn(*leading, 24).to(dtype) for _ in range(3)]
     together, single = block_rotate_shared(x, deltas), [block_rotate(x, delta) for delta in deltas]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for one, other in zip(together, single, strict=True):
-        assert torch.equal(one, other)
+        assert relative(one.detach(), other.detach()) < tolerance
+    with torch.no_grad():
+        for one, delta in zip(block_rotate_shared(x, deltas), deltas, strict=True):
+            assert torch.equal(one, block_rotate(x, delta))
     found = torch.autograd.grad(together, (x, *deltas), grads)
     expected = torch.autograd.grad(single, (x, *deltas), grads)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert relative(one, other) < tolerance
@@ -137,10 +153,12 @@ def test_a_model_answers_as_it_does_with_each_layer_by_itself(build: Any, calls:
     assert calls.count("alone") == 0, "a group waited in vain"
     assert all(hook.ready is None for hook in bank.hooks.values())
     expected, expected_grad = alone(bank, gradient)
-    assert torch.equal(out, expected)
+    assert relative(out, expected) < 1e-5
     assert relative(grad, expected_grad) < 1e-5
     with torch.no_grad():
-        assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+        drawn = model(**inputs, return_dict=False)[0]
+        assert torch.equal(drawn, alone(bank, lambda: model(**inputs, return_dict=False)[0]))
+    assert relative(drawn, expected) < 1e-5
 
 
 def test_a_layer_that_reads_something_else_gets_that_and_the_group_is_given_up(calls: list[str]) -> None:
@@ -148,7 +166,7 @@ def test_a_layer_that_reads_something_else_gets_that_and_the_group_is_given_up(c
     x, doubled = torch.randn(3, 24), {"before_k": lambda x: 2 * x}
     expected = alone(bank, lambda: model(x, **doubled))
     calls.clear()
-    assert torch.equal(model(x, **doubled), expected)
+    assert relative(model(x, **doubled).detach(), expected.detach()) < 1e-5
     assert calls == ["shared", "alone"]  # for all three, then k's own
     assert all(hook.shared is None and hook.ready is None for hook in bank.hooks.values())
     assert torch.equal(model(x, **doubled), expected)
@@ -208,4 +226,4 @@ def test_adapters_that_come_later_share_too(calls: list[str]) -> None:
     x = torch.randn(3, 24)
     out = model(x)
     assert calls == ["shared"]
-    assert torch.equal(out, alone(bank, lambda: model(x)))
+    assert relative(out.detach(), alone(bank, lambda: model(x)).detach()) < 1e-5

@@ -1,0 +1,142 @@
+"""Ways to rotate on a processor, beside each other: benchmarks/data/rotate_forms.csv.
+
+python -m benchmarks.rotate_forms            # measures and appends
+python -m benchmarks.rotate_forms --table    # the newest run as Markdown
+
+`block_rotate` takes the batched product and adds it, or for many rows multiplies block by block where x lies; which of
+the two, and why neither einsum nor a compiled form, is told by these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.records import DATA, append, load
+from benchmarks.turns import spread, take_turns
+from oft_diffusion.autocast import computes_in_bfloat16
+from oft_diffusion.kernels import block_rotate
+
+FILE = DATA / "rotate_forms.csv"
+# (rows, columns): SD 1.5's at 512 x 512, its text, and SDXL's two at 1024 x 1024.
+SHAPES = ((77, 768), (256, 1280), (1024, 640), (4096, 320), (1024, 1280), (4096, 640))
+SIZES = (16, 32, 64)
+OURS = "block_rotate"
+
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def added(x: Tensor, delta: Tensor) -> Tensor:
+    """One batched product of all blocks, then a sum; autograd's own backward."""
+    blocks = x.view(len(x), *delta.shape[:2])
+    return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view_as(x)
+
+
+def in_place(x: Tensor, delta: Tensor) -> Tensor:
+    """The sum and the product in one call, on x where it lies."""
+    blocks = x.view(len(x), *delta.shape[:2]).transpose(0, 1)
+    return torch.baddbmm(blocks, blocks, delta).transpose(0, 1).reshape_as(x)
+
+
+def einsum(x: Tensor, delta: Tensor) -> Tensor:
+    """As a reader would write it down."""
+    blocks = x.view(len(x), *delta.shape[:2])
+    return (blocks + torch.einsum("nrb,rbc->nrc", blocks, delta)).view_as(x)
+
+
+def forms() -> dict[str, Form]:
+    """All of them; the compiled one is the batched product's."""
+    return {
+        OURS: block_rotate, "bmm and add": added, "baddbmm": in_place, "einsum": einsum,
+        "compiled": torch.compile(added, dynamic=False),
+    }  # fmt: skip
+
+
+def measure(rounds: int) -> None:
+    """Append one run."""
+    # One code object serves every shape: by default dynamo would fall back to eager, and say nothing.
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        _measure(rounds)
+
+
+def _measure(rounds: int) -> None:
+    ways = forms()
+    dtypes = [torch.float32, *([torch.bfloat16] if computes_in_bfloat16("cpu") else [])]
+    for dtype in dtypes:
+        for n, columns in SHAPES:
+            for size in SIZES:
+                torch.manual_seed(0)
+                x = torch.randn(n, columns).to(dtype)
+                delta = (torch.randn(columns // size, size, size) * 0.05).to(dtype)
+                stage = {name: _calls(form, x, delta) for name, form in ways.items()}
+                take_turns(stage, 3)
+                times, reasons = take_turns(stage, rounds)
+                shape = {"rows": n, "columns": columns, "dtype": str(dtype).removeprefix("torch."), "block_size": size}
+                append(
+                    FILE,
+                    [
+                        {**shape, "form": name, "kind": kind, **spread(times.get(name, {}).get(kind, [])),
+                         "reason": reasons.get(name, "")}
+                        for name, calls in stage.items() for kind in calls
+                    ],
+                )  # fmt: skip
+
+
+def _calls(form: Form, x: Tensor, delta: Tensor) -> dict[str, Callable[[], object]]:
+    learning = x.clone().requires_grad_(), delta.clone().requires_grad_()
+    grad = torch.randn_like(x)
+    return {
+        "rotate": torch.no_grad()(lambda: form(x, delta)),
+        "rotate and backward": lambda: torch.autograd.grad(form(*learning), learning, grad),
+    }
+
+
+def table() -> str:
+    """The newest run: of each form, time over `block_rotate`'s in the same round."""
+    rows = load(FILE)
+    if not rows:
+        return "Not measured yet."
+    newest = [row for row in rows if (row["date"], row["hardware"]) == (rows[-1]["date"], rows[-1]["hardware"])]
+    names = [name for name in dict.fromkeys(row["form"] for row in newest) if name != OURS]
+    lines = [f"| rows x columns | dtype | b | {OURS}, ms | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for kind in ("rotate", "rotate and backward"):
+        lines.append(f"| **{kind}** |" + " |" * (3 + len(names)))
+        found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+        for row in newest:
+            if row["kind"] == kind:
+                key = row["rows"], row["columns"], row["dtype"], row["block_size"]
+                found.setdefault(key, {})[row["form"]] = row
+        for shape, made in found.items():
+            own = _seconds(made[OURS])
+            cells = [_ratio(_seconds(made[name]), own) for name in names]
+            first = f"{shape[0]} x {shape[1]} | {shape[2]} | {shape[3]} | {1000 * statistics.median(own):.2f}"
+            lines.append(f"| {first} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"{newest[-1]['hardware']}, {newest[-1]['threads']} threads, torch {newest[-1]['torch']}."]
+    )
+
+
+def _seconds(row: dict[str, str]) -> list[float]:
+    return [float(word) for word in row["seconds"].split()]
+
+
+def _ratio(times: list[float], own: list[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(times, own, strict=True)):.2f}" if times else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options.rounds)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
