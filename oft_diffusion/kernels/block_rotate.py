@@ -3,7 +3,7 @@
 Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels where there
 is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code runs the same
 functions without it, since an op in Python costs more to call than a small rotation to compute. For the same reason
-small rotations on a processor are left to torch's own backward, in which there is no Python.
+small rotations on a processor are one line, and left to torch's own backward, in which there is no Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAGS = (torch.Tag.pt2_compliant_tag,)
 OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
 OPS.define("block_rotate_delta_grad(Tensor x, Tensor grad, SymInt[] shape) -> Tensor", tags=TAGS)
 
-_MANY_ROWS, _FEW_BLOCKS = 1024, 4  # bounds of `lies_apart`
+_MANY_ROWS = 1024  # of `lies_apart`
 _SMALL = 2**19  # of `is_small`: numbers in x
 
 
@@ -47,18 +47,18 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.ops.oft_diffusion.block_rotate.default(x, delta)
+    if delta.dim() == 3 and is_small(x):
+        check(x, delta)
+        blocks = x.reshape(-1, *delta.shape[:2])
+        return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view(x.shape)
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        if delta.dim() == 3 and is_small(x):
-            check(x, delta)
-            blocks = x.reshape(-1, *delta.shape[:2])
-            return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view(x.shape)
         rotated: Tensor = _Rotate.apply(x, delta)
         return rotated
     return _rotated(x, delta)
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether calling Python in backward would cost more than tuned products save (`benchmarks.rotate_forms`)."""
+    """Whether more Python, in backward too, would cost more than tuned products save (`benchmarks.rotate_forms`)."""
     return not x.is_cuda and x.numel() < _SMALL and compute_dtype(x.device, x.dtype) == x.dtype
 
 
@@ -116,7 +116,7 @@ def _turned(x: Tensor, delta: Tensor) -> Tensor:
     first = blocks_first(x, count, size)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     written = blocks_first(out, count, size)
-    if not lies_apart(x, count):
+    if not lies_apart(x):
         torch.add(first.transpose(0, 1), torch.bmm(first, delta).transpose(0, 1), out=out.view(-1, count, size))
     elif is_wide(x):
         torch.bmm(first, with_identity(delta), out=written)
@@ -125,15 +125,12 @@ def _turned(x: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
-def lies_apart(x: Tensor, count: int) -> bool:
+def lies_apart(x: Tensor) -> bool:
     """Whether to multiply block by block, reading and writing where x lies: no pass to gather, none to add.
 
-    That costs a call for each of the `count` blocks, which few of these, or many rows, pay for
-    (`benchmarks.rotate_forms`).
+    That costs a call for each block, which many rows pay for (`benchmarks.rotate_forms`), more of them in 16 bits.
     """
-    if not is_wide(x):
-        return x.numel() >= 2 * _MANY_ROWS * x.shape[-1]
-    return count <= _FEW_BLOCKS or x.numel() >= _MANY_ROWS * x.shape[-1]
+    return x.numel() >= _MANY_ROWS * (1 if is_wide(x) else 2) * x.shape[-1]
 
 
 def is_wide(x: Tensor) -> bool:

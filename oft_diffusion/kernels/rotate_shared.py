@@ -141,7 +141,7 @@ def _input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], ga
             turned = turned + grad.reshape(turned.shape)
         return turned.reshape(x.shape)
     turns = with_identity(turns)
-    if not lies_apart(x, blocks):
+    if not lies_apart(x):
         return torch.bmm(gathered, turns).transpose(0, 1).reshape(x.shape)
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.bmm(gathered, turns, out=blocks_first(total, blocks, size))
