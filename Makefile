@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 # Overridable: make install EXTRAS=dev    make test JOBS=4
-EXTRAS ?= dev,train,eval,app
+EXTRAS ?= dev,train,eval,app,quant
 JOBS ?= 2
 # Extra options for pip, for example the index or the folder where your platform's CPU build of torch lies.
 PIP_ARGS ?=

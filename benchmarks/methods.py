@@ -54,7 +54,7 @@ class Adapted:
     trained: list[nn.Parameter] = field(default_factory=list)
     settings: str = ""
     freeze: Callable[[], None] = lambda: None
-    merge: Callable[[], None] | None = None
+    merge: Callable[[], object] | None = None
     unmerge: Callable[[], None] | None = None
     swap: Callable[[], None] | None = None
     lacks: str = ""

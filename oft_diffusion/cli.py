@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 where the device computes in it"
     )
+    for knob, part in (("quantization", "denoiser"), ("text-encoder-quantization", "text encoders")):
+        generate.add_argument(f"--{knob}", metavar="NAME", help=f"of the {part}: nf4, int8, ... (docs/quantization.md)")
+    generate.add_argument("--denoiser-file", metavar="FILE", help="GGUF file in place of the model's own denoiser")
     generate.add_argument("--grid", action="store_true", help="write one more PNG with all pictures")
 
     info = verbs.add_parser("info", help="what an adapter file is, ours or another tool's")
@@ -173,7 +176,10 @@ def _generate(options: argparse.Namespace) -> int:
     guidances: list[float] = []  # of adapters' trainings
     model = pocket_path() if options.model == "pocket" else options.model
     dtype = getattr(torch, options.dtype) if options.dtype else usual_dtype(options.device)
-    pipe = load_pipeline(model, dtype, options.device, config_dir=options.config_dir)
+    pipe = load_pipeline(
+        model, dtype, options.device, config_dir=options.config_dir, quantization=options.quantization,
+        text_encoder_quantization=options.text_encoder_quantization, denoiser_file=options.denoiser_file,
+    )  # fmt: skip
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)
         print(f"adapter {adapter.name} on {', '.join(adapter.components)}, strength {adapter.strength:g}")

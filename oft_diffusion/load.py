@@ -19,8 +19,10 @@ from torch import nn
 
 from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.errors import ConfigError, first_line
+from oft_diffusion.quantization import Library, Quantizing, Scheme, load_gguf, scheme
 from oft_diffusion.text_encoders import most_clip_skip
 
+_DENOISERS = ("unet", "transformer", "prior")
 # Parts that a pipeline does without, whole models each.
 _OPTIONAL = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
 
@@ -38,6 +40,9 @@ def load_pipeline(
     device: str = "cpu",
     *,
     config_dir: str | Path | None = None,
+    quantization: str | None = None,
+    text_encoder_quantization: str | None = None,
+    denoiser_file: str | Path | None = None,
 ) -> DiffusionPipeline:
     """A pipeline in that precision on that device.
 
@@ -48,18 +53,23 @@ def load_pipeline(
         device: as torch spells it.
         config_dir: for a checkpoint file alone, a folder in diffusers' format of the same architecture, whose configs
             and tokenizer are taken; diffusers would fetch them from the hub.
+        quantization: of the denoiser, a name of `quantization.SCHEMES`; of a folder or a hub id only.
+        text_encoder_quantization: of the text encoders, likewise.
+        denoiser_file: a GGUF file with the denoiser's weights, in place of the model's; likewise.
 
     Raises:
         ConfigError: there is no such folder, it is no pipeline that draws from a prompt alone, it holds pickled weights
-            only, a file lacks `config_dir` or some of the weights, or there is no such device.
+            only, a file lacks `config_dir` or some of the weights, or there is no such device; a library for
+            quantization is missing, or has no code for the device.
     """
     local = Path(model)
     try:
         if local.suffix == ".safetensors" and local.is_file():
+            _refuse_quantizing_files(local, quantization or text_encoder_quantization or denoiser_file)
             pipe = _from_file(local, dtype, config_dir)
             refuse_hollow(pipe, str(model))
         else:
-            pipe = _from_folder(model, dtype)
+            pipe = _from_folder(model, dtype, device, (quantization, text_encoder_quantization), denoiser_file)
     except ConfigError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors each have their own
@@ -179,7 +189,13 @@ def _refuse_missing_encoders(pipe: Any, model: str) -> None:
         )
 
 
-def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:
+def _from_folder(
+    model: str | Path,
+    dtype: torch.dtype,
+    device: str,
+    quantization: tuple[str | None, str | None],
+    denoiser_file: str | Path | None,
+) -> Any:
     local = Path(model)
     if local.exists() and not (local / "model_index.json").is_file():
         raise ConfigError(
@@ -194,12 +210,50 @@ def _from_folder(model: str | Path, dtype: torch.dtype) -> Any:
         kind = str(index.get("_class_name"))
         _refuse_picture_models(getattr(diffusers, kind, None), str(model))
         how |= left_out(kind, index)
+    quantizing = None
+    if any(quantization) or denoiser_file is not None:
+        index = DiffusionPipeline.load_config(model)
+        quantizing = _quantizing(index, quantization, dtype, device)
+        how |= quantizing.options() if quantizing is not None else {}
+        if denoiser_file is not None:
+            part = next(name for name in index if name.startswith(_DENOISERS))
+            how[part] = load_gguf(Path(denoiser_file), index[part][1], model, part, dtype)
     try:
-        return AutoPipelineForText2Image.from_pretrained(model, **how)
+        pipe = AutoPipelineForText2Image.from_pretrained(model, **how)
     except ValueError as error:  # it does not know all: not Wan, HiDream or Krea 2
         if "can't find a pipeline" not in str(error):
             raise
-        return DiffusionPipeline.from_pretrained(model, **how)
+        pipe = DiffusionPipeline.from_pretrained(model, **how)
+    if quantizing is not None:
+        quantizing.finish(pipe)
+    return pipe
+
+
+def _quantizing(
+    index: Mapping[str, Any], names: tuple[str | None, str | None], dtype: torch.dtype, device: str
+) -> Quantizing | None:
+    """By a pipeline's model_index.json: of diffusers' models the denoisers, of transformers' the text encoders."""
+    ways: dict[str, Scheme] = {}
+    libraries: dict[str, Library] = {}
+    for part, told in index.items():
+        library, kind = told if isinstance(told, list) and len(told) == 2 else (None, None)
+        own: Library | None = None
+        if library == "diffusers" and part.startswith(_DENOISERS):
+            own, name = "diffusers", names[0]
+        elif library == "transformers" and part.startswith("text_encoder"):
+            own, name = "transformers", names[1]
+        if own is not None and kind and name is not None:
+            ways[part], libraries[part] = scheme(name), own
+    return Quantizing(ways, libraries, dtype, device) if ways else None
+
+
+def _refuse_quantizing_files(path: Path, asked: object) -> None:
+    if asked is not None:
+        raise ConfigError(
+            f"{path} is a single file, of which no part is quantized, or exchanged, while it is loaded",
+            expected="a folder in diffusers' format where quantization or denoiser_file is set",
+            fix="load the file once with diffusers and save_pretrained it, or leave quantization out",
+        )
 
 
 def _from_file(path: Path, dtype: torch.dtype, config_dir: str | Path | None) -> Any:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oft_diffusion.audit import refuse_fused_lora
 from oft_diffusion.bank import OFTBank
+from oft_diffusion.base_copy import BaseCopy, Kept, Weight, write
 from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.hooks import bank_of, hooked_layers, unwrap
 from oft_diffusion.inject import require_bank
 from oft_diffusion.offload import is_on_disk, stored
 from oft_diffusion.plan import Active, Stage, as_names, layer_of, make_stages, place_of, split_by_site
+from oft_diffusion.quantized import QuantizedWeight, quantized_weight
 
 KeepBase = Literal["cpu", "disk", False]
 
-_SAMPLED = 8  # of a merged weight's rows, to know it again
 
-
-def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu") -> None:
+def merge_oft(
+    model: nn.Module, adapter_names: Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
+) -> dict[str, float]:
     """Replace each target's weight by the rotated one, `W_i R_i^T` per block of columns, and stop rotating its input.
 
     A convolution's columns are its input channels, at every tap. A rotation of outputs turns rows, `R_i^T W_i`.
 
-    Merged equals live up to rounding in the weight's dtype; the product is taken in float32.
+    Merged equals live up to rounding in the weight's dtype; the product is taken in float32. A quantized weight is
+    dequantized, rotated and quantized anew as it was, layer by layer; what that loses is returned. Each time it loses
+    as much again: rather unmerge than merge on top.
 
     Args:
         model: an adapted model.
@@ -40,10 +40,14 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
         keep_base: keep a copy of the base for a bit-exact `unmerge_oft`, in memory or in a temporary file, or False
             to save that memory and give up unmerging.
 
+    Returns:
+        By name of each quantized layer, the error of quantizing it anew: `|W' - Q(W')| / |W'|`, Frobenius norms.
+
     Raises:
         AdapterError: nothing is active, something is merged already, a LoRA is fused there, the order would change,
             `keep_base` is none of the three, or the disk cannot take the copy.
-        TargetError: a target's weight is not a floating matrix in memory (a quantized layer, or one on disk).
+        TargetError: a target's weight is not in memory, or neither a floating matrix nor of a kind of quantization
+            that its library can write.
 
     After any error, Ctrl-C included, the weights are as before; but not where it struck amid the rotations with
     `keep_base=False`: load the base again then.
@@ -53,20 +57,38 @@ def merge_oft(model: nn.Module, adapter_names: Sequence[str] | None = None, *, k
     stages = make_stages(merging, bank.adapters)
     weights = _merge_targets(model, stages)
     with torch.no_grad():
-        device = next(iter(weights.values())).device
-        deltas = split_by_site(stages, bank.build_deltas(stages, device))
+        rotations = _by_layer(split_by_site(stages, bank.build_deltas(stages, _device_of(weights))))
         copy = BaseCopy(weights, keep_base) if keep_base else None
         try:
-            # x meets the rotations of its channels before those of patches, so W takes them the other way round.
-            for site in sorted(deltas, key=lambda site: place_of(site) != "patches"):
-                _rotate_(weights[layer_of(site)], site, deltas[site])
+            errors = {name: _merge(weights[name], sites) for name, sites in rotations.items()}
             if copy is not None:
                 copy.note(weights)
             bank.set_merged(staying, merging, copy)
         except BaseException:
             if copy is not None:
-                put_back(model, copy.weights())
+                put_back(model, copy.read())
             raise
+    return {name: error for name, error in errors.items() if error is not None}
+
+
+def _merge(weight: Weight, sites: Mapping[str, tuple[Tensor, ...]]) -> float | None:
+    """Rotate one layer's weight in place, and say what quantizing it anew has lost, where it is quantized."""
+    wide = weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
+    for site, deltas in sites.items():
+        _rotate_(wide, site, deltas)
+    if not isinstance(weight, QuantizedWeight):
+        return None
+    weight.quantize(wide)
+    return float((weight.dequantized() - wide).norm() / wide.norm())
+
+
+def _by_layer(found: Mapping[str, tuple[Tensor, ...]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    """Deltas by layer and site, in the order in which a weight takes them."""
+    layers: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+    # x meets the rotations of its channels before those of patches, so W takes them the other way round.
+    for site in sorted(found, key=lambda site: place_of(site) != "patches"):
+        layers.setdefault(layer_of(site), {})[site] = found[site]
+    return layers
 
 
 def check_keep_base(keep_base: KeepBase) -> None:
@@ -102,8 +124,8 @@ def unmerge_oft(model: nn.Module) -> None:
     bank.clear_merged()
 
 
-def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
-    """All that can fail in unmerging: the kept weights, by layer name, and the bank whose adapters they are without.
+def read_base(model: nn.Module) -> tuple[OFTBank, Kept]:
+    """All that can fail in unmerging: the kept weights, and the bank whose adapters they are without.
 
     Raises:
         AdapterError, TargetError: as `unmerge_oft`.
@@ -120,8 +142,8 @@ def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
             fix="load the base model again",
         )
     refuse_fused_lora(unwrap(model))  # its share would go, too, while PEFT goes on counting on it
-    kept = bank.base_copy.weights()
-    weights = _weights(model, kept)
+    kept: Kept = bank.base_copy.read()
+    weights = _weights(model, bank.base_copy.layers)
     for name, weight in weights.items():
         if bank.base_copy.has_changed(name, weight):
             raise AdapterError(
@@ -134,10 +156,10 @@ def read_base(model: nn.Module) -> tuple[OFTBank, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def put_back(model: nn.Module, kept: Kept) -> None:
     """Overwrite some layers' weights by what `read_base` returned."""
-    for name, target in _weights(model, weights).items():
-        target.copy_(weights[name])
+    for name, weight in _weights(model, kept.layers).items():
+        write(weight, name, kept)
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,17 @@ class LiveWeight:
         return wide
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise where a live adapter rotates a quantized layer: for callers that write what merging makes.
+
+    Raises:
+        TargetError: there is one, or as in `merge_oft`.
+    """
+    if (bank := bank_of(model)) is not None:
+        for name, weight in _merge_targets(model, make_stages(bank.active, bank.adapters)).items():
+            _unquantized(name, weight)
+
+
 def live_weights(model: nn.Module) -> list[LiveWeight]:
     """Every layer that a model's active adapters rotate. The model stays as it is.
 
@@ -176,70 +209,12 @@ def live_weights(model: nn.Module) -> list[LiveWeight]:
     bank.refuse_merged(bank.merged)
     refuse_fused_lora(unwrap(model))
     stages = make_stages([item for item in bank.active if item.strength != 0.0], bank.adapters)
-    weights = _merge_targets(model, stages)
+    weights = {name: _unquantized(name, weight) for name, weight in _merge_targets(model, stages).items()}
     if not weights:
         return []
     with torch.no_grad():
-        found = split_by_site(stages, bank.build_deltas(stages, next(iter(weights.values())).device))
-    by_layer: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in weights}
-    for site in sorted(found, key=lambda site: place_of(site) != "patches"):  # as merging does
-        by_layer[layer_of(site)][site] = found[site]
-    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in by_layer.items()]
-
-
-class BaseCopy:
-    """Weights as they were before a merge, in memory or in a temporary file."""
-
-    def __init__(self, weights: Mapping[str, Tensor], where: Literal["cpu", "disk"]) -> None:
-        self._merged: dict[str, Tensor] = {}
-        copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
-        self._memory: dict[str, Tensor] | None = copies if where == "cpu" else None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        if where == "disk":
-            self._folder = tempfile.TemporaryDirectory(prefix="oft-base-")
-            try:
-                save_file({n: w.contiguous() for n, w in copies.items()}, self._path())
-            except (OSError, SafetensorError) as error:
-                raise AdapterError(
-                    f"the base's weights cannot be kept in {self._folder.name} ({error})",
-                    expected="a temporary folder with room for a copy of the adapted layers",
-                    fix='free some space, point TMPDIR elsewhere, or use keep_base="cpu"',
-                ) from error
-
-    def weights(self) -> dict[str, Tensor]:
-        """The copied weights, by layer name, on the CPU.
-
-        Raises:
-            AdapterError: the temporary file is gone or broken.
-        """
-        if self._memory is not None:
-            return self._memory
-        try:
-            return load_file(self._path())
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(
-                f"the base's weights cannot be read again from {self._path()} ({error})",
-                expected="the copy that merging put there",
-                fix="load the base model again",
-            ) from error
-
-    def note(self, weights: Mapping[str, Tensor]) -> None:
-        """Take samples of the weights as merging leaves them."""
-        self._merged = {name: _sample(weight) for name, weight in weights.items()}
-
-    def has_changed(self, name: str, weight: Tensor) -> bool:
-        """Whether a merged weight is another by now, not only rounded: cast, or with a LoRA fused and unfused."""
-        then = self._merged[name]
-        rounding = max(torch.finfo(weight.dtype).eps / 2, 2.0**-10)  # a cast to 16 bits and back may lie behind it
-        return bool((_sample(weight) - then).norm() > 4.0 * rounding * then.norm())
-
-    def _path(self) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / "base.safetensors"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled bank cannot share a temporary file whose owner deletes it.
-        return {"_memory": dict(self.weights()), "_folder": None, "_merged": self._merged}
+        found = _by_layer(split_by_site(stages, bank.build_deltas(stages, _device_of(weights))))
+    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in found.items()]
 
 
 def _check(model: nn.Module, names: Sequence[str] | None) -> tuple[OFTBank, tuple[Active, ...], tuple[Active, ...]]:
@@ -288,16 +263,16 @@ def _refuse_reordering(bank: OFTBank, staying: tuple[Active, ...], merging: tupl
             )
 
 
-def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
+def _merge_targets(model: nn.Module, stages: Sequence[Stage]) -> dict[str, Weight]:
     """The weights that these stages rotate, by layer name."""
     return _weights(model, {layer_of(site) for stage in stages for site in stage.sites})
 
 
-def _weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+def _weights(model: nn.Module, names: Collection[str]) -> dict[str, Weight]:
     """Layers' weights by name, where they lie in memory: what is written to them lasts.
 
     Raises:
-        TargetError: one is not there, or not a floating matrix.
+        TargetError: one is not there, or neither a floating matrix nor quantized in a way that is known.
     """
     if is_on_disk(unwrap(model)):
         raise TargetError(
@@ -307,24 +282,39 @@ def _weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
             fix="merge before offloading, keep the adapter live, or offload to memory",
         )
     layers = {layer_of(site): module for site, module in hooked_layers(model).items()}
-    found = {name: (layer, stored(layer, "weight")) for name, layer in layers.items() if name in names}
-    return {name: _matrix(name, layer, weight) for name, (layer, weight) in found.items()}
+    return {name: _weight(name, layer) for name, layer in layers.items() if name in names}
 
 
-def _matrix(name: str, layer: nn.Module, weight: Tensor | None) -> Tensor:
+def _weight(name: str, layer: nn.Module) -> Weight:
+    quantized = quantized_weight(layer)
+    if quantized is not None:
+        return quantized
+    weight = stored(layer, "weight")
     if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 4):
         raise TargetError(
-            f"layer {name} ({type(layer).__name__}) has no floating weight matrix in memory to merge into",
-            expected="a linear layer or a Conv2d whose weight is a loaded float tensor",
+            f"layer {name} ({type(layer).__name__}) has no floating weight matrix in memory to merge into, nor one of "
+            "a library for quantization that is known",
+            expected="a linear layer or a Conv2d whose weight is loaded",
             fix="keep the adapter live, which needs no access to the weights",
         )
     return weight
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """A few of a weight's rows, as a copy."""
-    step = max(1, len(weight) // _SAMPLED)
-    return weight.detach()[::step][:_SAMPLED].to("cpu", torch.float32, copy=True)
+def _unquantized(name: str, weight: Weight) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        raise TargetError(
+            f"layer {name} ({type(weight.layer).__name__}) is quantized, and what is written of it would be no more "
+            "exact than that",
+            expected="the base as it was before it was quantized",
+            fix="load the base without quantization, and the adapter into that",
+        )
+    return weight
+
+
+def _device_of(weights: Mapping[str, Weight]) -> torch.device:
+    first = next(iter(weights.values()))
+    device: torch.device = (first.weight if isinstance(first, QuantizedWeight) else first).device
+    return device
 
 
 def _rotate_(weight: Tensor, site: str, deltas: Sequence[Tensor]) -> None:

@@ -14,8 +14,8 @@ def stored(layer: nn.Module, name: str) -> Tensor | None:
     Returns:
         None where the layer has none, or not in memory.
     """
-    tensor = getattr(layer, name, None)
-    if not isinstance(tensor, Tensor) or _is_on_disk(layer):
+    tensor = layer._parameters.get(name)  # as an attribute it may be computed, or raise
+    if tensor is None or _is_on_disk(layer):
         return None
     return tensor if not tensor.is_meta else _kept_for(layer, name)
 

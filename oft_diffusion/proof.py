@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.hooks import unwrap
 from oft_diffusion.inject import KEY_SUFFIX, SCALE_SUFFIX
+from oft_diffusion.quantized import quantized_weight
 from oft_diffusion.rotation import block_size_of, rotate_vectors
 from oft_diffusion.targets import canonical_name, normalise_name
 
@@ -56,7 +57,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def floating_weight(layer: nn.Module) -> Tensor | None:
     """A linear layer's or convolution's weight where it is in memory and not quantized; of PEFT's wrappers none."""
-    weight = getattr(layer, "weight", None) if not hasattr(layer, "base_layer") else None
+    if hasattr(layer, "base_layer") or quantized_weight(layer) is not None:
+        return None
+    weight = layer._parameters.get("weight")  # as an attribute it may be computed, or raise
     is_one = isinstance(weight, Tensor) and weight.dim() in (2, 4) and weight.is_floating_point() and not weight.is_meta
     return weight if is_one else None
 
@@ -123,9 +126,11 @@ def compare(known: Mapping[str, Any], module: nn.Module) -> Same:
     settings, told = _settings(module), known.get("config", {})
     if any((told[key] or None) != (settings[key] or None) for key in told.keys() & settings.keys()):
         return "other"
-    named = _tensors(module)
-    same_dtype, before, here = True, [], []
+    named, hidden = _tensors(module), _quantized(module)
+    same_dtype, before, here = not hidden, [], []
     for name, shape, dtype, place, value in known["samples"]:
+        if name in hidden:
+            continue
         tensor = named.get(name)
         if tensor is None or list(tensor.shape[1:]) != shape[1:] or len(tensor.shape) != len(shape):
             return "other"
@@ -195,8 +200,26 @@ def _rows(weight: Tensor, count: int) -> Tensor:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    found = unwrap(module).state_dict().items()
-    return {canonical_name(normalise_name(name)): tensor for name, tensor in found if isinstance(tensor, Tensor)}
+    """What a state dict has of a component, without what layers quantize.
+
+    No state dict is asked for: bitsandbytes' layers change, by rounding, when they are.
+    """
+    found: dict[str, Tensor] = {}
+    for name, child in unwrap(module).named_modules(remove_duplicate=False):
+        own: dict[str, Tensor | None] = dict(child._parameters)
+        if quantized_weight(child) is not None:
+            del own["weight"]
+        else:
+            own |= {k: v for k, v in child._buffers.items() if k not in child._non_persistent_buffers_set}
+        start = f"{name}." if name else ""
+        found |= {canonical_name(normalise_name(start + k)): v for k, v in own.items() if isinstance(v, Tensor)}
+    return found
+
+
+def _quantized(module: nn.Module) -> set[str]:
+    """Names of weights that are quantized."""
+    named = unwrap(module).named_modules()
+    return {f"{canonical_name(normalise_name(n))}.weight" for n, m in named if quantized_weight(m) is not None}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,21 @@
-"""Importing diffusers has transformers note, for each of several classes, that torchvision is not installed.
+"""Notes of other libraries that only look like errors. These go, and nothing else does.
 
-Nothing here needs torchvision, so these notes only look like errors. They go, and nothing else does.
+Importing diffusers has transformers note, for each of several classes, that torchvision is not installed, which nothing
+here needs. Of an int8 base bitsandbytes notes at every call of every layer that it rounds inputs.
 """
 
 import logging
 
-logging.getLogger("transformers.utils.import_utils").addFilter(
-    lambda record: "requires torchvision" not in record.getMessage()
-)
+
+class _Without(logging.Filter):
+    """Leaves out what has these words in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.name not in record.getMessage()
+
+
+for _logger, _words in (
+    ("transformers.utils.import_utils", "requires torchvision"),
+    ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast"),
+):
+    logging.getLogger(_logger).addFilter(_Without(_words))

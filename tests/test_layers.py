@@ -26,10 +26,12 @@ class Layer(NamedTuple):
 _HUGGING_FACE = "diffusers transformers accelerate huggingface_hub safetensors"
 _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
-_MATHS = "errors config rotation autocast kernels architectures text_encoders targets"
+_QUANTIZERS = "bitsandbytes torchao optimum gguf diffusers"
+_MATHS = "errors config rotation autocast quantized kernels architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
 _LIBRARY = (
-    f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline load skeleton generate report"
+    f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline quantization load skeleton "
+    "generate report"
 )
 _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 
@@ -39,6 +41,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/config.py": Layer("errors", ""),
     "oft_diffusion/rotation.py": Layer("errors config", "torch"),
     "oft_diffusion/autocast.py": Layer("", "torch"),
+    "oft_diffusion/quantized.py": Layer("errors", f"torch {_QUANTIZERS}"),
     "oft_diffusion/kernels/": Layer("errors config rotation autocast", "torch triton"),
     "oft_diffusion/architectures.py": Layer("", ""),
     "oft_diffusion/text_encoders.py": Layer("architectures", ""),
@@ -55,6 +58,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/mixing.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/bank.py": Layer(f"{_MATHS} plan deltas", "torch"),
     "oft_diffusion/inject.py": Layer(f"{_MATHS} plan deltas bank", "torch"),
+    "oft_diffusion/base_copy.py": Layer("errors quantized", "torch safetensors", name="merge"),
     "oft_diffusion/merge.py": Layer(f"{_MATHS} plan deltas bank inject", "torch safetensors"),
     "oft_diffusion/proof.py": Layer(_ADAPTER, "torch"),
     "oft_diffusion/disk.py": Layer("errors", "torch safetensors"),
@@ -68,7 +72,8 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/pipeline/": Layer(
         f"{_ADAPTER} prediction proof disk metadata files formats images", f"torch PIL {_HUGGING_FACE}"
     ),
-    "oft_diffusion/load.py": Layer("errors autocast text_encoders", "torch diffusers huggingface_hub"),
+    "oft_diffusion/quantization.py": Layer("errors", f"torch transformers {_QUANTIZERS}"),
+    "oft_diffusion/load.py": Layer("errors autocast text_encoders quantization", "torch diffusers huggingface_hub"),
     "oft_diffusion/skeleton.py": Layer("errors", "torch diffusers transformers huggingface_hub"),
     "oft_diffusion/generate.py": Layer(
         f"{_ADAPTER} metadata files formats images pipeline load", "torch PIL diffusers"

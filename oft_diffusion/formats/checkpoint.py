@@ -19,7 +19,7 @@ from oft_diffusion.formats.live import EXPORT_KEY, export_note, live_components
 from oft_diffusion.formats.names import Leaf, checkpoint_names
 from oft_diffusion.formats.target import Owners, new_folder, safetensors_path
 from oft_diffusion.hooks import bank_of
-from oft_diffusion.merge import LiveWeight, merge_oft, unmerge_oft
+from oft_diffusion.merge import LiveWeight, merge_oft, refuse_quantized, unmerge_oft
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 2**24  # bytes that are copied at a time
@@ -116,6 +116,8 @@ def export_folder(pipe: Any, folder: str | Path, *, keep_base: Literal["cpu", "d
             expected="no adapters but OFT's",
             fix="unload_lora_weights first, or fuse_oft, fuse_lora, unload_lora_weights and save_pretrained yourself",
         )
+    for module in adapted:
+        refuse_quantized(module)
     with new_folder(folder) as temporary:
         try:
             for module in adapted:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
 
 from oft_diffusion.bank import OFTBank
+from oft_diffusion.base_copy import Kept
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.merge import KeepBase, check_keep_base, check_merge, merge_oft, put_back, read_base, unmerge_oft
 from oft_diffusion.pipeline.state import list_oft_adapters, require_banks
@@ -16,18 +16,23 @@ from oft_diffusion.plan import as_names
 
 def fuse_oft(
     pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None = None, *, keep_base: KeepBase = "cpu"
-) -> None:
+) -> dict[str, dict[str, float]]:
     """Merge active adapters into the weights: no cost per step any more, and the same pictures up to rounding.
+
+    Of a quantized base, up to what quantizing the rotated weights anew loses, which is returned.
 
     Args:
         pipe: a pipeline with active adapters.
         adapter_names: which; all active ones if None. They must be the last in order.
         keep_base: where to keep what `unfuse_oft` puts back bit by bit: "cpu", "disk", or False for nowhere.
 
+    Returns:
+        By component, what `merge_oft` returns: the error of each layer that is quantized.
+
     Raises:
         AdapterError: nothing is active, the order would change, a LoRA is fused there, or `keep_base` is none of the
             three, or a disk that is full.
-        TargetError: a layer has no floating weight in memory, as in a quantized base or one offloaded to disk.
+        TargetError: a layer has no weight in memory that can be written, as when it is offloaded to disk.
 
     After any error nothing is fused, in no component; but for one amid the work (Ctrl-C, no memory) with
     `keep_base=False`: load the pipeline again then.
@@ -48,15 +53,15 @@ def fuse_oft(
         )
     for part, here in wanted.items():
         check_merge(getattr(pipe, part), here)
-    done: list[str] = []
+    done: dict[str, dict[str, float]] = {}
     try:
         for part, here in wanted.items():
-            merge_oft(getattr(pipe, part), here, keep_base=keep_base)
-            done.append(part)
+            done[part] = merge_oft(getattr(pipe, part), here, keep_base=keep_base)
     except BaseException:  # Ctrl-C, too
         for part in done if keep_base else ():
             unmerge_oft(getattr(pipe, part))
         raise
+    return done
 
 
 def unfuse_oft(pipe: DiffusionPipeline) -> None:
@@ -78,8 +83,8 @@ def unfuse_oft(pipe: DiffusionPipeline) -> None:
         raise
 
 
-def _put_back(pipe: DiffusionPipeline, kept: Mapping[str, tuple[OFTBank, Mapping[str, Tensor]]]) -> None:
-    for part, (bank, weights) in kept.items():
+def _put_back(pipe: DiffusionPipeline, kept: Mapping[str, tuple[OFTBank, Kept]]) -> None:
+    for part, (bank, own) in kept.items():
         if bank.merged:
-            put_back(getattr(pipe, part), weights)
+            put_back(getattr(pipe, part), own)
             bank.clear_merged()

@@ -40,6 +40,7 @@ _IDLE: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
 
 _EXCLUSIVE = (
     ("text_encoder", "cache_text_embeddings", "cached embeddings would not follow the text encoder as it learns"),
+    ("denoiser_file", "quantization", "what the file holds is quantized already"),
     ("resume", "overwrite", "one goes on with the earlier run, the other deletes it"),
 )
 

@@ -18,6 +18,7 @@ from oft_diffusion.training import config_io
 from oft_diffusion.training.noise import FlowWeighting, TimestepDensity
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
+Quantization = Literal["nf4", "int8", "torchao-int8", "torchao-int4", "torchao-float8", "quanto-int8", "quanto-float8"]
 PriorTarget = Literal["noise", "base"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -61,6 +62,11 @@ class TrainConfig:
         metadata=_about(
             "base model", "for a single-file model: folder with the pipeline's configs and tokenizer", free=True
         ),
+    )
+
+    denoiser_file: str | None = field(
+        default=None,
+        metadata=_about("base model", "GGUF file with the denoiser's weights, in place of those in the model's folder"),
     )
 
     clip_skip: int | None = field(
@@ -255,6 +261,17 @@ class TrainConfig:
     mixed_precision: MixedPrecision = field(
         default="no",
         metadata=_about("memory and speed", "dtype of the frozen base and of the arithmetic; generators stay float32"),
+    )
+    quantization: Quantization | None = field(
+        default=None,
+        metadata=_about(
+            "memory and speed",
+            "keep the frozen denoiser in 4 or 8 bits (QOFT), by one of the libraries of oft-diffusion[quant]; nf4 and "
+            "int8 are bitsandbytes'",
+        ),
+    )
+    text_encoder_quantization: Quantization | None = field(
+        default=None, metadata=_about("memory and speed", "the same for the text encoders")
     )
     gradient_checkpointing: bool = field(
         default=False, metadata=_about("memory and speed", "less memory for a third more time", free=True)

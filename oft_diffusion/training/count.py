@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from torch import nn
 
 from oft_diffusion.inject import inject_oft
+from oft_diffusion.quantization import Scheme, gguf_bytes
 from oft_diffusion.rotation import packed_size
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.model import ADAPTER
-from oft_diffusion.training.prepare import DTYPES
+from oft_diffusion.training.precision import DTYPES, quantizing
 from oft_diffusion.training.skeleton import adapted, skeleton
 
 _FLOAT32 = 4  # bytes; generators, gradients, Adam's moments and what files hold are that
@@ -66,10 +68,16 @@ def count(config: TrainConfig, base: Base) -> Counts:
     """
     numbers = weights = trained = saved = 0
     settings = adapted(config, base)
+    quantized = quantizing(config, base, "cuda" if torch.cuda.is_available() else "cpu")
     for name in base.modules:
         module = skeleton(base, name)
         numbers += sum(p.numel() for p in module.parameters())
-        weights += _bytes_loaded(module, torch.float32 if name == "vae" else DTYPES[config.mixed_precision], base)
+        way = quantized.schemes.get(name) if quantized is not None else None
+        dtype = torch.float32 if name == "vae" else DTYPES[config.mixed_precision]
+        if name in base.denoisers and config.denoiser_file is not None:
+            weights += gguf_bytes(Path(config.denoiser_file), dtype)
+        else:
+            weights += _bytes_loaded(module, dtype, base, way)
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
@@ -79,13 +87,25 @@ def count(config: TrainConfig, base: Base) -> Counts:
     return Counts(numbers, weights, trained, saved)
 
 
-def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base) -> int:
+def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme | None) -> int:
     """Of a component's parameters once it is loaded in a dtype, by its class's rules of what stays in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())  # transformers' alone
     if dtype == torch.float16 or (isinstance(module, ModelMixin) and not base.single_file):
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    sizes = {True: _FLOAT32, False: dtype.itemsize}
-    return sum(sizes[not kept.isdisjoint(name.split("."))] * p.numel() for name, p in module.named_parameters())
+    total = 0
+    for name, p in module.named_parameters():
+        if way is not None and _is_quantized(module, name, kept):
+            out, columns = p.shape
+            total += way.size(out, columns, dtype.itemsize)
+        else:
+            total += (dtype.itemsize if kept.isdisjoint(name.split(".")) else _FLOAT32) * p.numel()
+    return total
+
+
+def _is_quantized(module: nn.Module, name: str, kept: set[str]) -> bool:
+    """Whether libraries quantize a parameter: the weights of linear layers, but for those kept in float32."""
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "weight" and kept.isdisjoint(name.split(".")) and isinstance(module.get_submodule(layer), nn.Linear)
 
 
 def bytes_of(modules: Iterable[nn.Module]) -> int:

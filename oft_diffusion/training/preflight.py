@@ -17,6 +17,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
+from oft_diffusion.quantization import check_gguf
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -33,6 +34,7 @@ from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, instance_pictures
 from oft_diffusion.training.find import download_base, find_base, is_hub_id
 from oft_diffusion.training.noise import density_of
+from oft_diffusion.training.precision import quantizing
 from oft_diffusion.training.skeleton import adapted, skeleton
 from oft_diffusion.training.tokens import check_trigger, load_tokenizer, most_tokens, too_long
 
@@ -93,6 +95,7 @@ def preflight(config: TrainConfig) -> Plan:
     class_images, tokenizer, looks, adapter_bytes = None, None, None, 0
     if base is not None:
         attempt(lambda: _check_init_adapter(config, base), "init_adapter", "text_encoder", *_ADAPTER_KNOBS)
+        attempt(lambda: _check_quantization(config, base), "quantization", "text_encoder_quantization", "denoiser_file")
         attempt(lambda: base.check_resolution(config.resolution), "resolution")
         attempt(lambda: base.check_clip_skip(config.clip_skip), "clip_skip")
         attempt(lambda: base.check_timesteps(config.min_timestep, config.max_timestep), "min_timestep", "max_timestep")
@@ -236,6 +239,25 @@ def _check_precision(config: TrainConfig) -> None:
             expected="'no' or 'bf16' on a CPU",
             fix="use mixed_precision = 'no'",
         )
+
+
+def _check_quantization(config: TrainConfig, base: Base) -> None:
+    """Libraries are there, and can work on this machine; and the base is one whose parts are loaded one by one."""
+    wanted = quantizing(config, base, "cuda" if torch.cuda.is_available() else "cpu")
+    if (wanted is not None or config.denoiser_file is not None) and base.single_file:
+        raise ConfigError(
+            f"{config.model} is a single file, of which no part is quantized, or exchanged, while it is loaded",
+            expected="a folder in diffusers' format where quantization or denoiser_file is set",
+            fix="load the file once with diffusers and save_pretrained it, or leave these out",
+        )
+    if config.denoiser_file is not None:
+        check_gguf(Path(config.denoiser_file))
+        if base.experts:
+            raise ConfigError(
+                f"{config.model} has {len(base.experts)} denoisers, and denoiser_file is one",
+                expected="a model with one denoiser",
+                fix="leave denoiser_file out",
+            )
 
 
 def _adapter_bytes(config: TrainConfig, base: Base) -> int:

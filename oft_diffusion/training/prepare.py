@@ -30,11 +30,10 @@ from oft_diffusion.training.families import FAMILIES, Family
 from oft_diffusion.training.memory import freed_memory_kept
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.noise import Diffusion, Flow, Noise
+from oft_diffusion.training.precision import DTYPES, quantizing
 from oft_diffusion.training.preflight import Plan
 from oft_diffusion.training.results import EVALUATION, GRIDS, LOSSES, PAGE, SETTINGS, Console
 from oft_diffusion.training.skeleton import adapted
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,10 @@ def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family
     Raises:
         OFTError: it cannot be loaded.
     """
-    family = FAMILIES[base.pipeline].load(base, DTYPES[config.mixed_precision], config.clip_skip)
+    dtype = DTYPES[config.mixed_precision]
+    file = None if config.denoiser_file is None else Path(config.denoiser_file)
+    quantized = quantizing(config, base, device.type)
+    family = FAMILIES[base.pipeline].load(base, dtype, config.clip_skip, quantized, file)
     for name in base.modules:
         family.module(name).to(device)
     return family

@@ -13,7 +13,7 @@ from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.count import bytes_of, count
 from oft_diffusion.training.families import FAMILIES
 from oft_diffusion.training.find import find_base
-from oft_diffusion.training.prepare import DTYPES
+from oft_diffusion.training.precision import DTYPES
 from oft_diffusion.training.skeleton import adapted
 from tests.families.conftest import EVERY_FAMILY
 from tests.helpers.tiny_families import kind_of

@@ -20,20 +20,22 @@ MAX_TOKENS = 77
 WORDS = ("a", "photo", "of", "dog", "mug", "on", "table", "red", "in", "room")
 
 
-def tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", zero_snr: bool = False, seed: int = 0) -> Any:
-    """A random pipeline; its tokenizer's files are written below `folder`."""
+def tiny_pipeline(
+    folder: Path, *, prediction_type: str = "epsilon", zero_snr: bool = False, seed: int = 0, width: int = 32
+) -> Any:
+    """A random pipeline; its tokenizer's files are written below `folder`. The narrowest layers have that width."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8, block_out_channels=(width, 2 * width), layers_per_block=1, cross_attention_dim=width,
+        attention_head_dim=4, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
@@ -19,6 +20,7 @@ from oft_diffusion.errors import TrainingError, first_line
 from oft_diffusion.images import pictures_of
 from oft_diffusion.load import clip_skip_mended, left_out, refuse_hollow
 from oft_diffusion.pipeline import describe_base
+from oft_diffusion.quantization import Quantizing, load_gguf
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
 
@@ -104,13 +106,22 @@ class Family:
                 module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, base: Base, dtype: torch.dtype, clip_skip: int | None = None) -> Family:
-        """Load a base that `find_base` accepted, onto the CPU.
+    def load(
+        cls,
+        base: Base,
+        dtype: torch.dtype,
+        clip_skip: int | None = None,
+        quantizing: Quantizing | None = None,
+        denoiser_file: Path | None = None,
+    ) -> Family:
+        """Load a base that `find_base` accepted, onto the CPU; what a card's library quantizes, onto that.
 
         Args:
             base: the model on disk.
             dtype: of all components but the VAE.
             clip_skip: as the pipeline's call takes it, for prompts in training and for pictures.
+            quantizing: which components to quantize; of a folder only.
+            denoiser_file: a GGUF file with the denoiser's weights; likewise.
 
         Raises:
             TrainingError: diffusers cannot load it.
@@ -120,6 +131,10 @@ class Family:
         options: dict[str, Any] = {"local_files_only": True}
         if "safety_checker" in inspect.signature(kind).parameters:
             options["safety_checker"] = None
+        part = base.denoisers[0]
+        given = {}
+        if denoiser_file is not None:
+            given[part] = load_gguf(denoiser_file, base.classes[part], base.configs, part, dtype)
         try:
             if base.single_file:
                 pipe = kind.from_single_file(str(base.weights), config=str(base.configs), dtype=dtype, **options)
@@ -132,8 +147,12 @@ class Family:
                     **options,
                     **_unused(kind),
                     **left_out(base.pipeline, {name: [name] for name in base.classes}),
+                    **(quantizing.options() if quantizing else {}),
+                    **given,
                     dtype={"default": dtype, "vae": torch.float32},
                 )
+                if quantizing is not None:
+                    quantizing.finish(pipe)
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise TrainingError(
                 f"diffusers cannot load {base.name} ({first_line(error)})",

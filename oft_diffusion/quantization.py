@@ -1,0 +1,304 @@
+"""Ways to quantize a base while it is loaded, by name, as the configs that diffusers and transformers take."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from oft_diffusion.errors import ConfigError, first_line
+
+Library = Literal["diffusers", "transformers"]
+_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto"}
+INSTALL = 'pip install "oft-diffusion[quant]"'
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way.
+
+    Attributes:
+        name: as settings spell it.
+        package: what it needs, as Python imports it.
+        about: in a few words.
+        config: by library and dtype to compute in, the config to load a component with.
+        size: bytes of a weight `(out, in)` and of what goes with it, whose scales may be of the dtype computed in, with
+            its bytes.
+        needs_cuda: whether its library has no code for a processor.
+    """
+
+    name: str
+    package: str
+    about: str
+    config: Callable[[Library, torch.dtype], Any]
+    size: Callable[[int, int, int], int]
+    needs_cuda: bool = False
+
+    def require(self, device: str) -> None:
+        """Raise where it cannot be used.
+
+        Args:
+            device: as torch spells it.
+
+        Raises:
+            ConfigError: its library is not installed, or has no code for the device.
+        """
+        if not _is_installed(self.package):
+            raise ConfigError(
+                f"quantization {self.name!r} needs {_DISTRIBUTIONS.get(self.package, self.package)}, which is not "
+                "installed",
+                expected="it installed",
+                fix=INSTALL,
+            )
+        if self.needs_cuda and not device.startswith("cuda"):
+            others = [name for name, scheme in SCHEMES.items() if not scheme.needs_cuda]
+            raise ConfigError(
+                f"quantization {self.name!r} runs on CUDA cards only, and this is {device!r}",
+                expected="a CUDA card, or one of " + ", ".join(others),
+                fix="choose one of these",
+            )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a package in a package, the outer one
+        return False
+
+
+def _bitsandbytes(library: Library, **options: Any) -> Any:
+    module: Any = diffusers if library == "diffusers" else transformers
+    return module.BitsAndBytesConfig(**options)
+
+
+def _nf4(library: Library, dtype: torch.dtype) -> Any:
+    return _bitsandbytes(
+        library, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+
+
+def _int8(library: Library, dtype: torch.dtype) -> Any:
+    return _bitsandbytes(library, load_in_8bit=True)
+
+
+def _torchao(kind: str) -> Callable[[Library, torch.dtype], Any]:
+    def config(library: Library, dtype: torch.dtype) -> Any:
+        import torchao.quantization as ao
+
+        made: Any = {
+            "int8": lambda: ao.Int8WeightOnlyConfig(),
+            "int4": lambda: ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"),
+            "float8": lambda: ao.Float8WeightOnlyConfig(),
+        }[kind]()
+        return (diffusers.TorchAoConfig if library == "diffusers" else transformers.TorchAoConfig)(made)
+
+    return config
+
+
+def _quanto(kind: str) -> Callable[[Library, torch.dtype], Any]:
+    def config(library: Library, dtype: torch.dtype) -> Any:
+        if library == "diffusers":
+            return diffusers.QuantoConfig(weights_dtype=kind)
+        return transformers.QuantoConfig(weights=kind)
+
+    return config
+
+
+def _nf4_size(out: int, columns: int, plain: int) -> int:
+    """Half a byte each; per block a byte of scale; per 256 of these four bytes; an offset and two tables."""
+    block = _block_of(columns)
+    if block is None:
+        return out * columns * plain
+    blocks = math.ceil(out * columns / block)
+    return math.ceil(out * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 + 4 * (16 + 256)
+
+
+def _bytes_and_row_scales(out: int, columns: int, scale: int) -> int:
+    return out * columns + scale * out
+
+
+SCHEMES: dict[str, Scheme] = {
+    found.name: found
+    for found in (
+        Scheme("nf4", "bitsandbytes", "4 bits, scales quantized too (QLoRA's)", _nf4, _nf4_size),
+        Scheme(
+            "int8", "bitsandbytes", "8 bits, outliers apart (LLM.int8)", _int8,
+            lambda out, columns, _: _bytes_and_row_scales(out, columns, 4),
+        ),
+        Scheme(
+            "torchao-int8", "torchao", "8 bits", _torchao("int8"),
+            lambda out, columns, _: _bytes_and_row_scales(out, columns, 5),  # and a zero point
+        ),
+        Scheme(
+            "torchao-int4", "torchao", "4 bits in groups of 32", _torchao("int4"),
+            lambda out, columns, scale: out * columns // 2 + 2 * scale * out * columns // 32, needs_cuda=True,
+        ),
+        Scheme(
+            "torchao-float8", "torchao", "8 bits, floating", _torchao("float8"),
+            lambda out, columns, _: _bytes_and_row_scales(out, columns, 4),
+        ),
+        Scheme("quanto-int8", "optimum.quanto", "8 bits", _quanto("int8"), _bytes_and_row_scales),
+        Scheme("quanto-float8", "optimum.quanto", "8 bits, floating", _quanto("float8"), _bytes_and_row_scales),
+    )
+}  # fmt: skip
+
+
+def scheme(name: str) -> Scheme:
+    """A way by its name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SCHEMES:
+        raise ConfigError(
+            f"quantization = {name!r} is none that is known", expected=", ".join(SCHEMES), fix="use one of these"
+        )
+    return SCHEMES[name]
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """Which components of a pipeline are quantized while it is loaded.
+
+    Attributes:
+        schemes: by component.
+        libraries: whose class each component is.
+        dtype: to compute in.
+        device: that the pipeline will be on, as torch spells it.
+    """
+
+    schemes: Mapping[str, Scheme]
+    libraries: Mapping[str, Library]
+    dtype: torch.dtype
+    device: str
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used (`Scheme.require`)."""
+        for way in self.schemes.values():
+            way.require(self.device)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained` of a pipeline."""
+        configs = {
+            part: way.config(self.libraries[part], self.dtype)
+            for part, way in self.schemes.items()
+            if not self._is_refused(part)
+        }
+        return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=configs)} if configs else {}
+
+    def finish(self, pipe: Any) -> None:
+        """Quantize what was loaded without."""
+        for part, way in self.schemes.items():
+            if self._is_refused(part):
+                quantize_with_bitsandbytes(getattr(pipe, part), way, self.dtype)
+
+    def _is_refused(self, part: str) -> bool:
+        """Without a card, bitsandbytes: diffusers refuses it there, and transformers makes blocks that are misread."""
+        return self.schemes[part].package == "bitsandbytes" and not self.device.startswith("cuda")
+
+
+def load_gguf(path: Path, kind: str, configs: str | Path, part: str, dtype: torch.dtype) -> Any:
+    """A denoiser with the weights of a GGUF file.
+
+    Args:
+        path: the file.
+        kind: its class, of diffusers.
+        configs: the pipeline's folder or hub id, for the denoiser's config.
+        part: its name there.
+        dtype: to compute in.
+
+    Raises:
+        ConfigError: it is no GGUF file, gguf is not installed, or diffusers cannot load it.
+    """
+    check_gguf(path)
+    model: Any = getattr(diffusers, kind)
+    try:
+        config = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+        return model.from_single_file(
+            str(path), quantization_config=config, config=str(configs), subfolder=part, torch_dtype=dtype
+        )
+    except Exception as error:  # diffusers, gguf and numpy each have their own
+        raise ConfigError(
+            f"diffusers cannot load {path} as a {kind} ({first_line(error)})",
+            expected="a GGUF file of the same architecture as the model's denoiser",
+            fix="get the file that belongs to this model, or leave denoiser_file out",
+        ) from error
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse what cannot be read as GGUF.
+
+    Raises:
+        ConfigError: there is no such file, it is another kind, or gguf is not installed.
+    """
+    if not path.is_file() or _first_bytes(path) != b"GGUF":
+        raise ConfigError(
+            f"denoiser_file = {str(path)!r} is no GGUF file",
+            expected="a file of quantized weights as llama.cpp and ComfyUI-GGUF have them (*.gguf)",
+            fix="correct the path",
+        )
+    if not _is_installed("gguf"):
+        raise ConfigError("GGUF files need gguf, which is not installed", expected="it installed", fix=INSTALL)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def gguf_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Of all tensors in a GGUF file once it is loaded: what is not quantized is cast to the dtype computed in."""
+    import gguf
+
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(t.n_elements) * dtype.itemsize if t.tensor_type in plain else int(t.n_bytes) for t in tensors)
+
+
+def quantize_with_bitsandbytes(module: nn.Module, way: Scheme, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers in the place of linear ones, on a processor; but for those it would misread there.
+
+    Args:
+        module: a component in memory.
+        way: "nf4" or "int8".
+        dtype: to compute in.
+    """
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, layer in list(module.named_modules()):
+        if type(layer) is not nn.Linear or kept & set(name.split(".")):
+            continue
+        if way.name != "nf4" or _block_of(layer.in_features) is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, _of_bitsandbytes(layer, way, dtype))
+
+
+def _block_of(columns: int) -> int | None:
+    """How many numbers of a row share a scale. bitsandbytes 0.50 misreads blocks that reach over rows on processors."""
+    return next((size for size in (64, 32) if columns % size == 0), None)
+
+
+def _of_bitsandbytes(layer: nn.Linear, way: Scheme, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import modules as bnb
+
+    shape = layer.in_features, layer.out_features, layer.bias is not None
+    made: Any
+    with torch.device("meta"):
+        if way.name == "nf4":
+            made = bnb.Linear4bit(*shape, dtype, compress_statistics=True, quant_type="nf4")
+        else:
+            made = bnb.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
+    kept = {name: value for name, value in vars(made.weight).items() if name != "data"}
+    if way.name == "nf4":
+        kept["blocksize"] = _block_of(layer.in_features)
+    made.weight = type(made.weight)(layer.weight.data, requires_grad=False, **kept).to(layer.weight.device)
+    made.bias = layer.bias
+    return made.requires_grad_(False).train(layer.training)

@@ -1,0 +1,82 @@
+"""What is tested of each way to quantize: the matrix in docs/quantization.md has a tick where a test ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oft_diffusion.quantization import SCHEMES
+from oft_diffusion.quantized import QuantizedWeight, quantized_weight
+from oft_diffusion.training import TrainConfig
+from tests.helpers.single_files import unet_name
+from tests.helpers.tiny_sd import RESOLUTION
+
+ON_A_PROCESSOR = tuple(name for name, way in SCHEMES.items() if not way.needs_cuda)
+GGUF = "gguf"
+BACKENDS = (*ON_A_PROCESSOR, GGUF)
+STEPS = ("train", "save", "load", "merge", "unmerge")
+
+
+def settings(backend: str, model: Path, pictures: Path, folder: Path, **knobs: Any) -> TrainConfig:
+    """A few steps on the tiny base, denoiser and text encoder quantized and adapted."""
+    own: dict[str, Any] = {"quantization": backend, "text_encoder_quantization": backend}
+    if backend == GGUF:
+        own = {"denoiser_file": str(write_gguf(model, folder / "unet.gguf"))}
+    small: dict[str, Any] = {
+        "model": str(model), "instance_dir": str(pictures), "trigger": "sks", "class_word": "mug",
+        "output_dir": str(folder / "run"), "resolution": RESOLUTION, "block_size": 16, "steps": 4,
+        "learning_rate": 0.05, "sampling_steps": 2, "validation_prompts": ["a {trigger} {class_word}"],
+        "validation_count": 1, "checkpoint_every": 2, "mixed_precision": "bf16", "text_encoder": True,
+    }  # fmt: skip
+    return TrainConfig.from_dict(small | own | knobs)
+
+
+def write_gguf(model: Path, path: Path, kind: str = "Q8_0") -> Path:
+    """The UNet of a folder as a GGUF file under its first names, the weights of linear layers quantized."""
+    import gguf
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "sd1")
+    linear = {f"{name}.weight" for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)}
+    for name, tensor in unet.state_dict().items():
+        array = np.ascontiguousarray(tensor.float().numpy())
+        quantized = gguf.GGMLQuantizationType[kind] if name in linear else gguf.GGMLQuantizationType.F32
+        own = gguf.quants.quantize(array, quantized)
+        writer.add_tensor(f"model.diffusion_model.{unet_name(name, unet)}", own, raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedWeight]:
+    named = ((name, quantized_weight(layer)) for name, layer in module.named_modules())
+    return {name: weight for name, weight in named if weight is not None}
+
+
+def contents(module: nn.Module) -> dict[str, Tensor]:
+    """Every byte of a component's quantized weights."""
+    layers = quantized_layers(module).items()
+    return {f"{name}/{part}": raw(tensor) for name, weight in layers for part, tensor in weight.tensors().items()}
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().reshape(-1).contiguous().view(torch.uint8)
+
+
+def dequantized(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain layers in the place of quantized ones."""
+    for name, weight in quantized_layers(module).items():
+        plain = nn.Linear(weight.layer.in_features, weight.layer.out_features, weight.layer.bias is not None)
+        plain.weight = nn.Parameter(weight.dequantized())
+        if weight.layer.bias is not None:
+            plain.bias = nn.Parameter(weight.layer.bias.detach().float())
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, plain.to(dtype).requires_grad_(False))

@@ -1,0 +1,129 @@
+"""What cannot be quantized is refused in one sentence, before a model is loaded; and bytes are counted as loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from oft_diffusion import inject_oft
+from oft_diffusion.config import OFTConfig
+from oft_diffusion.errors import ConfigError, TargetError
+from oft_diffusion.formats.live import live_components
+from oft_diffusion.load import load_pipeline
+from oft_diffusion.merge import merge_oft
+from oft_diffusion.quantization import INSTALL, SCHEMES, scheme
+from oft_diffusion.quantized import quantized_weight
+from oft_diffusion.training.count import count
+from oft_diffusion.training.find import find_base
+from oft_diffusion.training.preflight import preflight
+from oft_diffusion.training.prepare import load_family
+from tests.library.support import assert_one_sentence, excite
+from tests.quantization.backends import BACKENDS, settings, write_gguf
+
+
+@pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("quanto-int8", "optimum.quanto")])
+def test_a_library_that_is_missing(
+    name: str, package: str, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *a: None if asked == package else find(asked, *a))
+    for call in (
+        lambda: load_pipeline(model, quantization=name),
+        lambda: preflight(settings(name, model, pictures, tmp_path)),
+    ):
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert_one_sentence(error, package.replace(".", "-").replace("optimum-quanto", "optimum-quanto"), INSTALL)
+
+
+def test_what_needs_a_card(model: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(model, quantization="torchao-int4")
+    assert_one_sentence(error, "torchao-int4", "CUDA", "nf4")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="CUDA"):
+            preflight(settings("torchao-int4", model, pictures, tmp_path))
+    scheme("torchao-int4").require("cuda:0")
+
+
+def test_a_name_that_is_none(model: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(model, quantization="nf5")
+    assert_one_sentence(error, "nf5", *SCHEMES)
+
+
+def test_a_single_file(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(file, config_dir=model, quantization="nf4")
+    assert_one_sentence(error, "single file")
+
+
+def test_a_file_that_is_no_gguf(model: Path, pictures: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"no GGUF at all")
+    for path in (wrong, tmp_path / "missing.gguf"):
+        with pytest.raises(ConfigError) as error:
+            load_pipeline(model, denoiser_file=path)
+        assert_one_sentence(error, str(path))
+        config = settings("nf4", model, pictures, tmp_path, quantization=None, denoiser_file=str(path))
+        with pytest.raises(ConfigError, match="no GGUF file"):
+            preflight(config)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(model, denoiser_file=broken)
+    assert_one_sentence(error, str(broken), "UNet2DConditionModel")
+
+
+def test_both_a_file_and_quantization(model: Path, pictures: Path, tmp_path: Path) -> None:
+    file = write_gguf(model, tmp_path / "unet.gguf")
+    with pytest.raises(ConfigError) as error:
+        preflight(settings("nf4", model, pictures, tmp_path, denoiser_file=str(file)))
+    assert_one_sentence(error, "denoiser_file", "quantization")
+
+
+def test_what_can_be_read_and_not_written(model: Path, tmp_path: Path) -> None:
+    """gguf writes none of llama.cpp's K kinds. Their rows are of 256, which the tiny UNet has not: one layer does."""
+    import gguf
+    import numpy as np
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    torch.manual_seed(0)
+    kind = gguf.GGMLQuantizationType.Q4_K
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    layer = GGUFLinear(256, 32, compute_dtype=torch.float32)
+    layer.weight = GGUFParameter(torch.from_numpy(np.zeros((32, size), np.uint8)), quant_type=kind)
+    model_of_it = torch.nn.Sequential(layer)
+    excite(inject_oft(model_of_it, OFTConfig(block_size=8, targets="0")))
+    before = layer.weight.as_tensor().clone()
+    with pytest.raises(TargetError) as error:
+        merge_oft(model_of_it)
+    assert_one_sentence(error, "GGUFLinear", "Q4_K")
+    assert torch.equal(layer.weight.as_tensor(), before)
+
+
+def test_exports_ask_for_the_base_itself(model: Path) -> None:
+    pipe = load_pipeline(model, torch.bfloat16, quantization="nf4")
+    excite(inject_oft(pipe.unet, OFTConfig(block_size=16)))
+    with pytest.raises(TargetError) as error:
+        live_components(pipe)
+    assert_one_sentence(error, "quantized")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_are_counted_as_they_are_loaded(backend: str, model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = settings(backend, model, pictures, tmp_path)
+    base = find_base(config.model, None)
+    family = load_family(config, base, torch.device("cpu"))
+    held = 0
+    for name in base.modules:
+        for layer in family.module(name).modules():
+            weight = quantized_weight(layer)
+            own = [p for key, p in layer._parameters.items() if p is not None and not (weight and key == "weight")]
+            held += sum(p.nbytes for p in own) + (sum(t.nbytes for t in weight.tensors().values()) if weight else 0)
+    assert count(config, base).base_bytes == pytest.approx(held, rel=0.01)
