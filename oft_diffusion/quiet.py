@@ -1,7 +1,9 @@
 """Notes of other libraries that only look like errors. These go, and nothing else does.
 
 Importing diffusers has transformers note, for each of several classes, that torchvision is not installed, which nothing
-here needs. Of an int8 base bitsandbytes notes at every call of every layer that it rounds inputs.
+here needs; and with torchao installed, has that note which of its libraries for certain cards this machine cannot load,
+and what of it newer versions will do without. Of an int8 base bitsandbytes notes at every call of every layer that it
+rounds inputs.
 """
 
 import logging
@@ -16,6 +18,9 @@ class _Without(logging.Filter):
 
 for _logger, _words in (
     ("transformers.utils.import_utils", "requires torchvision"),
+    ("torchao", "Failed to load"),
+    ("torch.utils._pytree", "is an Enum subclass"),
+    ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects"),
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast"),
 ):
     logging.getLogger(_logger).addFilter(_Without(_words))

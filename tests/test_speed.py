@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import methods, records, speed
+from benchmarks import build_forms, methods, records, rotate_forms, speed, stages
 from benchmarks.candidates import Candidate
 from benchmarks.counting import peak_allocated, saved_bytes
 from benchmarks.methods import (
@@ -39,6 +39,8 @@ from benchmarks.speed_tables import groups, plots, scaling, table
 from benchmarks.turns import take_turns, told
 from benchmarks.weight_centric import rotate_weight
 from benchmarks.works import WORKS, Sizes, Work
+from oft_diffusion.kernels import block_rotate
+from oft_diffusion.rotation import cayley_delta, unpack
 from oft_diffusion.targets import find_targets
 from tests.helpers.tiny_denoisers import unet
 
@@ -369,6 +371,38 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in written)
 
 
-def test_the_page_shows_what_the_data_says() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert [line for line in table(records.load(speed.FILE)).splitlines() if line not in text] == []
+@pytest.mark.parametrize(
+    ("page", "made"),
+    [
+        ("benchmark_tables.md", lambda: table(records.load(speed.FILE))),
+        ("benchmarks.md", stages.table),
+        ("benchmarks.md", build_forms.table),
+        ("benchmarks.md", rotate_forms.table),
+    ],
+)
+def test_the_pages_show_what_the_data_says(page: str, made: Any) -> None:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    assert [line for line in made().splitlines() if line not in text] == []
+
+
+def test_forms_are_what_they_are_called() -> None:
+    """Those that rotate give what `block_rotate` does; of those that build D, the exact ones the exact rotation."""
+    x, packed = torch.randn(5, 32), build_forms.generators(0.1, "cpu")[:4]
+    delta = cayley_delta(unpack(packed)).float()
+    delta = delta[:, :8, :8].contiguous()
+    for name, form in rotate_forms.forms().items():
+        if name != "compiled":
+            torch.testing.assert_close(form(x, delta), block_rotate(x, delta))
+    for name, build in build_forms.FORMS.items():
+        wrong = (build(unpack(packed)) - cayley_delta(unpack(packed))).abs().max()
+        assert wrong < (1e-5 if "m = 5" in name else 1e-7), name
+
+
+def test_stages_are_of_every_adapted_layer() -> None:
+    reads = stages.inputs_of(Setup("SD 1.5", small=True), "cpu")
+    work = speed.make_work(Setup("SD 1.5", small=True), "cpu")
+    assert sum(read.layers for read in reads) == len(work.targets()[0])
+    calls = stages.stages(reads[:2], 32)
+    assert tuple(calls) == stages.STAGES
+    for call in calls.values():
+        call()
