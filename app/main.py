@@ -15,6 +15,7 @@ from oft_diffusion.errors import ConfigError
 from oft_diffusion.load import usual_dtype
 
 from .looks import CSS, HEAD, theme
+from .model import QUANTIZED
 from .session import Session
 from .workspace import Workspace
 
@@ -37,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     dtype = getattr(torch, options.dtype) if options.dtype else usual_dtype(options.device)
     with Workspace(workspace).alone():
-        session = Session(workspace, options.model, config_dir=options.config_dir, device=options.device, dtype=dtype)
+        session = Session(
+            workspace, options.model, config_dir=options.config_dir, device=options.device, dtype=dtype,
+            quantized={knob: value for knob in QUANTIZED if (value := getattr(options, knob)) is not None},
+        )  # fmt: skip
         _serve(session, options, auth)
     return 0
 
@@ -125,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="pocket", help="pipeline folder, checkpoint or hub id (default: the shipped one)"
     )
     parser.add_argument("--config-dir", metavar="FOLDER", help="of a checkpoint's architecture, in diffusers' format")
+    for knob, about in QUANTIZED.items():
+        parser.add_argument(f"--{knob.replace('_', '-')}", metavar="WHICH", help=f"{about} (docs/quantization.md)")
     parser.add_argument(
         "--workspace",
         type=Path,

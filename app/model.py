@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,12 @@ from .presets import POCKET, Preset, beginning, fitting
 from .shelf import Card
 
 _SHIPPED = "pocket"
+# What keeps a model in fewer bits, for drawing and for training: knobs of `TrainConfig`, and what they are.
+QUANTIZED = {
+    "quantization": "keep the denoiser in fewer bits: nf4, int8, ...",
+    "text_encoder_quantization": "the same for the text encoders",
+    "denoiser_file": "a GGUF file in place of the model's denoiser",
+}
 
 
 @dataclass
@@ -35,12 +42,14 @@ class Model:
         name: pipeline folder, checkpoint, hub id, or pocket for the shipped one.
         config_dir: of a checkpoint's architecture, in diffusers' format.
         device, dtype: where pictures are drawn, and in what.
+        quantized: those of `QUANTIZED` that are set.
     """
 
     name: str = _SHIPPED
     config_dir: str | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    quantized: Mapping[str, str] = field(default_factory=dict)
     _studio: Studio | None = field(default=None, init=False, repr=False)
     _loading: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -69,7 +78,8 @@ class Model:
             return self._studio
 
     def _load(self) -> Studio:
-        pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir)
+        known: dict[str, Any] = dict(self.quantized)
+        pipe = load_pipeline(self.source, self.dtype, self.device, config_dir=self.config_dir, **known)
         steps, guidance = (STEPS, GUIDANCE) if self.shipped else beginning(pipe)
         return Studio(pipe, "the pocket base" if self.shipped else Path(self.name).name, steps, guidance)
 

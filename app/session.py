@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,13 @@ class Session:
 
     def __init__(
         self, workspace: Path, model: str = "pocket", *, config_dir: str | None = None, device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, quantized: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.workspace = Workspace(workspace)
         self.workspace.clean()
         self.machine = Machine()
         self.shelf = Shelf(self.workspace)
-        self.model = Model(model, config_dir, device, dtype)
+        self.model = Model(model, config_dir, device, dtype, quantized or {})
         self._captions: dict[Path, str] = {}  # of pictures, which never change
         self.training = Training(self.workspace, self.shelf, self.machine, self.model)
         self.comparing = Comparing(self.workspace, self.machine, self.model, self.training)

@@ -38,10 +38,11 @@ class Training:
     @cached_property
     def runs(self) -> Runs:
         """With the presets that fit the model and this machine."""
-        model, knobs = self.model, dict[str, Any]()
+        model = self.model
+        knobs: dict[str, Any] = dict(model.quantized)
         if not model.shipped:
             own = model.abilities
-            knobs = {
+            knobs |= {
                 "resolution": own.size, "config_dir": model.config_dir, "mixed_precision": model.precision(),
                 "sampling_steps": own.steps, "guidance_scale": own.guidance,
             }  # fmt: skip

@@ -32,6 +32,7 @@ from benchmarks.speed_setups import KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
 from benchmarks.turns import Around, Calls, spread, take_turns, told
 from benchmarks.works import WORKS, Work
+from oft_diffusion.quantization import quantize_with_bitsandbytes, scheme
 
 FILE = DATA / "speed.csv"
 LEAST = 3  # rounds, without which there is no spread
@@ -177,7 +178,13 @@ def make_work(setup: Setup, device: str) -> Work:
             work = WORKS[setup.work](setup.sizes, text=setup.text, small=setup.small)
     finally:
         torch.set_default_dtype(before)
-    return work.to(device).requires_grad_(False)
+    work = work.to(device).requires_grad_(False)
+    if setup.quantization != "none":
+        way = scheme(setup.quantization)
+        quantize_with_bitsandbytes(work.denoiser, way, torch.float32 if device == "cpu" else torch.bfloat16)
+        with torch.no_grad():
+            work()  # LLM.int8's layers move their bytes at their first call, which copies of them could not share
+    return work
 
 
 def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> bool:

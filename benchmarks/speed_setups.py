@@ -29,6 +29,7 @@ class Setup:
             takes to merge and to swap, "build" that of making D alone.
         text: text encoders are run and adapted, too; without it their outputs are given.
         small: cut for processors, see `works`.
+        quantization: how the denoiser's linear layers lie in memory, as bitsandbytes has them.
         rounds: at most; fewer, never less than `speed.LEAST`, where time runs out.
     """
 
@@ -40,6 +41,7 @@ class Setup:
     checkpointing: bool = False
     text: bool = False
     small: bool = False
+    quantization: Literal["none", "nf4", "int8"] = "none"
     block_size: int = 32
     sizes: Sizes = _USUAL
     rounds: int = 15
@@ -50,7 +52,7 @@ class Setup:
 
     def columns(self) -> dict[str, str]:
         """What tells its rows from others'."""
-        own = ("work", "dtype", "block_size")
+        own = ("work", "dtype", "quantization", "block_size")
         switches = {name: "yes" if getattr(self, name) else "no" for name in _SWITCHES}
         sizes = {"batch": self.sizes.batch}
         if self.work == STACK:
@@ -61,6 +63,7 @@ class Setup:
 
     def __str__(self) -> str:
         told = [self.kind, self.dtype, f"batch {self.sizes.batch}"]
+        told += [self.quantization] * (self.quantization != "none")
         told += [name for name in _SWITCHES if getattr(self, name)]
         if self.work == STACK:
             told += [f"{self.sizes.tokens} tokens, {self.sizes.width} wide, {self.sizes.layers} layers"]
@@ -71,6 +74,8 @@ _INFERENCE = tuple(name for name in METHODS if name != FULL)
 _MAIN = (BASE, OURS, LORA, PEFT_OFT)
 _COMPILED = (BASE, OURS, LORA)
 _SCALED = (*_MAIN, WEIGHT_CENTRIC)
+_QLORA = (BASE, OURS, TRITON, LORA, PEFT_OFT)
+_QUANTIZED: tuple[Literal["nf4", "int8"], ...] = ("nf4", "int8")
 
 
 def _scaling(usual: Setup, tokens: tuple[int, ...], widths: tuple[int, ...]) -> list[Setup]:
@@ -86,6 +91,7 @@ CPU: list[Setup] = [
     _CPU_TRAIN,
     replace(_CPU_TRAIN, kind="inference", methods=_INFERENCE, rounds=10),
     replace(_CPU_MAIN, sizes=Sizes(batch=4), rounds=8),
+    *(replace(_CPU_MAIN, quantization=name, rounds=8) for name in _QUANTIZED),
     Setup("SD 1.5", kind="build", methods=BUILDS, rounds=7),
     *_scaling(Setup(STACK, methods=_SCALED, rounds=8), tokens=(64, 1024), widths=(320, 1280)),
     replace(_CPU_MAIN, checkpointing=True),
@@ -107,6 +113,8 @@ CUDA: list[Setup] = [
     Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", rounds=10),
     Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=10),
     Setup("SDXL", kind="build", methods=BUILDS),
+    *(Setup("SD 3.5 Medium", methods=_QLORA, dtype="bfloat16", quantization=name, rounds=8) for name in _QUANTIZED),
+    Setup("Flux.1", methods=_QLORA, dtype="bfloat16", quantization="nf4", checkpointing=True, rounds=6),
     Setup("SD 1.5", methods=_COMPILED, dtype="bfloat16", sizes=Sizes(batch=4), compiled=True),
     Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=8),
     Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),

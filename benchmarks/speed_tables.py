@@ -16,8 +16,8 @@ from benchmarks.speed_setups import STACK
 Row = Mapping[str, str]
 # What tells one setup from another.
 KEY = (
-    "hardware", "threads", "work", "cut", "dtype", "block_size", "compiled", "checkpointing", "text", "batch",
-    "tokens", "width", "layers",
+    "hardware", "threads", "work", "cut", "dtype", "quantization", "block_size", "compiled", "checkpointing", "text",
+    "batch", "tokens", "width", "layers",
 )  # fmt: skip
 _KINDS = {
     "train": "a training step", "live": "a sampling step, adapter live", "fused": "a sampling step, adapter fused",
@@ -61,7 +61,8 @@ class Group:
     def title(self) -> str:
         """What was measured, in words."""
         row = self.about
-        told = [row["cut"], row["dtype"], f"batch {row['batch']}"]
+        kept = f"base in {row['quantization']}" if row["quantization"] != "none" else ""
+        told = [row["cut"], row["dtype"], kept, f"batch {row['batch']}"]
         told += [f"{row[name]} {word}" for name, word in _SIZES.items() if row[name]]
         told += [f"b = {row['block_size']}", "compiled" if row["compiled"] == "yes" else "eager"]
         told += [words for name, words in _SWITCHES.items() if row[name] == "yes"]

@@ -214,7 +214,7 @@ def live_weights(model: nn.Module) -> list[LiveWeight]:
         return []
     with torch.no_grad():
         found = _by_layer(split_by_site(stages, bank.build_deltas(stages, _device_of(weights))))
-    return [LiveWeight(name, weights[name].detach(), deltas) for name, deltas in found.items()]
+    return [LiveWeight(name, weight.detach(), found[name]) for name, weight in weights.items()]
 
 
 def _check(model: nn.Module, names: Sequence[str] | None) -> tuple[OFTBank, tuple[Active, ...], tuple[Active, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -51,13 +52,7 @@ class Scheme:
         Raises:
             ConfigError: its library is not installed, or has no code for the device.
         """
-        if not _is_installed(self.package):
-            raise ConfigError(
-                f"quantization {self.name!r} needs {_DISTRIBUTIONS.get(self.package, self.package)}, which is not "
-                "installed",
-                expected="it installed",
-                fix=INSTALL,
-            )
+        require_installed(self.package, f"quantization {self.name!r}")
         if self.needs_cuda and not device.startswith("cuda"):
             others = [name for name, scheme in SCHEMES.items() if not scheme.needs_cuda]
             raise ConfigError(
@@ -65,6 +60,24 @@ class Scheme:
                 expected="a CUDA card, or one of " + ", ".join(others),
                 fix="choose one of these",
             )
+
+
+def require_installed(package: str, what: str) -> None:
+    """Raise where a library is missing.
+
+    Args:
+        package: as Python imports it.
+        what: that needs it, in words.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if not _is_installed(package):
+        raise ConfigError(
+            f"{what} needs {_DISTRIBUTIONS.get(package, package)}, which is not installed",
+            expected="it installed",
+            fix=INSTALL,
+        )
 
 
 def _is_installed(package: str) -> bool:
@@ -246,8 +259,7 @@ def check_gguf(path: Path) -> None:
             expected="a file of quantized weights as llama.cpp and ComfyUI-GGUF have them (*.gguf)",
             fix="correct the path",
         )
-    if not _is_installed("gguf"):
-        raise ConfigError("GGUF files need gguf, which is not installed", expected="it installed", fix=INSTALL)
+    require_installed("gguf", f"denoiser_file = {str(path)!r}")
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -262,6 +274,24 @@ def gguf_bytes(path: Path, dtype: torch.dtype) -> int:
     plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
     tensors = gguf.GGUFReader(path).tensors
     return sum(int(t.n_elements) * dtype.itemsize if t.tensor_type in plain else int(t.n_bytes) for t in tensors)
+
+
+def eight_bit_adamw() -> Any:
+    """The class of bitsandbytes' AdamW with moments in 8 bits."""
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return AdamW8bit
+
+
+def gguf_digest(path: Path) -> str:
+    """Of a GGUF file, its size, and bytes from all over it: told in milliseconds."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(0, size, max(1, size // 256)):
+            file.seek(place)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def quantize_with_bitsandbytes(module: nn.Module, way: Scheme, dtype: torch.dtype) -> None:
@@ -279,6 +309,8 @@ def quantize_with_bitsandbytes(module: nn.Module, way: Scheme, dtype: torch.dtyp
         if way.name != "nf4" or _block_of(layer.in_features) is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, _of_bitsandbytes(layer, way, dtype))
+    # As diffusers notes it where it loads so: PEFT chooses the layers of a LoRA by it.
+    setattr(module, "is_loaded_in_4bit" if way.name == "nf4" else "is_loaded_in_8bit", True)
 
 
 def _block_of(columns: int) -> int | None:

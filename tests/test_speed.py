@@ -146,6 +146,22 @@ def test_copies_share_weights_and_merging_changes_only_their_own() -> None:
     assert all(torch.equal(p, before[name]) for name, p in work.named_parameters())
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_methods_upon_a_quantized_base(quantization: Any) -> None:
+    setup = Setup("tiny", quantization=quantization)
+    work = speed.make_work(setup, "cpu")
+    before = {name: p.clone() for name, p in work.named_parameters()}
+    for method in (BASE, OURS, LORA, PEFT_OFT):
+        candidate = Candidate(work, work.targets(), method, setup)
+        candidate.gradients()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in candidate.trained), method
+        candidate.train()
+        own = {type(module).__module__ for module in candidate.work.modules()}
+        assert any("bitsandbytes" in name for name in own), method
+        assert method != LORA or "peft.tuners.lora.bnb" in own, "PEFT takes it for floats"
+    assert all(torch.equal(p, before[name]) for name, p in work.named_parameters())
+
+
 # -- works
 
 
@@ -306,7 +322,8 @@ ROW = {
     "date": "2030-01-01", "hardware": "A card", "threads": "2", "torch": "3", "diffusers": "1", "transformers": "1",
     "oft-diffusion": "1", "commit": "abc", "peft": "1", "lycoris": "1", "cuda": "13", "device": "cuda",
     "work": "SDXL", "cut": "",
-    "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "block_size": "32", "compiled": "no",
+    "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "quantization": "none", "block_size": "32",
+    "compiled": "no",
     "checkpointing": "no", "text": "no", "small": "no", "batch": "1", "tokens": "", "width": "", "layers": "",
     "kind": "train", "settings": "", "trained": "", "adapter_bytes": "", "peak_bytes": "", "operations": "",
     "saved_bytes": "", "kernels": "", "kernel_seconds": "", "load": "0.1", "reason": "", "run": "one",

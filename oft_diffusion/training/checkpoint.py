@@ -3,7 +3,8 @@
 ```
 checkpoint-000500/
   oft_adapter.safetensors   the adapter so far, a file like the final one
-  training.safetensors      by layer: trained generators and Adam's moments; per process: RNG states as bytes
+  training.safetensors      by layer: trained generators and Adam's moments (those in 8 bits: by component); per
+                            process: RNG states as bytes
   state.json                step, data position, schedule, scaler, settings, losses
 ```
 
@@ -43,6 +44,7 @@ _STATE: Mapping[str, type | tuple[type, ...]] = {
     "scaler": (dict, type(None)), "history": list,
 }  # fmt: skip
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EIGHT_BIT = ("state1", "state2", "absmax1", "absmax2")  # what bitsandbytes has instead; scales reach over layers
 _PYTHON_RNG = struct.Struct("<625I?d")  # Mersenne twister state and index, whether a gauss is stored, that gauss
 
 
@@ -221,12 +223,14 @@ def collect_training(
     banks: Mapping[str, OFTBank], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Trained generators and Adam's moments by layer, on the CPU; and Adam's step count per component."""
-    tensors, steps = {}, {}
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
     for component, bank in banks.items():
         parameter = bank.generators[ADAPTER]
         parts = {"generator": parameter.detach()}
         if adam := optimizer.state.get(parameter):
-            parts |= {moment: adam[moment] for moment in _MOMENTS}
+            parts |= {moment: adam[moment] for moment in _MOMENTS if moment in adam}
+            tensors |= {f"{component}/optimizer/{n}": adam[n].cpu().clone() for n in _EIGHT_BIT if n in adam}
             steps[component] = float(adam["step"])
         for layer, rows in bank.layer_slices(ADAPTER).items():
             for name, tensor in parts.items():
@@ -247,7 +251,9 @@ def restore_training(
     """
     for component, bank in banks.items():
         parameter = bank.generators[ADAPTER]
-        parts = ["generator", *(_MOMENTS if component in steps else ())]
+        start = f"{component}/optimizer/"
+        packed = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        parts = ["generator", *(_MOMENTS if component in steps and not packed else ())]
         flat = {name: torch.empty_like(parameter, device="cpu") for name in parts}
         for layer, rows in bank.layer_slices(ADAPTER).items():
             for name in parts:
@@ -262,9 +268,29 @@ def restore_training(
         with torch.no_grad():
             parameter.copy_(flat["generator"])
         bank.refresh()
-        if component in steps:
+        if packed:
+            _restore_eight_bit(optimizer, parameter, packed, int(steps[component]))
+        elif component in steps:
             adam = {moment: flat[moment].to(parameter.device) for moment in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(steps[component]), **adam}
+
+
+def _restore_eight_bit(optimizer: Any, parameter: Tensor, tensors: Mapping[str, Tensor], step: int) -> None:
+    """The state of bitsandbytes' AdamW, which it makes itself, and these are written into."""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, own in enumerate(group["params"]):
+            if own is parameter:
+                optimizer.init_state(group, own, number, place)
+    state = optimizer.state[parameter]
+    state["step"] = step
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise TrainingError(
+                f"the checkpoint's optimizer has a {name} of shape {tuple(tensor.shape)}, which does not fit",
+                expected="a checkpoint of the same adapter and optimizer",
+                fix="resume with the settings that it was written with",
+            )
+        state[name].copy_(tensor)
 
 
 def rng_states() -> dict[str, Tensor]:

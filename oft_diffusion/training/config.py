@@ -21,6 +21,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 Quantization = Literal["nf4", "int8", "torchao-int8", "torchao-int4", "torchao-float8", "quanto-int8", "quanto-float8"]
 PriorTarget = Literal["noise", "base"]
 Schedule = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "adamw8bit"]
 
 
 def _about(group: str, about: str, **limits: Any) -> dict[str, Any]:
@@ -173,6 +174,10 @@ class TrainConfig:
     )
     init_adapter: str | None = field(default=None, metadata=_about("adapter", "continue from this adapter file"))
 
+    optimizer: Optimizer = field(
+        default="adamw",
+        metadata=_about("optimisation", "AdamW, or bitsandbytes' with moments in 8 bits; needs oft-diffusion[quant]"),
+    )
     learning_rate: float = field(
         default=1e-4, metadata=_about("optimisation", "peak learning rate of AdamW", above=0.0)
     )

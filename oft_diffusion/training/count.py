@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,14 @@ class Counts:
         base_bytes: theirs, in the dtypes in which a run loads them.
         trained: of the adapter.
         saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
+        moment_bytes: of Adam's two moments.
     """
 
     base: int
     base_bytes: int
     trained: int
     saved: int
+    moment_bytes: int
 
     @property
     def adapter_bytes(self) -> int:
@@ -52,7 +55,7 @@ class Counts:
     @property
     def training_bytes(self) -> int:
         """Of their gradients and of Adam's two moments."""
-        return 3 * self.gradient_bytes
+        return self.gradient_bytes + self.moment_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -66,7 +69,7 @@ def count(config: TrainConfig, base: Base) -> Counts:
     Raises:
         OFTError: as the checks before a run.
     """
-    numbers = weights = trained = saved = 0
+    numbers = weights = trained = saved = moments = 0
     settings = adapted(config, base)
     quantized = quantizing(config, base, "cuda" if torch.cuda.is_available() else "cpu")
     for name in base.modules:
@@ -81,10 +84,19 @@ def count(config: TrainConfig, base: Base) -> Counts:
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
-            trained += sum(p.numel() for p in bank.parameters())
+            own = [p.numel() for p in bank.parameters()]
+            trained += sum(own)
+            moments += sum(2 * _moment_bytes(config, numel) for numel in own)
             parts = bank.adapters[ADAPTER].parts
             saved += sum(packed_size(part.block_size) * sum(part.blocks.values()) for part in parts)
-    return Counts(numbers, weights, trained, saved)
+    return Counts(numbers, weights, trained, saved, moments)
+
+
+def _moment_bytes(config: TrainConfig, numel: int) -> int:
+    """Of one moment of a parameter: bitsandbytes' optimizer leaves small ones in float32."""
+    if config.optimizer == "adamw" or numel < 4096:
+        return _FLOAT32 * numel
+    return numel + _FLOAT32 * math.ceil(numel / 256)
 
 
 def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme | None) -> int:

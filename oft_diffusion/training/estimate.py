@@ -329,6 +329,7 @@ def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[
     c, on_gpu, stepping = config, device.type == "cuda", phase == "steps"
     known = {
         'mixed_precision = "bf16"': c.mixed_precision == "no",
+        'quantization = "nf4"': not (c.quantization or c.denoiser_file or c.model.endswith(".safetensors")),
         "gradient_checkpointing = true": stepping and not c.gradient_checkpointing,
         f"batch_size = 1 with accumulation = {c.accumulation * c.batch_size}": stepping and c.batch_size > 1,
         "class_batch_size = 1": stepping and c.prior_preservation and (c.class_batch_size or c.batch_size) > 1,

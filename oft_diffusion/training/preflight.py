@@ -17,7 +17,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
-from oft_diffusion.quantization import check_gguf
+from oft_diffusion.quantization import check_gguf, require_installed
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -87,6 +87,7 @@ def preflight(config: TrainConfig) -> Plan:
     resume_from = attempt(lambda: _check_resume(config), "resume", "output_dir", "steps")
     attempt(lambda: _check_output(config), "output_dir", "resume", "overwrite")
     attempt(lambda: _check_precision(config), "mixed_precision")
+    attempt(lambda: _check_optimizer(config), "optimizer")
     model = config.model
     if not errors and is_hub_id(model):  # the one check that may take long, hence the last
         model = attempt(lambda: download_base(config.model), "model")
@@ -258,6 +259,11 @@ def _check_quantization(config: TrainConfig, base: Base) -> None:
                 expected="a model with one denoiser",
                 fix="leave denoiser_file out",
             )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer == "adamw8bit":
+        require_installed("bitsandbytes", "optimizer = 'adamw8bit'")
 
 
 def _adapter_bytes(config: TrainConfig, base: Base) -> int:

@@ -19,6 +19,7 @@ from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
+from oft_diffusion.quantization import eight_bit_adamw, gguf_digest
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.batches import Batches
@@ -57,7 +58,7 @@ class Parts:
     banks: Mapping[str, OFTBank]
     model: Any
     optimizer: Any
-    adamw: torch.optim.AdamW
+    adamw: torch.optim.Optimizer
     schedule: Any
     identity: Mapping[str, Any]
 
@@ -179,11 +180,7 @@ def assemble(
     if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
         family.quicken_backward(config.resolution)
     model = AdaptedModel(family, banks, config.resolution)
-    adamw = torch.optim.AdamW(
-        [{"params": list(bank.parameters()), "lr": _rate(config, plan.base, name)} for name, bank in banks.items()],
-        weight_decay=config.weight_decay,
-        eps=config.adam_epsilon,
-    )
+    adamw = _optimizer(config, plan.base, banks)
     wrapped, optimizer = accelerator.prepare(model, adamw)
     schedule = _schedule(config, adamw)
     identity = {
@@ -192,10 +189,24 @@ def assemble(
         "class images": pictures_digest(pictures["class"]),
         "number of processes": accelerator.num_processes,
     }
+    if config.denoiser_file is not None:
+        identity["denoiser file"] = gguf_digest(Path(config.denoiser_file))
     return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
-def _schedule(config: TrainConfig, adamw: torch.optim.AdamW) -> torch.optim.lr_scheduler.LRScheduler:
+def _optimizer(config: TrainConfig, base: Base, banks: Mapping[str, OFTBank]) -> torch.optim.Optimizer:
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        kind = eight_bit_adamw()
+    made: torch.optim.Optimizer = kind(
+        [{"params": list(bank.parameters()), "lr": _rate(config, base, name)} for name, bank in banks.items()],
+        weight_decay=config.weight_decay,
+        eps=config.adam_epsilon,
+    )
+    return made
+
+
+def _schedule(config: TrainConfig, adamw: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     if config.decay_steps:
         return get_wsd_schedule(adamw, config.warmup_steps, config.decay_steps, config.steps)
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule

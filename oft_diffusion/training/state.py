@@ -29,7 +29,10 @@ from oft_diffusion.training.prepare import Parts
 from oft_diffusion.training.results import History
 
 # Paths say nothing to a reader of the file, and much about its author's disk.
-_PRIVATE = ("model", "config_dir", "instance_dir", "output_dir", "class_dir", "init_adapter", "resume", "overwrite")
+_PRIVATE = (
+    "model", "config_dir", "denoiser_file", "instance_dir", "output_dir", "class_dir", "init_adapter", "resume",
+    "overwrite",
+)  # fmt: skip
 
 
 def snapshot(

@@ -25,6 +25,7 @@ from oft_diffusion.files import load_adapter_file
 from oft_diffusion.generate import generate
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pipeline import list_oft_adapters
+from oft_diffusion.quantized import quantized_weight
 from tests.library.support import PROMPT
 
 
@@ -301,3 +302,13 @@ def test_history_is_told_in_words(session: Session, person: str, mug: Card) -> N
     sheet = ended(session.comparing.sweep(person, asked((mug, 1.0)), (0.0, 1.0))).found[-1]
     assert session.caption(sheet) == f"a comparison: {PROMPT}"
     assert session.settings_in(sheet)["steps"] == 2
+
+
+def test_a_model_in_fewer_bits_draws_and_is_trained_so(model_folder: Path, tmp_path: Path, person: str) -> None:
+    session = Session(tmp_path / "own", str(model_folder), quantized={"quantization": "nf4"})
+    assert len(drawn(session, person, Request(PROMPT, (3,), steps=2))) == 1
+    pipe = session.model.studio().pipe
+    assert any(quantized_weight(layer) for layer in pipe.unet.modules())
+    assert not any(quantized_weight(layer) for layer in pipe.text_encoder.modules())
+    wanted = session.training.defaults()
+    assert (wanted["quantization"], wanted["text_encoder_quantization"]) == ("nf4", None)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from oft_diffusion import OFTConfig, inject_oft, merge, merge_oft, remove_oft, unmerge_oft
+from oft_diffusion import OFTConfig, base_copy, inject_oft, merge, merge_oft, remove_oft, unmerge_oft
 from oft_diffusion.errors import AdapterError, TargetError
 from tests.core.reference import SEEDS, dense_rotation, relative, two_layers, unet_inputs
 from tests.library.support import assert_one_sentence, excite, tiny_unet
@@ -230,7 +230,7 @@ def test_a_full_disk_is_told_before_anything_is_merged(monkeypatch: Any) -> None
     bank = inject_oft(unet, OFTConfig(block_size=8))
     excite(bank)
     live = run(unet, unet_inputs(unet))
-    monkeypatch.setattr(merge, "save_file", full)
+    monkeypatch.setattr(base_copy, "save_file", full)
     with pytest.raises(AdapterError) as error:
         merge_oft(unet, keep_base="disk")
     assert_one_sentence(error, "No space left on device", 'keep_base="cpu"')

@@ -213,3 +213,34 @@ def test_tuning_finds_the_best_tile_without_trying_them_all() -> None:
     assert (best, took) == (wanted, 0.0)
     assert len(tried) == len(set(tried)) < 40
     assert all(tile.rows * tile.width <= 16384 for tile in tried)
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_way_is_one_launch_for_one_layer_and_for_several(
+    ops: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """What a card is asked per attention does not grow: a regression would show in a step's launches."""
+    from oft_diffusion.kernels import launch, triton_rotate, triton_shared
+
+    launched: list[str] = []
+    real = launch.launch
+
+    def noticed(*arguments: Any, **options: Any) -> None:
+        launched.append("it")
+        real(*arguments, **options)
+
+    for module in (triton_rotate, triton_shared):
+        monkeypatch.setattr(module, "launch", noticed)
+    x, delta = cases.draw(5, 48, seed=0, device="cpu"), cases.deltas(16, torch.float32, "cpu", groups=1)[0]
+    each = [delta * (1 + i) for i in range(count)]
+    for way in (
+        lambda: ops.rotate(x, delta),
+        lambda: ops.delta_grad(x, x, list(delta.shape)),
+        lambda: triton_shared.rotate(x, each),
+        lambda: triton_shared.input_grad(x, each, [x] * count),
+        lambda: triton_shared.delta_grads(x, [x] * count, *delta.shape[:2]),
+    ):
+        launched.clear()
+        way()
+        assert launched == ["it"]

@@ -10,18 +10,19 @@ import torch
 
 from oft_diffusion import inject_oft
 from oft_diffusion.config import OFTConfig
-from oft_diffusion.errors import ConfigError, TargetError
+from oft_diffusion.errors import ConfigError, TargetError, TrainingError
 from oft_diffusion.formats.live import live_components
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.merge import merge_oft
 from oft_diffusion.quantization import INSTALL, SCHEMES, scheme
 from oft_diffusion.quantized import quantized_weight
+from oft_diffusion.training import TrainConfig, train
 from oft_diffusion.training.count import count
 from oft_diffusion.training.find import find_base
 from oft_diffusion.training.preflight import preflight
 from oft_diffusion.training.prepare import load_family
 from tests.library.support import assert_one_sentence, excite
-from tests.quantization.backends import BACKENDS, settings, write_gguf
+from tests.quantization.backends import BACKENDS, GGUF, settings, write_gguf
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("quanto-int8", "optimum.quanto")])
@@ -85,6 +86,16 @@ def test_both_a_file_and_quantization(model: Path, pictures: Path, tmp_path: Pat
     with pytest.raises(ConfigError) as error:
         preflight(settings("nf4", model, pictures, tmp_path, denoiser_file=str(file)))
     assert_one_sentence(error, "denoiser_file", "quantization")
+
+
+def test_another_gguf_than_the_run_began_with(model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = settings(GGUF, model, pictures, tmp_path, validation_prompts=[], steps=2)
+    with train(config, progress=False) as run:
+        list(run)
+    write_gguf(model, Path(str(config.denoiser_file)), "Q5_0")
+    again = TrainConfig.from_dict(config.to_dict() | {"resume": "latest", "steps": 3})
+    with pytest.raises(TrainingError, match="denoiser file"), train(again, progress=False) as run:
+        list(run)
 
 
 def test_what_can_be_read_and_not_written(model: Path, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def test_what_does_not_fit_is_said_with_what_helps(config: Config, monkeypatch: 
         assert knob in helps
     assert "cache" not in helps  # which would free nothing on a processor
     monkeypatch.setattr(memory, "_free", lambda _: held - 1)
-    with pytest.raises(TrainingError, match=r'does not fit.*mixed_precision = "bf16", or a smaller base'):
+    fixes = 'mixed_precision = "bf16", or quantization = "nf4", or a smaller base'
+    with pytest.raises(TrainingError, match=f"does not fit.*{fixes}"):
         estimate(settings)
     monkeypatch.setattr(memory, "_free", lambda _: None)
     assert estimate(settings).fits is None
