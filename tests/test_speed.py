@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import build_forms, methods, records, rotate_forms, speed, stages
+from benchmarks import build_forms, methods, quantized_merge, records, rotate_forms, speed, stages
 from benchmarks.candidates import Candidate
 from benchmarks.counting import peak_allocated, saved_bytes
 from benchmarks.methods import (
@@ -395,6 +395,7 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
         ("benchmarks.md", stages.table),
         ("benchmarks.md", build_forms.table),
         ("benchmarks.md", rotate_forms.table),
+        ("quantization.md", quantized_merge.table),
     ],
 )
 def test_the_pages_show_what_the_data_says(page: str, made: Any) -> None:
@@ -423,3 +424,15 @@ def test_stages_are_of_every_adapted_layer() -> None:
     assert tuple(calls) == stages.STAGES
     for call in calls.values():
         call()
+
+
+def test_what_is_merged_is_of_the_size_that_the_table_says() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=draw)
+    turned = quantized_merge.rotated(weight, 0.3, draw)
+    assert turned.norm() == pytest.approx(float(weight.norm()), rel=1e-5)
+    change = float((turned - weight).norm())
+    assert float((quantized_merge.with_lora(weight, change, draw) - weight).norm()) == pytest.approx(change, rel=1e-5)
+    layer = nn.Linear(96, 64, bias=False)
+    own = quantized_merge.quantized(layer, quantized_merge.scheme("nf4"))
+    assert quantized_merge.lost(own, own.dequantized()) < 0.02 * float(own.dequantized().norm())
