@@ -40,6 +40,7 @@ from benchmarks.turns import take_turns, told
 from benchmarks.weight_centric import rotate_weight
 from benchmarks.works import WORKS, Sizes, Work
 from oft_diffusion.kernels import block_rotate
+from oft_diffusion.quantization import scheme
 from oft_diffusion.rotation import cayley_delta, unpack
 from oft_diffusion.targets import find_targets
 from tests.helpers.tiny_denoisers import unet
@@ -434,5 +435,5 @@ def test_what_is_merged_is_of_the_size_that_the_table_says() -> None:
     change = float((turned - weight).norm())
     assert float((quantized_merge.with_lora(weight, change, draw) - weight).norm()) == pytest.approx(change, rel=1e-5)
     layer = nn.Linear(96, 64, bias=False)
-    own = quantized_merge.quantized(layer, quantized_merge.scheme("nf4"))
+    own = quantized_merge.quantized(layer, scheme("nf4"))
     assert quantized_merge.lost(own, own.dequantized()) < 0.02 * float(own.dequantized().norm())
