@@ -102,8 +102,8 @@ def _by_solving(q: Tensor) -> Tensor:
 def _by_doubling(q: Tensor) -> Tensor | None:
     """`2 (Q + Q^2 + ... + Q^m)`, m doubled until what is left out is below rounding: the exact rotation, by products.
 
-    On a processor in a third of a solve's time, and nearer to the truth (docs/maths.md). None where Q is not finite, or
-    so large that a solve is faster.
+    On a processor it takes less time than a solve, and is nearer to the truth (docs/maths.md). None where Q is not
+    finite, or so large that a solve is faster.
     """
     total = power = q
     for doubling in range(_DOUBLINGS):
