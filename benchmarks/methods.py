@@ -208,8 +208,13 @@ def lycoris(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
     from lycoris.wrapper import LycorisNetwork
 
     logger.setLevel("ERROR")
+    usual = {name: value for name, value in vars(LycorisNetwork).items() if name.isupper()}
     LycorisNetwork.apply_preset({"target_module": [], "target_name": [f"(?:{_pattern(names)})$"]})
-    network = LycorisNetwork(model, lora_dim=block_size, network_module="diag-oft")
+    try:
+        network = LycorisNetwork(model, lora_dim=block_size, network_module="diag-oft")
+    finally:
+        for name, value in usual.items():  # presets are of the class, and would stay for others
+            setattr(LycorisNetwork, name, value)
     _expect(len(names), len(network.loras))
     network.apply_to()
     network.to(next(model.parameters()).device)
