@@ -10,12 +10,12 @@ of the gradient, for generators whose blocks have a given spectral norm. Trainin
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.records import DATA, append, load
 from benchmarks.turns import spread, take_turns
 from oft_diffusion.rotation import (
@@ -142,18 +142,5 @@ def table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the newest runs, measure nothing")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=11, help="(default: 11)")
-    options = parser.parse_args()
-    if not options.table:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: this measures a card")
-        measure(options.device, options.rounds)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, table, rounds=11)

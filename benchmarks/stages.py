@@ -11,13 +11,13 @@ together), their gradients are rotated back, D's gradients are added up, and go 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.counting import kernels_of, leaf_operations
 from benchmarks.records import DATA, append, load
 from benchmarks.speed import make_work
@@ -155,18 +155,5 @@ def table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the newest runs, measure nothing")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
-    options = parser.parse_args()
-    if not options.table:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: this measures a card")
-        measure(options.device, options.rounds)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, table, rounds=15)

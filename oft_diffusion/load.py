@@ -19,7 +19,7 @@ from torch import nn
 
 from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.errors import ConfigError, first_line
-from oft_diffusion.quantization import Library, Quantizing, Scheme, load_gguf, scheme
+from oft_diffusion.quantization import Library, Quantizing, Scheme, load_gguf, scheme, whole_only
 from oft_diffusion.text_encoders import most_clip_skip
 
 _DENOISERS = ("unet", "transformer", "prior")
@@ -65,7 +65,8 @@ def load_pipeline(
     local = Path(model)
     try:
         if local.suffix == ".safetensors" and local.is_file():
-            _refuse_quantizing_files(local, quantization or text_encoder_quantization or denoiser_file)
+            if any(asked is not None for asked in (quantization, text_encoder_quantization, denoiser_file)):
+                raise whole_only(str(local))
             pipe = _from_file(local, dtype, config_dir)
             refuse_hollow(pipe, str(model))
         else:
@@ -245,15 +246,6 @@ def _quantizing(
         if own is not None and kind and name is not None:
             ways[part], libraries[part] = scheme(name), own
     return Quantizing(ways, libraries, dtype, device) if ways else None
-
-
-def _refuse_quantizing_files(path: Path, asked: object) -> None:
-    if asked is not None:
-        raise ConfigError(
-            f"{path} is a single file, of which no part is quantized, or exchanged, while it is loaded",
-            expected="a folder in diffusers' format where quantization or denoiser_file is set",
-            fix="load the file once with diffusers and save_pretrained it, or leave quantization out",
-        )
 
 
 def _from_file(path: Path, dtype: torch.dtype, config_dir: str | Path | None) -> Any:

@@ -219,6 +219,15 @@ class Quantizing:
         return self.schemes[part].package == "bitsandbytes" and not self.device.startswith("cuda")
 
 
+def whole_only(model: str) -> ConfigError:
+    """The error for a single checkpoint file, which is loaded as it is."""
+    return ConfigError(
+        f"{model} is a single file, of which no part is quantized, or exchanged, while it is loaded",
+        expected="a folder in diffusers' format where quantization or denoiser_file is set",
+        fix="load the file once with diffusers and save_pretrained it, or leave these out",
+    )
+
+
 def load_gguf(path: Path, kind: str, configs: str | Path, part: str, dtype: torch.dtype) -> Any:
     """A denoiser with the weights of a GGUF file.
 

@@ -23,12 +23,7 @@ class QuantizedWeight(ABC):
 
     Attributes:
         layer: the layer.
-        owner: where the classes of such weights come from: the start of their module's name.
-        package: what to install for it.
     """
-
-    owner: ClassVar[str]
-    package: ClassVar[str]
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
@@ -71,7 +66,6 @@ class FourBit(QuantizedWeight):
     not quite exactly, when its state dict is asked for. So that is never done to the layer itself.
     """
 
-    owner, package = "bitsandbytes", "bitsandbytes"
     _STATE = ("absmax", "code", "offset")
 
     def dequantized(self) -> Tensor:
@@ -140,8 +134,6 @@ class FourBit(QuantizedWeight):
 class EightBit(QuantizedWeight):
     """bitsandbytes' `Linear8bitLt` (LLM.int8): bytes and a scale per row, which its first call moves into a state."""
 
-    owner, package = "bitsandbytes", "bitsandbytes"
-
     def dequantized(self) -> Tensor:
         data, scale = self.tensors().values()
         return data.float() * (scale.float().view(-1, 1) / 127.0)
@@ -161,7 +153,13 @@ class EightBit(QuantizedWeight):
 
 
 class OfSubclass(QuantizedWeight):
-    """A weight that is a subclass of Tensor, made of others: torchao's and quanto's."""
+    """A weight that is a subclass of Tensor, made of others: torchao's and quanto's.
+
+    Attributes:
+        owner: how the names of modules begin that such tensors' classes come from.
+    """
+
+    owner: ClassVar[str]
 
     def dequantized(self) -> Tensor:
         found: Tensor = self.weight.data.dequantize()
@@ -184,7 +182,7 @@ class OfSubclass(QuantizedWeight):
 class TorchAO(OfSubclass):
     """torchao's: the class of the tensor says how it was quantized."""
 
-    owner, package = "torchao", "torchao"
+    owner = "torchao"
 
     def made_of(self, weight: Tensor) -> Tensor:
         own = self.weight.data
@@ -204,7 +202,7 @@ class TorchAO(OfSubclass):
 class Quanto(OfSubclass):
     """optimum-quanto's."""
 
-    owner, package = "optimum.quanto", "optimum-quanto"
+    owner = "optimum.quanto"
 
     def made_of(self, weight: Tensor) -> Tensor:
         from optimum.quanto import SymmetricOptimizer, quantize_weight
@@ -222,8 +220,6 @@ class Quanto(OfSubclass):
 
 class GGUF(QuantizedWeight):
     """diffusers' `GGUFLinear`: llama.cpp's blocks as bytes."""
-
-    owner, package = "diffusers.quantizers.gguf", "gguf"
 
     def dequantized(self) -> Tensor:
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor

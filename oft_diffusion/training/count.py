@@ -71,7 +71,7 @@ def count(config: TrainConfig, base: Base) -> Counts:
     """
     numbers = weights = trained = saved = moments = 0
     settings = adapted(config, base)
-    quantized = quantizing(config, base, "cuda" if torch.cuda.is_available() else "cpu")
+    quantized = quantizing(config, base)
     for name in base.modules:
         module = skeleton(base, name)
         numbers += sum(p.numel() for p in module.parameters())

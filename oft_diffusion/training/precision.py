@@ -11,8 +11,8 @@ from oft_diffusion.training.config import TrainConfig
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def quantizing(config: TrainConfig, base: Base, device: str) -> Quantizing | None:
-    """Which components of the base are quantized, None where none is.
+def quantizing(config: TrainConfig, base: Base, device: str | None = None) -> Quantizing | None:
+    """Which components of the base are quantized, None where none is. On this machine's card, if no device is named.
 
     Raises:
         ConfigError: a library is missing, or has no code for the device.
@@ -22,4 +22,5 @@ def quantizing(config: TrainConfig, base: Base, device: str) -> Quantizing | Non
     names = {"diffusers": config.quantization, "transformers": config.text_encoder_quantization}
     wanted = {part: names[library] for part, library in libraries.items()}
     ways = {part: scheme(name) for part, name in wanted.items() if name is not None}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Quantizing(ways, libraries, DTYPES[config.mixed_precision], device) if ways else None

@@ -17,7 +17,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
-from oft_diffusion.quantization import check_gguf, require_installed
+from oft_diffusion.quantization import check_gguf, require_installed, whole_only
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -244,13 +244,9 @@ def _check_precision(config: TrainConfig) -> None:
 
 def _check_quantization(config: TrainConfig, base: Base) -> None:
     """Libraries are there, and can work on this machine; and the base is one whose parts are loaded one by one."""
-    wanted = quantizing(config, base, "cuda" if torch.cuda.is_available() else "cpu")
+    wanted = quantizing(config, base)
     if (wanted is not None or config.denoiser_file is not None) and base.single_file:
-        raise ConfigError(
-            f"{config.model} is a single file, of which no part is quantized, or exchanged, while it is loaded",
-            expected="a folder in diffusers' format where quantization or denoiser_file is set",
-            fix="load the file once with diffusers and save_pretrained it, or leave these out",
-        )
+        raise whole_only(config.model)
     if config.denoiser_file is not None:
         check_gguf(Path(config.denoiser_file))
         if base.experts:

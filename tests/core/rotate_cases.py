@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,17 @@ from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
 TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3, "float16": 6e-4}
 EVERY = [(size, name) for size in SIZES for name in DTYPES]
 GROUPS, BLOCKS = 2, 3  # an odd number of blocks: the last tile of a pair of narrow blocks is half empty
+
+
+@pytest.fixture(params=["small", "large"], autouse=True)
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of a file that imports this: small rotations left to torch's backward, and our own for all."""
+    # By its path: the package has a function of the same name.
+    dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "large":
+            patch.setattr(dispatch, "_SMALL", 0)
+        yield
 
 
 def draw(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,22 +10,11 @@ from hypothesis import strategies as st
 from oft_diffusion.kernels import block_rotate
 from oft_diffusion.rotation import cayley_delta, unpack
 from tests.core.reference import SEEDS, random_packed, relative
+from tests.core.rotate_cases import both_ways as both_ways  # around every test
 
 LEADING = st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (0,)])
 BLOCKS, SIZES = st.integers(1, 5), st.sampled_from([2, 3, 8, 16])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-# By its path: the package has a function of the same name.
-dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
-
-
-@pytest.fixture(params=["small", "large"], autouse=True)
-def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test with small rotations left to torch's backward, and with our own for all."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "large":
-            patch.setattr(dispatch, "_SMALL", 0)
-        yield
 
 
 def case(leading: tuple[int, ...], blocks: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

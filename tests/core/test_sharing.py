@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -14,23 +13,12 @@ from oft_diffusion import OFTConfig, inject_oft, sharing
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from tests.core.reference import relative
+from tests.core.rotate_cases import both_ways as both_ways  # around every test
 from tests.helpers import tiny_denoisers as tiny
 from tests.library.support import excite
 
 B = 8
 T = TypeVar("T")
-
-# By its path: the package has a function of the same name.
-dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
-
-
-@pytest.fixture(params=["small", "large"], autouse=True)
-def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test with small rotations left to torch's backward, and with our own for all."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "large":
-            patch.setattr(dispatch, "_SMALL", 0)
-        yield
 
 
 class Attention(nn.Module):
