@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 _MOST = 4096  # launches; beyond, all are forgotten
@@ -29,7 +30,7 @@ def key_of(name: str, *tensors: Tensor) -> Hashable:
     """
     first = tensors[0]
     # Triton compiles for addresses that are multiples of 16, and for others.
-    if INTERPRETED or any(tensor.data_ptr() % 16 for tensor in tensors):
+    if INTERPRETED or is_traced(first) or any(tensor.data_ptr() % 16 for tensor in tensors):
         return None
     lie = [(tensor.shape, tensor.stride()) for tensor in tensors]
     return (name, first.dtype, first.get_device(), precision(first), *lie)
@@ -48,7 +49,7 @@ def again(key: Hashable, tensors: Sequence[Tensor]) -> bool:
 def launch(
     kernel: Any, programs: int, tensors: Sequence[Tensor], numbers: Sequence[int], key: Hashable, **options: Any
 ) -> None:
-    """Launch a kernel through Triton, which compiles it where needed.
+    """Launch a kernel through Triton, which compiles it where needed; where the compiler traces, put it into its graph.
 
     Args:
         kernel: a `triton.jit` function of tensors, then numbers, then constants.
@@ -58,6 +59,9 @@ def launch(
         key: by `key_of`, under which to keep the launch.
         options: its constants by name, `num_warps` and `num_stages`.
     """
+    if is_traced(tensors[0]):
+        torch.library.wrap_triton(kernel)[(programs,)](*tensors, *numbers, **options)
+        return
     with device_of(tensors[0]):
         compiled = kernel[(programs,)](*tensors, *numbers, **options)
         if key is None or compiled is None:
@@ -67,6 +71,11 @@ def launch(
         _known.clear()
     rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
     _known[key] = lambda *own: run(*own, *rest)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether it is AOTAutograd that asks, with tensors that have no memory (`compiled.py`)."""
+    return isinstance(x, FunctionalTensor)
 
 
 def precision(x: Tensor) -> str:

@@ -51,7 +51,7 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         if is_small(x):
             return _differentiable(x, deltas)
         return list(_RotateShared.apply(x, *deltas))
-    return _rotate(x, list(deltas))
+    return rotate_each(x, list(deltas))
 
 
 def _differentiable(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
@@ -71,7 +71,7 @@ class _RotateShared(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         _setup_context(ctx, (x, list(deltas)), [])
-        return tuple(_rotate(x, list(deltas)))
+        return tuple(rotate_each(x, list(deltas)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,8 +83,9 @@ class _RotateShared(torch.autograd.Function):
 
 
 @torch.library.impl(OPS, "block_rotate_shared", "CompositeExplicitAutograd")
-def _rotate(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
-    kernels = _kernels(x, deltas)
+def rotate_each(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+    """The op: one kernel for all layers where there is one, else one after another."""
+    kernels = kernels_for(x, deltas)
     if kernels is None:
         return [block_rotate(x, delta) for delta in deltas]
     for delta in deltas:
@@ -93,14 +94,14 @@ def _rotate(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
 
 
 @torch.library.impl(OPS, "block_rotate_shared_grads", "CompositeExplicitAutograd")
-def _separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
+def separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """As a registered op has to answer: with tensors that share no memory."""
     return [found.contiguous() for found in _grads(x, deltas, grads, dx, ddelta)]
 
 
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """dx, and every dD, `(r, b, b)`: what is asked for of these."""
-    kernels = _kernels(x, deltas)
+    kernels = kernels_for(x, deltas)
     if kernels is None:
         return grads_in_torch(x, deltas, grads, dx, ddelta)
     found = [kernels.input_grad(x, deltas, grads)] if dx else []
@@ -110,7 +111,7 @@ def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelt
     return found
 
 
-def _kernels(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
+def kernels_for(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
     """`oft_diffusion.kernels.triton_shared` where there is Triton and it takes what is there."""
     kernels = triton_kernels() if x.is_cuda else None
     if kernels is None or not kernels.fits(x, deltas[0].shape[-1]):

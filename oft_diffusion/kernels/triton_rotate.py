@@ -61,7 +61,7 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     if again(key, (x, delta, out)):
         return out
     delta = delta.unsqueeze(0) if delta.dim() == 3 else delta
-    groups, blocks, block_size, _ = delta.shape
+    groups, blocks, block_size = *delta.shape[:2], int(delta.shape[2])
     tile = tile or tile_of("rotate", block_size, x.dtype)
     rows = x.numel() // x.shape[-1] // groups
     lie = rows_of(x, groups)
@@ -96,7 +96,7 @@ def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = No
     Returns:
         `shape`, x's dtype, contiguous.
     """
-    groups, (blocks, block_size) = shape[0] if len(shape) == 4 else 1, shape[-3:-1]
+    groups, (blocks, block_size) = shape[0] if len(shape) == 4 else 1, (shape[-3], int(shape[-2]))
     if not x.numel():
         return x.new_zeros(shape)
     key = key_of(f"delta_grad {tuple(shape)} {ordered()}", x, grad) if tile is None else None

@@ -65,7 +65,7 @@ def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[
     key = key_of(f"shared {len(written)}", *read, *deltas) if tile is None else None
     if again(key, (*_three(read), *_three(deltas), *_three(written))):
         return
-    blocks, size = deltas[0].shape[:2]
+    blocks, size = deltas[0].shape[0], int(deltas[0].shape[1])
     tile = tile or tile_of("rotate", size, x.dtype)
     rows, lie = x.numel() // x.shape[-1], rows_of(x, 1)
     launch(
@@ -90,6 +90,7 @@ def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int
         block_size: b.
         tile: instead of the committed one.
     """
+    block_size = int(block_size)
     shape = (blocks, block_size, len(grads) * block_size)
     if not x.numel():
         return x.new_zeros(shape)
