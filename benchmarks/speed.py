@@ -207,6 +207,7 @@ def run(
             if not again and is_done(setup, device, load(out)):
                 print(f"measured already: {setup}", flush=True)
                 continue
+            started = time.monotonic()
             try:
                 if time.monotonic() > deadline:
                     raise OutOfTimeError
@@ -214,7 +215,7 @@ def run(
             except OutOfTimeError:
                 print(f"no time left, run it again: {setup}", flush=True)
             else:
-                print(f"measured: {setup}", flush=True)
+                print(f"measured in {time.monotonic() - started:.0f} s: {setup}", flush=True)
             torch.compiler.reset()
             gc.collect()
             _give_back(device)
@@ -226,7 +227,9 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the newest figures, measure nothing")
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument("--device", choices=SETUPS, default="cpu", help="(default: cpu)")
-    parser.add_argument("--only", default="", metavar="WORDS", help="setups whose line in --list has these words in it")
+    parser.add_argument(
+        "--only", action="append", metavar="WORDS", help="setups whose line in --list has these words in it (or others)"
+    )
     parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave a method out")
     parser.add_argument("--minutes", type=float, default=13.0, help="start nothing that takes longer (default: 13)")
     parser.add_argument("--rounds", type=int, help="in place of each setup's own")
@@ -243,7 +246,7 @@ def main() -> None:
     setups = [
         replace(setup, methods=tuple(method for method in setup.methods if method not in options.without))
         for setup in SETUPS[options.device]
-        if options.only in str(setup)
+        if any(words in str(setup) for words in options.only or [""])
     ]
     if options.list:
         print("\n".join(map(str, setups)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.methods import BASE, EQUAL_LORA, FULL, LORA, METHODS, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
+from benchmarks.methods import BASE, FULL, LORA, METHODS, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.works import Sizes
 
 _USUAL = Sizes()
@@ -74,7 +74,6 @@ _INFERENCE = tuple(name for name in METHODS if name != FULL)
 _MAIN = (BASE, OURS, LORA, PEFT_OFT)
 _COMPILED = (BASE, OURS, LORA)
 _SCALED = (*_MAIN, WEIGHT_CENTRIC)
-_QLORA = (BASE, OURS, TRITON, LORA, PEFT_OFT)
 _QUANTIZED: tuple[Literal["nf4", "int8"], ...] = ("nf4", "int8")
 
 
@@ -104,18 +103,28 @@ CPU: list[Setup] = [
 ]
 
 _GPU_TRAIN = Setup("SDXL", dtype="bfloat16", rounds=12)
-_GPU_MAIN = (BASE, OURS, TRITON, LORA, EQUAL_LORA, PEFT_OFT, WEIGHT_CENTRIC)
+_GPU_MAIN = (BASE, TRITON, LORA, PEFT_OFT, WEIGHT_CENTRIC)
+_GPU_FEW = (BASE, TRITON, LORA, PEFT_OFT)
+_GPU_LIVE = (BASE, TRITON, LORA)
+_GPU = [
+    Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=10),
+    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", rounds=8),
+    Setup("Flux.1", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=6),
+]
 _LARGE = Sizes(tokens=4096, width=1280, layers=16)
 CUDA: list[Setup] = [
     _GPU_TRAIN,
     replace(_GPU_TRAIN, kind="inference", methods=_INFERENCE, rounds=8),
-    Setup("Flux.1", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=6),
-    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", rounds=10),
-    Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=10),
+    *_GPU,
+    replace(_GPU_TRAIN, methods=_GPU_FEW, compiled=True, rounds=10),
+    Setup("SDXL", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", compiled=True, rounds=10),
+    *(replace(setup, methods=_GPU_FEW, compiled=True) for setup in _GPU),
+    *(Setup("SD 3.5 Medium", methods=_GPU_FEW, dtype="bfloat16", quantization=name, rounds=8) for name in _QUANTIZED),
+    Setup("Flux.1", methods=_GPU_FEW, dtype="bfloat16", quantization="nf4", checkpointing=True, rounds=6),
+    Setup("Flux.1", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", rounds=6),
+    Setup("Flux.1", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", compiled=True, rounds=6),
+    Setup("SD 3.5 Medium", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", rounds=8),
     Setup("SDXL", kind="build", methods=BUILDS),
-    *(Setup("SD 3.5 Medium", methods=_QLORA, dtype="bfloat16", quantization=name, rounds=8) for name in _QUANTIZED),
-    Setup("Flux.1", methods=_QLORA, dtype="bfloat16", quantization="nf4", checkpointing=True, rounds=6),
-    Setup("SD 1.5", methods=_COMPILED, dtype="bfloat16", sizes=Sizes(batch=4), compiled=True),
     Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=8),
     Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
     *_scaling(
@@ -124,11 +133,6 @@ CUDA: list[Setup] = [
         widths=(640, 2560),
     ),
     Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
-    Setup("Flux.1", kind="inference", methods=_MAIN, dtype="bfloat16", rounds=6),
-    Setup("SD 3.5 Medium", kind="inference", methods=_MAIN, dtype="bfloat16", rounds=8),
-    Setup("SDXL", methods=_COMPILED, dtype="bfloat16", compiled=True),
-    Setup("SDXL", kind="inference", methods=_COMPILED, dtype="bfloat16", compiled=True),
-    Setup("SD 3.5 Medium", methods=_COMPILED, dtype="bfloat16", compiled=True),
     Setup("SD 1.5", methods=_GPU_MAIN, dtype="float32", rounds=8),
 ]
 SETUPS: dict[str, list[Setup]] = {"cpu": CPU, "cuda": CUDA}

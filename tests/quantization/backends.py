@@ -15,9 +15,10 @@ from oft_diffusion.training import TrainConfig
 from tests.helpers.single_files import unet_name
 from tests.helpers.tiny_sd import RESOLUTION
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_PROCESSOR = tuple(name for name, way in SCHEMES.items() if not way.needs_cuda)
 GGUF = "gguf"
-BACKENDS = (*ON_A_PROCESSOR, GGUF)
+BACKENDS = (*(SCHEMES if DEVICE == "cuda" else ON_A_PROCESSOR), GGUF)
 STEPS = ("train", "save", "load", "merge", "unmerge")
 
 

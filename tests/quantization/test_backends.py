@@ -17,7 +17,7 @@ from oft_diffusion.load import load_pipeline
 from oft_diffusion.quantization import SCHEMES
 from oft_diffusion.training import TrainConfig, TrainResult, train
 from tests.library.support import draw
-from tests.quantization.backends import BACKENDS, GGUF, STEPS, contents, quantized_layers, settings
+from tests.quantization.backends import BACKENDS, DEVICE, GGUF, STEPS, contents, quantized_layers, settings
 
 ROOT = Path(__file__).parent.parent.parent
 # Relative error of quantizing a rotated weight anew, at most: a step of each kind of number.
@@ -62,7 +62,7 @@ def loaded(trained: Trained, *, quantized: bool = True) -> Any:
         "quantization": config.quantization, "text_encoder_quantization": config.text_encoder_quantization,
         "denoiser_file": config.denoiser_file,
     } if quantized else {}  # fmt: skip
-    return load_pipeline(config.model, torch.bfloat16, **knobs)
+    return load_pipeline(config.model, torch.bfloat16, DEVICE, **knobs)
 
 
 def test_train(trained: Trained) -> None:
