@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,14 +41,23 @@ class Config(NamedTuple):
 # programs on a multiprocessor, of which one multiplies while the other rotates.
 CONFIGS = (
     Config(128, 256, 64, 8, 3),
+    Config(128, 256, 64, 8, 4),
     Config(128, 256, 32, 8, 4),
     Config(128, 128, 64, 8, 3),
-    Config(128, 128, 64, 4, 3),
     Config(128, 128, 32, 4, 4),
     Config(128, 64, 64, 4, 3),
     Config(64, 128, 64, 4, 4),
     Config(64, 64, 64, 4, 4),
 )
+
+
+SHARED = 227 << 10  # bytes that one program can have on a Hopper
+SIZES = (16, 32, 64)
+
+
+def configs_for(block_size: int) -> list[Config]:
+    """Those that can take it."""
+    return [config for config in CONFIGS if config.inner % block_size == 0]
 
 
 def fused_linear(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
@@ -176,3 +187,62 @@ def _fused_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     out_at = (which * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def compiled(config: Config, capability: int, size: int, pointer: str = "*bf16", even: bool = True) -> Any:
+    """Machine code, for sizes and strides that are multiples of 16, which models' are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {
+        "SIZE": size, "ROWS": config.rows, "COLUMNS": config.columns, "INNER": config.inner, "GROUP_ROWS": GROUP,
+        "BIAS": True, "EVEN": even, "PRECISION": "ieee", "UPCAST": False,
+    }  # fmt: skip
+    kinds = {
+        name: "constexpr" if name in constants else pointer if name.endswith("_ptr") else "i32"
+        for name in _fused_kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(kinds.items())
+        if kind != "constexpr" and name not in ("rows", "count")
+    }
+    source = ASTSource(_fused_kernel, kinds, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Of one program: bytes of shared memory; registers of a thread, and bytes of those that did not fit."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return {
+        "shared": kernel.metadata.shared,
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "wgmma": len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", type=int, help="of the card: 90 is Hopper")
+    parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=SIZES)
+    options = parser.parse_args()
+    too_much = []
+    for size in options.sizes:
+        for config in configs_for(size):
+            took = resources(compiled(config, options.capability, size))
+            print(f"b {size}, {config}: " + ", ".join(f"{name} {value}" for name, value in took.items()))
+            if took["shared"] > SHARED or took["spilled"]:
+                too_much.append(f"b {size}, {config}")
+    if too_much:
+        raise SystemExit("too much for the card: " + "; ".join(too_much))
+
+
+if __name__ == "__main__":
+    main()
