@@ -188,12 +188,14 @@ def table() -> str:
         about = own[-1]
         lines += [
             "",
-            f"Times over the plain linear's. {about['dtype']}, b = {about['block_size']}; tile: rows, columns, inner, "
-            f"warps, stages. {machine}, torch {about['torch']}; {date}.",
+            (
+                f"Times over the plain linear's. {about['dtype']}, b = {about['block_size']}; tile: rows, columns, "
+                f"inner, warps, stages. {machine}, torch {about['torch']}; {date}."
+            ),
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "Not measured yet: no card was there."
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, table, rounds=5)
+    run(__doc__, measure, table, rounds=3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fused_linear
+from benchmarks import fused_linear, records
 from oft_diffusion.kernels.tiles import DTYPES
 from tests.core.rotate_cases import deltas, draw, error, lying, rotated
 
@@ -98,13 +98,14 @@ def test_programs_that_share_rows_each_have_their_own_tile() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("size", [32, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 64))])
-def test_every_configuration_compiles_for_a_hopper_and_fits(size: int) -> None:
-    command = [sys.executable, "-m", "benchmarks.fused_kernel", "90", "--sizes", str(size)]
+@pytest.mark.parametrize("arguments", ["--sizes 32 --most 2", pytest.param("", marks=pytest.mark.slow)])
+def test_configurations_compile_for_a_hopper_fit_and_spill_nothing(arguments: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.fused_kernel", "90", *arguments.split()]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wgmma" in done.stdout
+    assert "wgmma 0" not in done.stdout, "products run on tensor cores"
 
 
 def test_the_table_is_of_the_newest_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +119,6 @@ def test_the_table_is_of_the_newest_run(tmp_path: Any, monkeypatch: pytest.Monke
         for mode, scale in (("graph", 1.0), ("eager", 4.0))
         for way, took in (("plain", 10 * scale), ("rotated", 15 * scale), ("fused", 12 * scale))
     ]  # fmt: skip
-    fused_linear.append(fused_linear.FILE, rows, "cpu")
+    records.append(fused_linear.FILE, rows, "cpu")
     shown = fused_linear.table()
     assert "| SDXL | 8 × 64 → 3 × 32 | 10.0 | 1.50 | 1.20 | 40.0 | 1.50 | 1.20 | 128x64x64x4x3 |" in shown
