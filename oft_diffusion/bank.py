@@ -319,6 +319,12 @@ class OFTBank(AdapterChoice):
         self._constants.clear()
         self._ready = False
         self._builder.forget()
+        device, dtype = self._placement
+        with torch.no_grad():
+            moved = fn(torch.empty(0, device="cpu" if device.type == "meta" else device, dtype=dtype))
+        # On a card now, not in the next forward: if that is compiled, constants would lie in a CUDA graph's memory.
+        if moved.is_cuda and self._mixed is None and not self._trainable():
+            self._place((moved.device, moved.dtype))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
 
 # Rows are summed in at most so many parts, which bounds the partial buffer: 32 r b^2 floats, beside x's r b per row.
 PARTS = 32
+PROGRAMS = 1024  # a few for each of a large card's multiprocessors
 
 
 class Rows(NamedTuple):
@@ -67,14 +68,16 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     lie = rows_of(x, groups)
     turned = delta.stride(-1) != 1 and delta.stride(-2) == 1
     delta = delta.transpose(-1, -2) if turned else delta
-    row_programs = triton.cdiv(rows, tile.rows * tile.steps)
+    wide = groups * triton.cdiv(blocks, tile.width // block_size)
+    steps = steps_of(rows, wide, tile)
+    row_programs = triton.cdiv(rows, tile.rows * steps)
     launch(
         _rotate_kernel,
-        groups * row_programs * triton.cdiv(blocks, tile.width // block_size),
+        row_programs * wide,
         (lie.tensor, delta, out),
         (rows, blocks, row_programs, lie.group_stride, lie.outer_stride, lie.inner, lie.inner_stride, *delta.stride()),
         key if lie.tensor is x else None,
-        SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
+        SIZE=block_size, WIDTH=tile.width, ROWS=tile.rows, STEPS=steps, LEVELS=1 + (lie.inner < rows),
         TURNED=turned, PRECISION=precision(x), UPCAST=upcast(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -118,6 +121,14 @@ def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = No
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return summed(out, x)
+
+
+def steps_of(rows: int, wide: int, tile: Tile) -> int:
+    """Tiles of rows one after another in a program: the table's, or fewer where x is too small to keep a card busy."""
+    steps = tile.steps
+    while steps > 1 and triton.cdiv(rows, tile.rows * steps) * wide < PROGRAMS:
+        steps //= 2
+    return steps
 
 
 def parts_of(rows: int, tile: Tile) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from oft_diffusion.kernels.triton_rotate import (
     ordered,
     parts_of,
     rows_of,
+    steps_of,
     summed,
     sums,
 )
@@ -68,13 +69,15 @@ def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[
     blocks, size = deltas[0].shape[0], int(deltas[0].shape[1])
     tile = tile or tile_of("rotate", size, x.dtype)
     rows, lie = x.numel() // x.shape[-1], rows_of(x, 1)
+    wide = triton.cdiv(blocks, tile.width // size)
+    steps = steps_of(rows, wide, tile)
     launch(
         _shared_kernel,
-        triton.cdiv(rows, tile.rows * tile.steps) * triton.cdiv(blocks, tile.width // size),
+        triton.cdiv(rows, tile.rows * steps) * wide,
         (*_three([lie.tensor, *read[1:]]), *_three(deltas), *_three(written)),
         (rows, blocks, lie.outer_stride, lie.inner, lie.inner_stride),
         key if lie.tensor is x else None,
-        SIZE=size, WIDTH=tile.width, ROWS=tile.rows, STEPS=tile.steps, LEVELS=1 + (lie.inner < rows),
+        SIZE=size, WIDTH=tile.width, ROWS=tile.rows, STEPS=steps, LEVELS=1 + (lie.inner < rows),
         COUNT=len(deltas), GATHERS=len(written) == 1, PRECISION=precision(x), UPCAST=upcast(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
