@@ -49,7 +49,7 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     Args:
         x: `(..., r * b)`. Read where it lies if its last axis is contiguous and its leading axes are at most two
             levels of strides (a slice, an expanded or a transposed tensor); copied otherwise.
-        delta: `(r, b, b)` or `(g, r, b, b)`, x's dtype, any strides: a transposed D costs nothing.
+        delta: `(r, b, b)` or `(g, r, b, b)`, x's dtype, any strides: in 16 bits a transposed D costs nothing.
         tile: instead of the committed one, for tuning.
 
     Returns:
@@ -58,6 +58,8 @@ def rotate(x: Tensor, delta: Tensor, tile: Tile | None = None) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
+    if turns_first(x):
+        delta = delta.contiguous()
     key = key_of("rotate", x, delta) if tile is None else None
     if again(key, (x, delta, out)):
         return out
@@ -121,6 +123,11 @@ def delta_grad(x: Tensor, grad: Tensor, shape: list[int], tile: Tile | None = No
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return summed(out, x)
+
+
+def turns_first(x: Tensor) -> bool:
+    """Whether a transposed D is laid out anew before: in float32 the kernel takes four times as long to turn it."""
+    return x.dtype == torch.float32
 
 
 def steps_of(rows: int, wide: int, tile: Tile) -> int:

@@ -25,6 +25,7 @@ from oft_diffusion.kernels.triton_rotate import (
     steps_of,
     summed,
     sums,
+    turns_first,
 )
 
 COUNTS = (2, 3)  # of layers
@@ -60,9 +61,11 @@ def input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], til
 
 def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[Tensor], tile: Tile | None) -> None:
     """One tensor to one for each D, or one for each D to one."""
-    x, deltas = read[0], [delta.contiguous() for delta in deltas]
+    x, gathers = read[0], len(written) == 1
     if not x.numel():
         return
+    turned = gathers and not turns_first(x)
+    deltas = [(d.transpose(1, 2) if gathers and not turned else d).contiguous() for d in deltas]
     key = key_of(f"shared {len(written)}", *read, *deltas) if tile is None else None
     if again(key, (*_three(read), *_three(deltas), *_three(written))):
         return
@@ -78,7 +81,7 @@ def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[
         (rows, blocks, lie.outer_stride, lie.inner, lie.inner_stride),
         key if lie.tensor is x else None,
         SIZE=size, WIDTH=tile.width, ROWS=tile.rows, STEPS=steps, LEVELS=1 + (lie.inner < rows),
-        COUNT=len(deltas), GATHERS=len(written) == 1, PRECISION=precision(x), UPCAST=upcast(x),
+        COUNT=len(deltas), GATHERS=gathers, TURNED=turned, PRECISION=precision(x), UPCAST=upcast(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -135,7 +138,7 @@ def _shared_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     x0_ptr, x1_ptr, x2_ptr, d0_ptr, d1_ptr, d2_ptr, out0_ptr, out1_ptr, out2_ptr,  # noqa: ANN001
     rows, blocks, x_outer, x_inner_size, x_inner,  # noqa: ANN001
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
-    COUNT: tl.constexpr, GATHERS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    COUNT: tl.constexpr, GATHERS: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One x to an output for each D; or, where it gathers, a gradient for each D, by its transpose, to one sum."""
     tiles = tl.cdiv(blocks, WIDTH // SIZE)
@@ -143,9 +146,9 @@ def _shared_kernel(  # type: ignore[no-untyped-def] # noqa: ANN202
     chunk = tl.program_id(0) // tiles
     column = tile * WIDTH + tl.arange(0, WIDTH)
     kept = column < blocks * SIZE
-    d0 = delta_tile(d0_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, GATHERS, UPCAST)
-    d1 = delta_tile(d1_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, GATHERS, UPCAST)
-    d2 = delta_tile(d2_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, GATHERS, UPCAST) if COUNT == 3 else d1
+    d0 = delta_tile(d0_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, TURNED, UPCAST)
+    d1 = delta_tile(d1_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, TURNED, UPCAST)
+    d2 = delta_tile(d2_ptr, column, kept, SIZE * SIZE, SIZE, 1, SIZE, TURNED, UPCAST) if COUNT == 3 else d1
 
     for step in range(STEPS):
         row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
