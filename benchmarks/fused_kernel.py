@@ -22,7 +22,6 @@ from torch import Tensor
 
 from oft_diffusion.kernels.launch import again, key_of, launch, precision, upcast
 
-MOST = 3  # layers
 GROUP = 8  # row tiles whose programs are neighbours in time, so that they find W's tiles in the card's cache
 
 
