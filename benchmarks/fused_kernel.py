@@ -22,7 +22,6 @@ from torch import Tensor
 
 from oft_diffusion.kernels.launch import again, key_of, launch, precision, upcast
 
-MOST = 3  # layers
 GROUP = 8  # row tiles whose programs are neighbours in time, so that they find W's tiles in the card's cache
 
 
@@ -131,7 +130,7 @@ def _one_of(which, first, second, third):
 
 
 # How many rows and layers there are changes nothing of the code: no compiling anew for 16 rows, or for 1 layer.
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows", "count"])  # type: ignore[untyped-decorator]
 def _fused_kernel(
     x_ptr, d0_ptr, d1_ptr, d2_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, out_ptr,
     rows, columns, inner, count, x_row,
@@ -232,11 +231,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, help="of the card: 90 is Hopper")
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=SIZES)
-    parser.add_argument("--most", type=int, help="configurations for each size (default: all)")
     options = parser.parse_args()
     too_much = []
     for size in options.sizes:
-        for config in configs_for(size)[: options.most]:
+        for config in configs_for(size):
             took = resources(compiled(config, options.capability, size))
             print(f"b {size}, {config}: " + ", ".join(f"{name} {value}" for name, value in took.items()))
             if took["shared"] > SHARED or took["spilled"]:
