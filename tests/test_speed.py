@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import build_forms, methods, quantized_merge, records, rotate_forms, speed, stages
+from benchmarks import (
+    build_forms,
+    fused_linear,
+    methods,
+    quantized_merge,
+    records,
+    rotate_bandwidth,
+    rotate_forms,
+    speed,
+    stages,
+)
 from benchmarks.candidates import Candidate
 from benchmarks.counting import peak_allocated, saved_bytes
 from benchmarks.methods import (
@@ -396,6 +406,8 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
         ("benchmarks.md", stages.table),
         ("benchmarks.md", build_forms.table),
         ("benchmarks.md", rotate_forms.table),
+        ("benchmarks.md", rotate_bandwidth.table),
+        ("benchmarks.md", fused_linear.table),
         ("quantization.md", quantized_merge.table),
     ],
 )
