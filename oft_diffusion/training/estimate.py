@@ -27,7 +27,7 @@ from oft_diffusion.training.data import Picture
 from oft_diffusion.training.families import AT_ONCE, Family
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
-from oft_diffusion.training.page import pictures_on_page
+from oft_diffusion.training.page import SWEEP_SEEDS, pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
 from oft_diffusion.training.state import resume
@@ -74,20 +74,21 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return max(self._steps, self._pictures, self.process)
+        return max(self.while_training, self._pictures, self.process)
 
     @property
     def beside(self) -> int:
         """What the process grew beyond all that was counted and measured."""
-        return self.peak - max(self._steps, self._pictures)
+        return self.peak - max(self.while_training, self._pictures)
 
     @property
     def peak_is_pictures(self) -> bool:
         """Whether encoding or drawing takes more than a step."""
-        return self._pictures > self._steps
+        return self._pictures > self.while_training
 
     @property
-    def _steps(self) -> int:
+    def while_training(self) -> int:
+        """The most in a step."""
         return self._held - self.parked + self.activations
 
     @property
@@ -315,7 +316,8 @@ def _pictures_after(done: int, config: TrainConfig) -> int:
 def _prompts_at_once(config: TrainConfig) -> list[str]:
     """Prompts of one call of the pipeline, as grids have them."""
     prompt = next(iter(config.validation_prompts), config.instance_prompt)
-    count = config.validation_count if config.validation_prompts else AT_ONCE
+    # The report draws the first of them with a few seeds at once.
+    count = max(config.validation_count, SWEEP_SEEDS) if config.validation_prompts else AT_ONCE
     return [config.fill(prompt)] * min(count, AT_ONCE)
 
 
