@@ -292,6 +292,15 @@ class TrainConfig:
         ),
     )
 
+    drop_encoders: bool = field(
+        default=False,
+        metadata=_about(
+            "memory and speed",
+            "free VAE and text encoders while training, and read them from disk anew for pictures; needs both caches",
+            free=True,
+        ),
+    )
+
     validation_prompts: tuple[str, ...] = field(
         default=("a photo of {trigger} {class_word}",),
         metadata=_about("pictures on the way", "prompts of the picture grids; an empty list, no grids", free=True),

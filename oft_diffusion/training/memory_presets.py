@@ -1,9 +1,10 @@
 """Settings by the memory of a card: `memory = "12 GB"` stands for a row of this table, as far as nothing else is said.
 
 What a row holds was chosen by counting bytes on the device: the base under each quantization, the adapter with its
-gradients and moments, and an allowance for what comes and goes (`ALLOWANCES`), at the resolution that the base was made
-for and one or two pictures at once. `tests/training/test_memory_presets.py` counts it again on the full-size bases, and
-`benchmarks/card_memory.py` measures it. A GB is 1e9 bytes of tensors: a card of so many GiB has CUDA's own beside.
+gradients and moments, and an allowance for what comes and goes, at the resolution that the base was made for, with one
+instance image at once (of Stable Diffusion 1 to 2 and SDXL with a class image). `tests/training/test_memory_presets.py`
+counts it again on bases of full size, and `benchmarks/card_memory.py` measures it. A GB is 1e9 bytes of tensors: on a
+card of so many GiB, what CUDA itself takes has room beside them.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Row:
 
 _CACHED: Settings = {"mixed_precision": "bf16", "cache_latents": True, "cache_text_embeddings": True}
 _CHECKPOINTED: Settings = {**_CACHED, "gradient_checkpointing": True}
-_FRUGAL: Settings = {**_CHECKPOINTED, "optimizer": "adamw8bit", "validation_count": 1}
+_FRUGAL: Settings = {**_CHECKPOINTED, "drop_encoders": True, "optimizer": "adamw8bit", "validation_count": 1}
 
 
 def _in_bits(denoiser: str | None, text_encoders: str | None) -> Settings:
-    """With these quantizations; few pictures at once, since what is quantized is where memory is short."""
+    """With these quantizations, and all else that saves memory."""
     chosen = {"quantization": denoiser, "text_encoder_quantization": text_encoders}
     return {**_FRUGAL, **{knob: name for knob, name in chosen.items() if name is not None}}
 
@@ -62,7 +63,7 @@ ROWS: tuple[Row, ...] = (
         {"8 GB": _in_bits("nf4", None), "12 GB": _FRUGAL, "16 GB": _CHECKPOINTED, "24 GB": _CHECKPOINTED},
     ),
     Row(
-        "Stable Diffusion 3, 3.5 Medium",
+        "Stable Diffusion 3 or 3.5 Medium",
         ("StableDiffusion3Pipeline",),
         {
             "8 GB": _in_bits("nf4", "nf4"),
@@ -87,7 +88,7 @@ ROWS: tuple[Row, ...] = (
 
 # What a preset leaves alone where that is set.
 _EXCLUDED: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("cache_text_embeddings",),
+    "text_encoder": ("cache_text_embeddings", "drop_encoders"),
     "denoiser_file": ("quantization",),
 }
 
@@ -115,6 +116,8 @@ def filled(given: Settings) -> dict[str, Any]:
             fix=f'use memory = "{least}" or more, or a smaller base',
         )
     excluded = {knob for other, knobs in _EXCLUDED.items() if settings.get(other) for knob in knobs}
+    if False in (settings.get("cache_latents"), settings.get("cache_text_embeddings")):
+        excluded.add("drop_encoders")
     return {knob: value for knob, value in row.settings[memory].items() if knob not in excluded} | settings
 
 
