@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from oft_diffusion.errors import ConfigError, first_line
 
@@ -130,8 +131,7 @@ def row_for(model: Path) -> Row:
     folder = model
     try:
         if not folder.exists():
-            wanted = ["model_index.json", "transformer/config.json"]
-            folder = Path(snapshot_download(model.as_posix(), allow_patterns=wanted))
+            folder = _configs(model.as_posix())
         pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         config = folder / "transformer" / "config.json"
         layers = json.loads(config.read_text(encoding="utf-8")).get("num_layers", 0) if config.is_file() else 0
@@ -142,6 +142,15 @@ def row_for(model: Path) -> Row:
             fix="correct model, or leave memory out",
         ) from error
     return row_of(str(pipeline), int(layers))
+
+
+def _configs(hub_id: str) -> Path:
+    """A folder with the configs that tell, from the hub's cache where they are there."""
+    wanted = ["model_index.json", "transformer/config.json"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
 
 
 def row_of(pipeline: str, layers: int = 0) -> Row:

@@ -73,10 +73,14 @@ def test_what_is_learned_and_drawn_is_the_same_to_the_bit(
 
 def same(name: str, one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     """Whether two files are the same, of adapters their tensors."""
-    found = one[name], other[name]
     if name.endswith("oft_adapter.safetensors"):
-        found = tuple(data[8 + int.from_bytes(data[:8], "little") :] for data in found)
-    return found[0] == found[1]
+        return tensors_of(one[name]) == tensors_of(other[name])
+    return one[name] == other[name]
+
+
+def tensors_of(file: bytes) -> bytes:
+    """What follows a safetensors file's header."""
+    return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 @KINDS
