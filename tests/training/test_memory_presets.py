@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from benchmarks.full_size import FULL_SIZE, full_size
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.training import TrainConfig
+from oft_diffusion.training import TrainConfig, memory_presets
 from oft_diffusion.training.checks import settings_problems
 from oft_diffusion.training.command import main
 from oft_diffusion.training.config import REQUIRED
@@ -102,6 +103,23 @@ def test_too_little_is_refused_with_what_is_the_least(tmp_path: Path) -> None:
     assert row_for(index(tmp_path, "other", "SanaPipeline", 60)).about.startswith("other")
     with pytest.raises(ConfigError, match="does not tell which it is"):
         filled({"model": str(tmp_path), "memory": "8 GB"})
+
+
+def test_of_a_hub_model_the_configs_alone_are_fetched_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = index(tmp_path, "large", "StableDiffusion3Pipeline", 38), list[str]()
+
+    def snapshot(hub_id: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert allow_patterns == ["model_index.json", "transformer/config.json"]
+        if local_files_only and not asked:
+            raise LocalEntryNotFoundError("not in the cache")
+        if not local_files_only:
+            asked.append(hub_id)
+        return str(folder)
+
+    monkeypatch.setattr(memory_presets, "snapshot_download", snapshot)
+    for _ in range(2):
+        assert row_for(Path("someone/large")).about == "Stable Diffusion 3.5 Large"
+    assert asked == ["someone/large"]
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
