@@ -115,7 +115,12 @@ class Model:
 
     def presets(self) -> dict[str, Preset]:
         """Training settings for this model, by name, those that fit its device best first."""
-        return POCKET if self.shipped else fitting(type(self.studio().pipe).__name__, self.memory())
+        if self.shipped:
+            return POCKET
+        pipe = self.studio().pipe
+        denoiser = getattr(pipe, "transformer", None)
+        layers = 0 if denoiser is None else int(denoiser.config.get("num_layers") or 0)
+        return fitting(type(pipe).__name__, self.memory(), layers)
 
     def precision(self) -> str:
         """In what `mixed_precision` its device trains: bfloat16 only where it computes in that."""

@@ -6,43 +6,67 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from oft_diffusion.training.memory_presets import MEMORIES, row_of
+
 
 class Preset(NamedTuple):
-    """Training settings, `<name>.toml`.
+    """Training settings.
 
     Attributes:
         about: for whom they are, in words.
-        memory: bytes of memory from which on they are the better choice.
+        recipe: `<recipe>.toml`.
+        memory: of the card, as `memory_presets` has it; the recipe alone if None.
     """
 
     about: str
-    memory: float = 0.0
+    recipe: str
+    memory: str | None = None
 
 
-# By pipeline, from the one that wants most memory on. None was tuned on a GPU yet.
-PRESETS: Mapping[str, Mapping[str, Preset]] = {
+# By pipeline. None was tuned on a GPU yet.
+RECIPES: Mapping[str, Mapping[str, str]] = {
     "StableDiffusionPipeline": {
-        "sd15": Preset("Stable Diffusion, for 14 GB of memory or more", 14e9),
-        "sd15_text_encoder": Preset("the same, with the text encoder", 14e9),
-        "sd15_low_memory": Preset("Stable Diffusion, where memory is short"),
+        "sd15": "Stable Diffusion",
+        "sd15_text_encoder": "Stable Diffusion with its text encoder",
     },
-    "StableDiffusionXLPipeline": {
-        "sdxl": Preset("SDXL, for 22 GB of memory or more", 22e9),
-        "sdxl_low_memory": Preset("SDXL, where memory is short"),
-    },
-    "StableDiffusion3Pipeline": {"sd35": Preset("Stable Diffusion 3.5")},
-    "FluxPipeline": {"flux": Preset("Flux.1")},
+    "StableDiffusionXLPipeline": {"sdxl": "SDXL"},
+    "StableDiffusion3Pipeline": {"sd35": "Stable Diffusion 3.5"},
+    "FluxPipeline": {"flux": "Flux.1"},
 }
-POCKET = {"pocket": Preset("the pocket base")}
-_OTHERS = {"sd35": Preset("large models")}  # with the guidance, steps and size of the model itself
+POCKET = {"pocket": Preset("the pocket base", "pocket")}
+_OTHERS = {"sd35": "large models"}  # with the guidance, steps and size of the model itself
 _SLOW, _ENOUGH = 50, 25  # diffusers' steps of old, and what today's schedulers need of them
 _FEW = 4  # of models that were distilled
 
 
-def fitting(pipeline: str, memory: float) -> dict[str, Preset]:
-    """Presets for a pipeline, by name, the one that fits that many bytes of memory best first."""
-    known = PRESETS.get(pipeline, _OTHERS)
-    return dict(sorted(known.items(), key=lambda item: item[1].memory > memory))
+def fitting(pipeline: str, memory: float, layers: int = 0) -> dict[str, Preset]:
+    """Presets for a pipeline, by name, the one that fits that many bytes of memory best first.
+
+    Args:
+        pipeline: its class.
+        memory: in bytes.
+        layers: of its denoiser, where that says it.
+    """
+    known = RECIPES.get(pipeline)
+    sizes = offered(pipeline, layers)
+    best = max((size for size in sizes if MEMORIES[size] <= memory), key=MEMORIES.__getitem__, default=sizes[0])
+    if known is not None:
+        chosen: list[str | None] = [best, *(size for size in sizes if size != best)]
+    else:  # nobody knows how large it is
+        chosen = [None, best] if memory > max(MEMORIES.values()) else [best, None]
+    told: dict[str | None, str] = {size: f", for {size} of memory" + " or more" * (size == sizes[-1]) for size in sizes}
+    return {
+        f"{recipe} {size}" if size else recipe: Preset(about + told.get(size, ""), recipe, size)
+        for size in chosen
+        for recipe, about in (known or _OTHERS).items()
+    }
+
+
+def offered(pipeline: str, layers: int) -> list[str]:
+    """Sizes of memory whose settings for a pipeline differ from those for less."""
+    settings = row_of(pipeline, layers).settings
+    sizes = list(settings)
+    return [size for i, size in enumerate(sizes) if i == 0 or settings[size] != settings[sizes[i - 1]]]
 
 
 def beginning(pipe: Any) -> tuple[int, float]:

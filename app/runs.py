@@ -23,6 +23,7 @@ from oft_diffusion.training.find import download_base, find_base, is_hub_id
 
 from .machine import Cancelled, Job
 from .photos import Photos
+from .presets import Preset
 from .shelf import LONGEST_WORD, Card, Shelf, checked_name
 from .workspace import Workspace, new_id
 
@@ -47,7 +48,7 @@ class Wish:
         name: of the adapter to be.
         trigger, class_word: what names the subject.
         settings: knobs of `TrainConfig` that differ from the preset's.
-        preset: one of `Runs.presets`; the first of them where it is empty.
+        preset: name of one of `Runs.presets`; the first of them where it is empty.
     """
 
     name: str
@@ -86,13 +87,13 @@ class Runs:
         workspace, shelf: where runs and their adapters are kept.
         model: what is trained on.
         moved_model: its name on another machine.
-        presets: names of configurations that fit it, the best first.
+        presets: settings that fit it, by name, the best first.
         knobs: what all of them are changed in.
         cover: gives a new adapter its cover, in a job's turn: its card then, and sentences about what went wrong.
     """
 
     def __init__(
-        self, workspace: Workspace, shelf: Shelf, model: str, moved_model: str, presets: Sequence[str],
+        self, workspace: Workspace, shelf: Shelf, model: str, moved_model: str, presets: Mapping[str, Preset],
         knobs: Mapping[str, Any], cover: Callable[[Card, Job], tuple[Card, list[str]]],
     ) -> None:  # fmt: skip
         self.workspace, self.shelf, self.model, self.moved_model = workspace, shelf, model, moved_model
@@ -114,11 +115,12 @@ class Runs:
         }
         words = {"trigger": wish.trigger.strip(), "class_word": wish.class_word.strip()}
         own |= {knob: word for knob, word in words.items() if word}  # else the preset's
-        preset = wish.preset or self.presets[0]
-        if preset not in self.presets:
+        name = wish.preset or next(iter(self.presets))
+        if name not in self.presets:
             raise ConfigError("there is no such preset", expected=", ".join(self.presets), fix="choose one of these")
-        config = TrainConfig.from_toml(PRESETS / f"{preset}.toml", {**own, **self.knobs, **wish.settings})
-        longer = config.steps / TrainConfig.from_toml(PRESETS / f"{preset}.toml", own).steps
+        file, memory = PRESETS / f"{self.presets[name].recipe}.toml", self.presets[name].memory
+        config = TrainConfig.from_toml(file, {**own, **self.knobs, **wish.settings, "memory": memory})
+        longer = config.steps / TrainConfig.from_toml(file, own).steps
         return replace(
             config,
             warmup_steps=round(config.warmup_steps * longer),  # the preset's, as a share of the run

@@ -46,7 +46,7 @@ class Training:
                 "resolution": own.size, "config_dir": model.config_dir, "mixed_precision": model.precision(),
                 "sampling_steps": own.steps, "guidance_scale": own.guidance,
             }  # fmt: skip
-        return Runs(self.workspace, self.shelf, model.source, model.name, list(model.presets()), knobs, self._cover)
+        return Runs(self.workspace, self.shelf, model.source, model.name, model.presets(), knobs, self._cover)
 
     # -- before ------------------------------------------------------------------------------------------------------
 

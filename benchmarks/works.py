@@ -116,7 +116,7 @@ def sd15(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
     unet = UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, **shape})
     inputs = _unet_inputs(unet, sizes.batch, unet.config.sample_size)
     note = "channels 64, 128, 256, 256 of 320, 640, 1280, 1280; 32x32 latents" if small else ""
-    return Work(unet, inputs, [_clip_l(-1)] if text else [], _last_hidden, note)
+    return Work(unet, inputs, [clip_l(-1)] if text else [], _last_hidden, note)
 
 
 def sdxl(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
@@ -134,7 +134,7 @@ def sdxl(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "time_ids": torch.ones(sizes.batch, 6),
     }
     note = "1 of 2 layers a block, 1 and 2 of 2 and 10 transformers a layer; 16x16 latents" if small else ""
-    return Work(unet, inputs, [_clip_l(-2), _clip_g(-2)] if text else [], _sdxl_condition, note)
+    return Work(unet, inputs, [clip_l(-2), clip_g(-2)] if text else [], _sdxl_condition, note)
 
 
 def sd35(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
@@ -151,7 +151,7 @@ def sd35(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "pooled_projections": torch.randn(sizes.batch, 2048),
         "timestep": torch.full((sizes.batch,), 500.0),
     }
-    encoders = [_clip_l(-2, projection=True), _clip_g(-2)] if text else []
+    encoders = [clip_l(-2, projection=True), clip_g(-2)] if text else []
     note = "2 of 24 blocks; 16x16 latents, 154 tokens of text" if small else ""
     return Work(transformer, inputs, encoders, _sd3_condition, note)
 
@@ -174,7 +174,7 @@ def flux(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "txt_ids": torch.zeros(text_length, 3),
     }
     note = "1 of 19 double and 1 of 38 single blocks; 16x16 latents, 64 tokens of text" if small else ""
-    return Work(transformer, inputs, [_clip_l(-1)] if text else [], _pooled, note)
+    return Work(transformer, inputs, [clip_l(-1)] if text else [], _pooled, note)
 
 
 class Stack(nn.Sequential):
@@ -204,7 +204,7 @@ WORKS: dict[str, Callable[..., Work]] = {
 # -- text encoders -----------------------------------------------------------------------------------------------------
 
 
-def _clip_l(taken: int, *, projection: bool = False) -> Any:
+def clip_l(taken: int, *, projection: bool = False) -> Any:
     """OpenAI's ViT-L/14."""
     config = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
@@ -212,7 +212,7 @@ def _clip_l(taken: int, *, projection: bool = False) -> Any:
     return _taken((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), taken)
 
 
-def _clip_g(taken: int) -> Any:
+def clip_g(taken: int) -> Any:
     """OpenCLIP's ViT-bigG/14."""
     config = CLIPTextConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,

@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import app_page, estimates, pocket_base, pocket_look, pocket_recipe, pocket_subjects, records, swapping
+from benchmarks import (
+    app_page,
+    card_memory,
+    estimates,
+    pocket_base,
+    pocket_look,
+    pocket_recipe,
+    pocket_subjects,
+    records,
+    swapping,
+)
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
+from tests.helpers.tiny_sd import RESOLUTION, draw_pictures, write_tiny_sd
 
 
 def test_rows_are_appended_with_hardware_and_versions(tmp_path: Path) -> None:
@@ -272,3 +283,33 @@ def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> No
     text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
     missing = [line for line in made().splitlines() if line not in text]
     assert missing == []
+
+
+def test_presets_by_memory_are_predicted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(family: str, folder: Path, _: str) -> Path:
+        assert family == "SD 1.5"
+        draw_pictures(folder / "pictures")
+        return write_tiny_sd(folder)
+
+    monkeypatch.setattr(card_memory, "written", tiny)
+    file = tmp_path / "card.csv"
+    knobs = {"resolution": RESOLUTION, "block_size": 16, "mixed_precision": "no", "validation_count": 1}
+    card_memory.measure_all(["SD 1.5"], 5.0, knobs, file)
+    card_memory.measure_all(["SD 1.5"], 0.0, knobs, file)  # whose time is up at once
+    rows = records.load(file)
+    assert [(row["family"], row["memory"], row["problem"]) for row in rows] == [
+        ("SD 1.5", "8 GB", ""),
+        ("SD 1.5", "12 GB", ""),
+    ]
+    assert all(float(row["predicted GB"]) >= float(row["predicted steps GB"]) > 0 for row in rows)
+    lines = card_memory.table(file).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:4]] == [["| SD 1.5", "8 GB"], ["| SD 1.5", "12 GB"]]
+    assert "gradient_checkpointing True" in lines[2]
+
+
+def test_what_does_not_fit_is_a_row_too(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "pictures")
+    knobs = {"resolution": RESOLUTION + 1, "block_size": 16}
+    row = card_memory.measure("SD 1.5", write_tiny_sd(tmp_path), "8 GB", knobs)
+    assert "no multiple of" in row["problem"]
+    assert row["true GB"] == "0"

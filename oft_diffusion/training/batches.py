@@ -73,8 +73,9 @@ class Batches:
                 for view in views:
                     self._keep(view, image)
         if self.config.cache_text_embeddings:
-            for prompt in self.prompts():
-                self._text(prompt)
+            with self.family.reading():
+                for prompt in self.prompts():
+                    self._text(prompt)
 
     def views(self) -> dict[Path, list[View]]:
         """All that can be shown of each picture; none of them is read."""

@@ -107,6 +107,17 @@ def _unused_or_exclusive(config: TrainConfig) -> Iterator[Problem]:
             yield Problem((first, second), problem)
 
 
+def _dropping_problems(config: TrainConfig) -> Iterator[Problem]:
+    missing = [knob for knob in _CACHES if not getattr(config, knob)]
+    if config.drop_encoders and missing:
+        problem = ConfigError(
+            f"drop_encoders = true without {' and '.join(missing)}, but steps would need what was dropped",
+            expected=f"{' and '.join(f'{knob} = true' for knob in _CACHES)} beside it",
+            fix=f"set {' and '.join(missing)}, or leave drop_encoders out",
+        )
+        yield Problem(("drop_encoders",), problem)
+
+
 def _schedule_problems(config: TrainConfig) -> Iterator[Problem]:
     if config.warmup_steps >= config.steps:
         problem = ConfigError(
@@ -203,12 +214,14 @@ def contains(words: Sequence[str], part: Sequence[str]) -> bool:
     return any(list(words[i : i + len(part)]) == list(part) for i in range(len(words) - len(part) + 1))
 
 
+_CACHES = ("cache_latents", "cache_text_embeddings")
 _PROMPTS = ("instance_prompt", "class_prompts", "validation_prompts")
 
 # (check, the knobs that must be of the right type for it)
 _CONTRADICTIONS = (
     (_adapter_problems, tuple(f.name for f in fields(OFTConfig))),
     (_unused_or_exclusive, (*_NEEDS, *_NEEDS.values(), *(knob for row in _EXCLUSIVE for knob in row[:2]))),
+    (_dropping_problems, ("drop_encoders", *_CACHES)),
     (_schedule_problems, ("warmup_steps", "decay_steps", "lr_schedule", "steps")),
     (_timestep_problems, ("min_timestep", "max_timestep")),
     (_prompt_problems, ("trigger", "class_word", "prior_preservation", "prior_target", "prior_twins", *_PROMPTS)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -41,10 +40,7 @@ def main(
     options = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     run: TrainingRun | None = None
     try:
-        config = TrainConfig.from_namespace(options)
-        if config.model in (shipped or {}):
-            assert shipped is not None
-            config = replace(config, model=str(shipped[config.model]()))
+        config = TrainConfig.from_namespace(options, shipped)
         if options.estimate:
             return _estimate(config)
         with train(config, program=program) as run:

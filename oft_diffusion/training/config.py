@@ -7,14 +7,14 @@ A `TrainConfig` may hold nonsense until someone asks: `checks.py` finds everythi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from oft_diffusion.config import OFTConfig, Parametrisation
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.training import config_io
+from oft_diffusion.training import config_io, memory_presets
 from oft_diffusion.training.noise import FlowWeighting, TimestepDensity
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
@@ -292,6 +292,15 @@ class TrainConfig:
         ),
     )
 
+    drop_encoders: bool = field(
+        default=False,
+        metadata=_about(
+            "memory and speed",
+            "free VAE and text encoders while training, and read them from disk anew for pictures; needs both caches",
+            free=True,
+        ),
+    )
+
     validation_prompts: tuple[str, ...] = field(
         default=("a photo of {trigger} {class_word}",),
         metadata=_about("pictures on the way", "prompts of the picture grids; an empty list, no grids", free=True),
@@ -410,9 +419,12 @@ class TrainConfig:
     def from_dict(cls, data: Mapping[str, Any], source: str = "the settings") -> TrainConfig:
         """Rebuild from `to_dict`'s output, or any part of it that holds what has no default.
 
+        `memory`, such as "12 GB", is no knob, but stands for some (`memory_presets.py`) that are not in the data.
+
         Raises:
-            ConfigError: unknown names (each with the nearest known one), or required ones missing.
+            ConfigError: unknown names (each with the nearest known one), required ones missing, or too little memory.
         """
+        data = memory_presets.filled(data)
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in data if key not in known]:
             guesses = [config_io.nearest(key, known) for key in unknown]
@@ -451,18 +463,31 @@ class TrainConfig:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add `--config FILE.toml` and one option per knob; only options that were given reach the namespace."""
+        parser.add_argument(
+            "--memory",
+            default=argparse.SUPPRESS,
+            metavar="|".join(memory_presets.MEMORIES),
+            help="of the card: sets what fits it, as far as the file and other options do not",
+        )
         config_io.add_arguments(parser, cls, hints())
 
     @classmethod
-    def from_namespace(cls, namespace: argparse.Namespace) -> TrainConfig:
+    def from_namespace(
+        cls, namespace: argparse.Namespace, shipped: Mapping[str, Callable[[], Path]] | None = None
+    ) -> TrainConfig:
         """The config of a parser prepared by `add_arguments`: the TOML file's settings, overridden by options.
+
+        `shipped` are names that stand for models, with what finds these.
 
         Raises:
             ConfigError: as `from_toml`.
         """
-        given = {k: v for k, v in vars(namespace).items() if k in hints()}
         toml = getattr(namespace, "config", None)
-        return cls.from_toml(toml, given) if toml else cls.from_dict(given, source="the command line")
+        data = config_io.read_toml(Path(toml)) if toml else {}
+        data |= {k: v for k, v in vars(namespace).items() if k in hints() or k == "memory"}
+        if find := (shipped or {}).get(str(data.get("model"))):
+            data["model"] = str(find())
+        return cls.from_dict(data, source=str(toml) if toml else "the command line")
 
 
 REQUIRED = ("model", "instance_dir", "trigger", "class_word", "output_dir")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +30,22 @@ class Counts:
 
     Attributes:
         base: of the base.
-        base_bytes: theirs, in the dtypes in which a run loads them.
+        parts: bytes of the base's components, in the dtypes in which a run loads them.
         trained: of the adapter.
         saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
         moment_bytes: of Adam's two moments.
     """
 
     base: int
-    base_bytes: int
+    parts: Mapping[str, int]
     trained: int
     saved: int
     moment_bytes: int
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the base."""
+        return sum(self.parts.values())
 
     @property
     def adapter_bytes(self) -> int:
@@ -69,7 +74,8 @@ def count(config: TrainConfig, base: Base) -> Counts:
     Raises:
         OFTError: as the checks before a run.
     """
-    numbers = weights = trained = saved = moments = 0
+    numbers = trained = saved = moments = 0
+    weights: dict[str, int] = {}
     settings = adapted(config, base)
     quantized = quantizing(config, base)
     for name in base.modules:
@@ -78,9 +84,9 @@ def count(config: TrainConfig, base: Base) -> Counts:
         way = quantized.schemes.get(name) if quantized is not None else None
         dtype = torch.float32 if name == "vae" else DTYPES[config.mixed_precision]
         if name in base.denoisers and config.denoiser_file is not None:
-            weights += gguf_bytes(Path(config.denoiser_file), dtype)
+            weights[name] = gguf_bytes(Path(config.denoiser_file), dtype)
         else:
-            weights += _bytes_loaded(module, dtype, base, way)
+            weights[name] = _bytes_loaded(module, dtype, base, way)
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)

@@ -22,12 +22,12 @@ from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.checkpoint import read_state
 from oft_diffusion.training.class_images import ClassImages
 from oft_diffusion.training.config import TrainConfig
-from oft_diffusion.training.count import Counts, bytes_of, count
+from oft_diffusion.training.count import Counts, count
 from oft_diffusion.training.data import Picture
-from oft_diffusion.training.families import AT_ONCE, Family
+from oft_diffusion.training.families import AT_ONCE, Family, where
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
-from oft_diffusion.training.page import pictures_on_page
+from oft_diffusion.training.page import SWEEP_SEEDS, pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
 from oft_diffusion.training.state import resume
@@ -52,12 +52,13 @@ class Memory:
 
     Attributes:
         base: the base's weights; counted.
-        parked: of these, what is moved off a GPU during steps; counted.
+        parked: of these, what is moved off a GPU or dropped during steps; counted.
         adapter: its generators; counted.
         training: their gradients and Adam's moments; counted.
         caches: latents and embeddings, where they lie on the device; counted.
         activations: what else comes and goes within a step, the adapter's deltas included; measured.
-        pictures: what comes and goes while a picture is encoded or a few are drawn; measured.
+        pictures: what comes and goes while pictures and prompts are encoded or a few pictures are drawn, with what was
+            parked of the base, as far as it is there at once; measured.
         process: by how much this process really grew meanwhile, on a processor under Linux, with the allocator's gaps
             and libraries' buffers; 0 where that cannot be told.
     """
@@ -74,29 +75,30 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return max(self._steps, self._pictures, self.process)
+        return max(self.while_training, self._pictures, self.process)
 
     @property
     def beside(self) -> int:
         """What the process grew beyond all that was counted and measured."""
-        return self.peak - max(self._steps, self._pictures)
+        return self.peak - max(self.while_training, self._pictures)
 
     @property
     def peak_is_pictures(self) -> bool:
         """Whether encoding or drawing takes more than a step."""
-        return self._pictures > self._steps
+        return self._pictures > self.while_training
 
     @property
-    def _steps(self) -> int:
-        return self._held - self.parked + self.activations
+    def while_training(self) -> int:
+        """The most in a step."""
+        return self._kept + self.activations
 
     @property
     def _pictures(self) -> int:
-        return self._held + self.pictures
+        return self._kept + self.pictures
 
     @property
-    def _held(self) -> int:
-        return self.base + self.adapter + self.training + self.caches
+    def _kept(self) -> int:
+        return self.base - self.parked + self.adapter + self.training + self.caches
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ def estimate(config: TrainConfig, on_part: Callable[[str], object] = _silent) ->
     with accelerated(config, plan.base) as accelerator:
         meter = Meter(accelerator.device)
         least = counts.base_bytes + counts.adapter_bytes + counts.training_bytes
+        if config.drop_encoders and meter.device.type != "cpu":
+            least -= sum(counts.parts[name] for name in plan.base.text_encoders)
         if meter.free is not None and least > meter.free:
             raise _too_large(
                 f"{_size(least)} without activations", meter.free, _savings(config, "loading", meter.device)
@@ -225,6 +229,12 @@ def _measure(
     started = now(device)
     family = load_family(config, plan.base, device)
     loading = now(device) - started
+
+    def there() -> int:
+        """Bytes of the base that are on the device now."""
+        return sum(size for name, size in counts.parts.items() if where(family.module(name)).type == device.type)
+
+    at_first = there()
     pictures = pictures_of(config, plan)
     on_part("encoding pictures and prompts")
     caches = caching(config, Batches(config, family, pictures, device), meter)
@@ -238,20 +248,21 @@ def _measure(
         resume(parts, accelerator, plan.resume_from)
     step = stepping(Stepper(config, parts, accelerator, notes.append), numbers, meter, on_part)
     drawn = _pictures_after(done, config)
-    shown = drawing(
-        config, family, _prompts_at_once(config), drawn, meter, lambda: on_part("drawing pictures")
-    )  # fmt: skip
-
-    modules = [family.module(name) for name in plan.base.modules]
-    parked = bytes_of(module for module in modules if next(module.parameters()).device.type != device.type)
+    kept = there()
+    with family.whole():
+        at_last = there()
+        shown = drawing(
+            config, family, _prompts_at_once(config), drawn, meter, lambda: on_part("drawing pictures")
+        )  # fmt: skip
+    early, late = at_first + max(caches.growth, classes.growth), at_last + shown.growth
     memory = Memory(
         base=counts.base_bytes,
-        parked=parked,
+        parked=counts.base_bytes - kept,
         adapter=counts.adapter_bytes,
         training=counts.training_bytes,
         caches=caches.held if device.type == "cpu" else 0,  # a GPU's lie in the processor's memory
         activations=max(step.growth - counts.gradient_bytes, 0),
-        pictures=max(caches.growth, classes.growth, shown.growth - parked),  # to draw, what was parked comes back
+        pictures=max(early, late) - kept,
         process=meter.process_growth(),
     )
     most: _Phase = "steps" if not memory.peak_is_pictures else "grids" if shown.growth and not missing else "encoding"
@@ -315,7 +326,8 @@ def _pictures_after(done: int, config: TrainConfig) -> int:
 def _prompts_at_once(config: TrainConfig) -> list[str]:
     """Prompts of one call of the pipeline, as grids have them."""
     prompt = next(iter(config.validation_prompts), config.instance_prompt)
-    count = config.validation_count if config.validation_prompts else AT_ONCE
+    # The report draws the first of them with a few seeds at once.
+    count = max(config.validation_count, SWEEP_SEEDS) if config.validation_prompts else AT_ONCE
     return [config.fill(prompt)] * min(count, AT_ONCE)
 
 
@@ -326,13 +338,14 @@ _Phase = Literal["loading", "encoding", "grids", "steps"]  # by what of them mos
 
 def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[str, ...]:
     """Settings that take less memory than the config's, where most of it is needed."""
-    c, on_gpu, stepping = config, device.type == "cuda", phase == "steps"
+    c, on_gpu, stepping, dropped = config, device.type == "cuda", phase == "steps", config.drop_encoders
     known = {
         'mixed_precision = "bf16"': c.mixed_precision == "no",
         'quantization = "nf4"': not (c.quantization or c.denoiser_file or c.model.endswith(".safetensors")),
         "gradient_checkpointing = true": stepping and not c.gradient_checkpointing,
         f"batch_size = 1 with accumulation = {c.accumulation * c.batch_size}": stepping and c.batch_size > 1,
         "class_batch_size = 1": stepping and c.prior_preservation and (c.class_batch_size or c.batch_size) > 1,
+        "drop_encoders = true": stepping and not on_gpu and c.cache_latents and c.cache_text_embeddings and not dropped,
         # A processor's memory is where these park the encoders.
         "cache_latents = true": stepping and on_gpu and not c.cache_latents,
         "cache_text_embeddings = true": stepping and on_gpu and not (c.cache_text_embeddings or c.text_encoder),

@@ -236,10 +236,11 @@ class TrainingRun:
         self.console.say("drawing the report")
         try:
             sections = self.sections(result) if self.sections else ()
-            return write_page(
-                parts, self.config, result, self.plan.pictures, sections,
-                looks=self.plan.looks, console=self.console, stopped=lambda: self.interrupted,
-            )  # fmt: skip
+            with parts.family.whole():
+                return write_page(
+                    parts, self.config, result, self.plan.pictures, sections,
+                    looks=self.plan.looks, console=self.console, stopped=lambda: self.interrupted,
+                )  # fmt: skip
         except (OFTError, OSError, RuntimeError) as error:
             self.console.say(f"the adapter is saved, but its report cannot be written: {error}")
             return None
@@ -304,7 +305,8 @@ class TrainingRun:
             ]
             seeds = [config.seed + i for i in range(config.validation_count)]
             how = (config.resolution, config.sampling_steps, config.guidance_scale)
-            rows = [parts.family.sample([prompt] * len(seeds), seeds, *how) for prompt in filled]
+            with parts.family.whole():
+                rows = [parts.family.sample([prompt] * len(seeds), seeds, *how) for prompt in filled]
             grid = labelled_grid(rows, row_labels=filled, cell=max(config.resolution, 128))
             save_png(grid, path, {"step": self.step, "prompts": filled, "seeds": seeds})
         self.accelerator.wait_for_everyone()

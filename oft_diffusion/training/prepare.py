@@ -127,7 +127,7 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
 
 
 def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family:
-    """The base in the run's precision, all of it on the device.
+    """The base in the run's precision, all of it on the device; text encoders that are to be dropped on the CPU.
 
     Raises:
         OFTError: it cannot be loaded.
@@ -137,7 +137,7 @@ def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family
     quantized = quantizing(config, base, device.type)
     family = FAMILIES[base.pipeline].load(base, dtype, config.clip_skip, quantized, file)
     for name in base.modules:
-        family.module(name).to(device)
+        family.module(name).to("cpu" if config.drop_encoders and name in base.text_encoders else device)
     return family
 
 
@@ -239,10 +239,12 @@ def _prepare_output(config: TrainConfig) -> None:
 
 
 def _park(config: TrainConfig, family: Family) -> None:
-    """Move what is not needed any more off the device; pictures on the way fetch it back for a moment."""
-    if config.cache_latents:
+    """Move what is not needed any more off the device, or free it; pictures fetch it back for a moment."""
+    if config.drop_encoders:
+        family.drop("vae", *family.base.text_encoders)
+    elif config.cache_latents:
         family.vae.to("cpu")
-    if config.cache_text_embeddings:
+    if config.cache_text_embeddings and not config.drop_encoders:
         for name in family.base.text_encoders:
             family.module(name).to("cpu")
     if torch.cuda.is_available():

@@ -54,7 +54,7 @@ def caching(config: TrainConfig, batches: Batches, meter: Meter) -> Cost:
         found = _encoding(encode, views, meter)
     if config.cache_text_embeddings:
         prompts = batches.prompts()
-        with torch.no_grad():
+        with torch.no_grad(), family.reading():
             texts = _encoding(
                 lambda turn: family.encode_text([prompts[turn % len(prompts)]], config.resolution), len(prompts), meter
             )

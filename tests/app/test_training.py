@@ -15,7 +15,7 @@ from app.drawing import Request
 from app.machine import Cancelled, Job
 from app.model import Model
 from app.page import build
-from app.presets import POCKET, PRESETS, beginning, fitting
+from app.presets import POCKET, RECIPES, beginning, fitting
 from app.runs import Wish
 from app.session import Session
 from oft_diffusion.errors import ConfigError
@@ -77,27 +77,33 @@ def test_other_models_have_presets_that_fit_the_machine(
         monkeypatch.setattr(type(fresh.model), "memory", lambda _, found=memory: found)
         orders.append(list(fresh.training.runs.presets))
         assert fresh.training.defaults()["mixed_precision"] == fresh.model.precision()
-    assert orders[0][0] == "sd15_low_memory"
-    assert orders[1][0] == "sd15"
+        assert fresh.training.defaults()["gradient_checkpointing"] is (memory == 8e9)
+    assert orders[0][:2] == ["sd15 8 GB", "sd15_text_encoder 8 GB"]
+    assert orders[1][:2] == ["sd15 12 GB", "sd15_text_encoder 12 GB"]
     assert sorted(orders[0]) == sorted(orders[1])
 
 
 def test_every_preset_is_there_and_fits_by_memory() -> None:
-    for presets in (*PRESETS.values(), POCKET):
-        for name in presets:
-            assert Path(f"train_scripts/configs/{name}.toml").is_file()
-    assert next(iter(fitting("StableDiffusionXLPipeline", 12e9))) == "sdxl_low_memory"
-    assert next(iter(fitting("StableDiffusionXLPipeline", 80e9))) == "sdxl"
-    assert list(fitting("FluxPipeline", 80e9)) == ["flux"]
-    assert list(fitting("SanaPipeline", 80e9)) == ["sd35"]
+    for pipeline in (*RECIPES, "SanaPipeline"):
+        for preset in (*fitting(pipeline, 8e9).values(), *POCKET.values()):
+            assert Path(f"train_scripts/configs/{preset.recipe}.toml").is_file()
+    sdxl = {memory: list(fitting("StableDiffusionXLPipeline", memory)) for memory in (4e9, 12e9, 15e9, 80e9)}
+    assert [names[0] for names in sdxl.values()] == ["sdxl 8 GB", "sdxl 12 GB", "sdxl 12 GB", "sdxl 16 GB"]
+    assert {tuple(sorted(names)) for names in sdxl.values()} == {("sdxl 12 GB", "sdxl 16 GB", "sdxl 8 GB")}
+    assert fitting("StableDiffusionXLPipeline", 8e9)["sdxl 16 GB"].about == "SDXL, for 16 GB of memory or more"
+    assert list(fitting("FluxPipeline", 8e9)) == ["flux 12 GB", "flux 16 GB", "flux 24 GB"]
+    assert next(iter(fitting("StableDiffusion3Pipeline", 8e9, layers=24))) == "sd35 8 GB"
+    assert next(iter(fitting("StableDiffusion3Pipeline", 8e9, layers=38))) == "sd35 12 GB"
+    assert list(fitting("SanaPipeline", 80e9)) == ["sd35", "sd35 8 GB"]
+    assert list(fitting("SanaPipeline", 12e9)) == ["sd35 8 GB", "sd35"]
 
 
 @pytest.mark.parametrize(
     ("name", "preset", "steps", "guidance", "negative"),
     [
-        ("StableDiffusionXLPipeline", "sdxl", 25, 5.0, True),
-        ("StableDiffusion3Pipeline", "sd35", 28, 7.0, True),
-        ("FluxPipeline", "flux", 28, 3.5, False),
+        ("StableDiffusionXLPipeline", "sdxl 16 GB", 25, 5.0, True),
+        ("StableDiffusion3Pipeline", "sd35 24 GB", 28, 7.0, True),
+        ("FluxPipeline", "flux 24 GB", 28, 3.5, False),
         ("QwenImagePipeline", "sd35", 25, 4.0, True),
     ],
 )
@@ -109,7 +115,7 @@ def test_a_model_draws_and_trains_with_its_own_steps_and_guidance(
     session = Session(tmp_path / "work", str(write_tiny_family(name, tmp_path)))
     own, begun = session.abilities, session.training.defaults()
     assert (own.steps, own.guidance) == (begun["sampling_steps"], begun["guidance_scale"]) == (steps, guidance)
-    assert session.training.runs.presets[0] == preset
+    assert next(iter(session.training.runs.presets)) == preset
     assert own.negative == negative
     assert own.image
 

@@ -137,7 +137,7 @@ def test_a_step_grows_by_gradients_and_activations(config: Config, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("activations", "pictures", "process", "peak", "of_pictures", "beside"),
-    [(50, 20, 0, 100 - 30 + 12 + 50, False, 0), (50, 21, 0, 100 + 12 + 21, True, 0), (50, 20, 140, 140, False, 8)],
+    [(50, 20, 0, 100 - 30 + 12 + 50, False, 0), (50, 51, 0, 100 - 30 + 12 + 51, True, 0), (50, 20, 140, 140, False, 8)],
 )
 def test_the_peak_is_a_step_or_a_picture(
     activations: int, pictures: int, process: int, peak: int, of_pictures: bool, beside: int

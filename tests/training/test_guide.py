@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 
 from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.command import main
+from oft_diffusion.training.memory_presets import MEMORIES, ROWS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -34,6 +35,18 @@ def test_every_setting_is_in_the_table_as_it_is() -> None:
     assert rows.keys() == {f.name for f in fields(TrainConfig)}
     for f in fields(TrainConfig):
         assert rows[f.name] == (" *" if f.metadata.get("free") else "", shown(f.default).strip()), f.name
+
+
+def test_settings_by_memory_are_those_of_the_table() -> None:
+    def told(settings: Mapping[str, Any]) -> str:
+        level = "frugal" if "drop_encoders" in settings else "checkpointed"
+        level = level if "gradient_checkpointing" in settings else "cached"
+        bits = [("quantization", ""), ("text_encoder_quantization", "encoders ")]
+        return ", ".join([level, *(f"{words}{settings[knob]}" for knob, words in bits if knob in settings)])
+
+    for row in ROWS:
+        cells = [told(row.settings[memory]) if memory in row.settings else "-" for memory in MEMORIES]
+        assert f"| {row.about} | {' | '.join(cells)} |\n" in SETTINGS
 
 
 def test_options_exist_and_files_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,18 +12,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from oft_diffusion.errors import TrainingError, first_line
+from oft_diffusion.errors import TrainingError
 from oft_diffusion.images import pictures_of
-from oft_diffusion.load import clip_skip_mended, left_out, refuse_hollow
+from oft_diffusion.load import clip_skip_mended
 from oft_diffusion.pipeline import describe_base
-from oft_diffusion.quantization import Quantizing, load_gguf
+from oft_diffusion.quantization import Quantizing
 from oft_diffusion.training.base import Base
+from oft_diffusion.training.families.homes import in_turn, where
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
+from oft_diffusion.training.families.source import Source, hollow
 
 AT_ONCE = 4  # pictures per pipeline call; guidance makes that eight rows for the denoiser
 
@@ -92,15 +94,18 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, pipe: Any, base: Base, clip_skip: int | None = None) -> None:
+    def __init__(self, pipe: Any, source: Source, clip_skip: int | None = None) -> None:
         self.pipe = pipe
-        self.base = base
+        self.source = source
+        self.base = source.base
         self.call = dict(self.CALL)
         if clip_skip is not None:
             self.call["clip_skip"] = clip_skip
         pipe.set_progress_bar_config(disable=True)
         self._recorder = recorder(pipe, self.denoiser)
         self._stacking: dict[int, Stacking] = {}
+        self._hollow: dict[str, nn.Module] = {}  # what stands for the components that are dropped
+        self._described: dict[str, Any] | None = None
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -127,40 +132,8 @@ class Family:
             TrainingError: diffusers cannot load it.
             ConfigError: a single file lacks some of its weights.
         """
-        kind = getattr(diffusers, base.pipeline)
-        options: dict[str, Any] = {"local_files_only": True}
-        if "safety_checker" in inspect.signature(kind).parameters:
-            options["safety_checker"] = None
-        part = base.denoisers[0]
-        given = {}
-        if denoiser_file is not None:
-            given[part] = load_gguf(denoiser_file, base.classes[part], base.configs, part, dtype)
-        try:
-            if base.single_file:
-                pipe = kind.from_single_file(str(base.weights), config=str(base.configs), dtype=dtype, **options)
-                pipe.vae.float()
-            else:
-                pipe = kind.from_pretrained(
-                    str(base.weights),
-                    use_safetensors=True,
-                    variant=base.variant,
-                    **options,
-                    **_unused(kind),
-                    **left_out(base.pipeline, {name: [name] for name in base.classes}),
-                    **(quantizing.options() if quantizing else {}),
-                    **given,
-                    dtype={"default": dtype, "vae": torch.float32},
-                )
-                if quantizing is not None:
-                    quantizing.finish(pipe)
-        except Exception as error:  # diffusers, transformers and safetensors each have their own
-            raise TrainingError(
-                f"diffusers cannot load {base.name} ({first_line(error)})",
-                expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
-                fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
-            ) from error
-        refuse_hollow(pipe, base.name)
-        return cls(pipe, base, clip_skip)
+        source = Source(base, dtype, quantizing, denoiser_file)
+        return cls(source.pipe(), source, clip_skip)
 
     def module(self, name: str) -> Any:
         """A component. Typed Any: nn.Module's stubs take every attribute of theirs for a tensor."""
@@ -177,6 +150,11 @@ class Family:
         return self.pipe.vae
 
     @property
+    def text_encoders(self) -> list[nn.Module]:
+        """The components that read prompts."""
+        return [self.module(name) for name in self.base.text_encoders]
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
@@ -188,6 +166,45 @@ class Family:
             module.enable_gradient_checkpointing()  # diffusers' is non-reentrant
         else:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def drop(self, *names: str) -> None:
+        """Free components, none of them adapted. What needs them reads them from disk anew, and drops them again."""
+        self._described = self.describe()
+        self._hollow = {name: hollow(self.base, name, self.module(name)) for name in names}
+        self._put(self._hollow)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All components at hand, those that were dropped on the CPU; and dropped again afterwards.
+
+        Raises:
+            TrainingError: they cannot be loaded any more.
+        """
+        dropped, self._hollow = self._hollow, {}
+        try:
+            if dropped:
+                loaded = self.source.again(self.pipe.components, dropped)
+                self._put({name: module.requires_grad_(False).eval().to("cpu") for name, module in loaded.items()})
+                del loaded
+            yield
+        finally:
+            self._hollow = dropped or self._hollow
+            self._put(self._hollow)
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            for pipe in (self.pipe, self._recorder):
+                setattr(pipe, name, module)
+        if modules:
+            gc.collect()  # what was there goes round in circles
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Text encoders where the denoiser is, to read several prompts, and back."""
+        with self.whole(), _visiting(self.device, *self.text_encoders):
+            yield
 
     def quicken_backward(self, resolution: int) -> None:
         """For bfloat16 on a processor, where flash attention's backward takes longer than plain attention's."""
@@ -206,7 +223,7 @@ class Family:
 
     def _record(self, prompts: Sequence[str], resolution: int, steps: int) -> Conditioning:
         generator = torch.Generator().manual_seed(0)  # for latents that nobody uses, or torch's own would move on
-        with clip_skip_mended(self.pipe):
+        with self.reading(), clip_skip_mended(self.pipe):
             return record_call(
                 self._recorder, self.denoiser, prompt=list(prompts), height=resolution, width=resolution,
                 num_inference_steps=steps, generator=generator, output_type="latent", **self.call, **self.guided(1.0),
@@ -301,7 +318,7 @@ class Family:
         """One picture per prompt and seed, with the base's own sampler, on the device where the denoiser is.
 
         A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
-        are there again afterwards.
+        or dropped are so again afterwards.
         """
         images: list[Image.Image] = []
         with self.pipeline() as pipe:
@@ -320,21 +337,25 @@ class Family:
     def pipeline(self) -> Iterator[Any]:
         """The base with its adapters as a pipeline, all of it on the denoiser's device, without dropout meanwhile.
 
-        The VAE decodes one picture at a time in float32, whatever dtype the latents have.
+        The VAE decodes one picture at a time in float32, whatever dtype the latents have. Text encoders whose home is
+        elsewhere are there for the prompts alone.
         """
-        modules = [module for module in self.pipe.components.values() if isinstance(module, nn.Module)]
-        scheduler = self.pipe.scheduler
-        pipe = copy.copy(self.pipe)
-        pipe.scheduler = type(scheduler).from_config(scheduler.config)  # with a count of steps of its own
-        sliced = getattr(self.vae, "use_slicing", None)
-        entrance = getattr(self.vae, "post_quant_conv", None) or self.vae.decoder
         with ExitStack() as restored:
+            restored.enter_context(self.whole())
+            modules = [module for module in self.pipe.components.values() if isinstance(module, nn.Module)]
+            encoders = self.text_encoders
+            scheduler = self.pipe.scheduler
+            pipe = copy.copy(self.pipe)
+            pipe.scheduler = type(scheduler).from_config(scheduler.config)  # with a count of steps of its own
             restored.enter_context(clip_skip_mended(self.pipe))
             restored.enter_context(_evaluating(*modules))
-            restored.enter_context(_visiting(self.device, *modules))
+            denoisers = [self.module(name) for name in self.base.denoisers]
+            restored.enter_context(in_turn(pipe, self.device, encoders, denoisers))
+            restored.enter_context(_visiting(self.device, *(m for m in modules if m not in encoders)))
+            entrance = getattr(self.vae, "post_quant_conv", None) or self.vae.decoder
             hook = entrance.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
             restored.callback(hook.remove)
-            if sliced is not None:
+            if (sliced := getattr(self.vae, "use_slicing", None)) is not None:
                 restored.callback(setattr, self.vae, "use_slicing", sliced)
                 self.vae.use_slicing = True
             yield pipe
@@ -343,17 +364,12 @@ class Family:
 
     def describe(self) -> dict[str, Any]:
         """The base, for an adapter's metadata; plain JSON types, no path but its last part."""
+        if self._described is not None:
+            return self._described
         name = self.base.weights.resolve().name if self.base.name == str(self.base.weights) else self.base.name
         modules = {part: self.module(part) for part in (*self.base.denoisers, *self.base.text_encoders)}
         own = {"family": type(self).__name__, "prediction_type": self.base.prediction_type}
         return describe_base(name, modules) | own | {"fingerprint": self.base.fingerprint()}
-
-
-def _unused(kind: Any) -> dict[str, Any]:
-    """Optional parts of a pipeline that training does without."""
-    known = inspect.signature(kind).parameters
-    parts = {"feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
-    return {name: value for name, value in parts.items() if name in known}
 
 
 @contextmanager
@@ -372,11 +388,11 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def _visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """Modules on the device, and back where they were."""
-    homes = [next(module.parameters()).device for module in modules]
-    for module in modules:
+    homes = {module: home for module in modules if (home := where(module)) != device}
+    for module in homes:
         module.to(device)
     try:
         yield
     finally:
-        for module, home in zip(modules, homes, strict=True):
+        for module, home in homes.items():
             module.to(home)

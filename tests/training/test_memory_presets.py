@@ -1,0 +1,184 @@
+"""Settings by memory: they fill in what nobody said, and what they promise is counted on bases of full size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from benchmarks.full_size import FULL_SIZE, full_size
+from oft_diffusion.errors import ConfigError
+from oft_diffusion.training import TrainConfig, memory_presets
+from oft_diffusion.training.checks import settings_problems
+from oft_diffusion.training.command import main
+from oft_diffusion.training.config import REQUIRED
+from oft_diffusion.training.count import Counts, count
+from oft_diffusion.training.find import find_base
+from oft_diffusion.training.memory_presets import MEMORIES, ROWS, filled, row_for, row_of
+from tests.helpers.tiny_families import t5_tokenizer
+from tests.helpers.tiny_sd import tiny_tokenizer
+
+Config = Callable[..., TrainConfig]
+KNOBS = {f.name for f in fields(TrainConfig)} - set(REQUIRED)
+
+
+# -- filling in --------------------------------------------------------------------------------------------------------
+
+
+def test_presets_set_knobs_that_exist_and_agree() -> None:
+    for row in ROWS:
+        assert list(row.settings) == [memory for memory in MEMORIES if memory in row.settings]
+        assert list(row.settings)[-1] == "24 GB"
+        for settings in row.settings.values():
+            assert settings.keys() <= KNOBS
+            given = {"model": "m", "instance_dir": "i", "trigger": "sks", "class_word": "dog", "output_dir": "o"}
+            assert settings_problems(TrainConfig.from_dict(given | dict(settings))) == []
+
+
+def test_only_what_nobody_said_is_filled_in(config: Config, tmp_path: Path) -> None:
+    found = config(memory="8 GB")
+    assert (found.mixed_precision, found.gradient_checkpointing, found.cache_text_embeddings) == ("bf16", True, True)
+    own = config(memory="8 GB", mixed_precision="no", gradient_checkpointing=False)
+    assert (own.mixed_precision, own.gradient_checkpointing, own.cache_text_embeddings) == ("no", False, True)
+    assert config() == config(memory=None)
+    with_text_encoder = config(memory="8 GB", text_encoder=True)
+    assert not with_text_encoder.cache_text_embeddings
+    assert settings_problems(with_text_encoder) == []
+    path = tmp_path / "c.toml"
+    path.write_text('memory = "8 GB"\ngradient_checkpointing = false\n' + "".join(
+        f"{name} = {json.dumps(getattr(found, name))}\n" for name in REQUIRED
+    ))  # fmt: skip
+    read = TrainConfig.from_toml(path, {"mixed_precision": "fp16"})
+    assert (read.mixed_precision, read.gradient_checkpointing, read.cache_text_embeddings) == ("fp16", False, True)
+    path.write_text(read.to_toml())  # which holds what memory stood for
+    assert TrainConfig.from_toml(path) == read
+
+
+def test_what_excludes_a_setting_keeps_it_out(tmp_path: Path) -> None:
+    model = {"model": str(index(tmp_path, "SDXL", "StableDiffusionXLPipeline"))}
+    assert filled(model | {"memory": "8 GB"})["quantization"] == "nf4"
+    assert "quantization" not in filled(model | {"memory": "8 GB", "denoiser_file": "x.gguf"})
+    for knob in ({"cache_latents": False}, {"cache_text_embeddings": False}, {"text_encoder": True}):
+        assert "drop_encoders" not in filled(model | {"memory": "8 GB"} | knob)
+
+
+def test_the_option_is_for_shipped_names_too(
+    config: Config, tmp_path: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(config(model="shipped", steps=1).to_toml().replace("gradient_checkpointing = false\n", ""))
+    arguments = ["--config", str(path), "--memory", "8 GB"]
+    assert main(arguments, shipped={"shipped": lambda: tiny_sd}) == 0
+    assert TrainConfig.from_toml(Path(config().output_dir) / "config.toml").gradient_checkpointing
+    assert main(["--config", str(path), "--memory", "9 GB"], shipped={"shipped": lambda: tiny_sd}) == 1
+    assert "memory = '9 GB' is none that is known" in capsys.readouterr().err
+
+
+def index(folder: Path, name: str, pipeline: str, layers: int | None = None) -> Path:
+    """A model's folder, as far as it tells what the model is."""
+    model = folder / name
+    (model / "transformer").mkdir(parents=True)
+    (model / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    if layers is not None:
+        (model / "transformer" / "config.json").write_text(json.dumps({"num_layers": layers}))
+    return model
+
+
+def test_too_little_is_refused_with_what_is_the_least(tmp_path: Path) -> None:
+    for name, model in {
+        "Flux.1": index(tmp_path, "flux", "FluxPipeline", 19),
+        "Stable Diffusion 3.5 Large": index(tmp_path, "large", "StableDiffusion3Pipeline", 38),
+    }.items():
+        with pytest.raises(ConfigError, match=f"too little to train {name}.*at least 12 GB"):
+            filled({"model": str(model), "memory": "8 GB"})
+    medium = index(tmp_path, "medium", "StableDiffusion3Pipeline", 24)
+    assert filled({"model": str(medium), "memory": "8 GB"})["quantization"] == "nf4"
+    assert row_for(index(tmp_path, "other", "SanaPipeline", 60)).about.startswith("other")
+    with pytest.raises(ConfigError, match="does not tell which it is"):
+        filled({"model": str(tmp_path), "memory": "8 GB"})
+
+
+def test_of_a_hub_model_the_configs_alone_are_fetched_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = index(tmp_path, "large", "StableDiffusion3Pipeline", 38), list[str]()
+
+    def snapshot(hub_id: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert allow_patterns == ["model_index.json", "transformer/config.json"]
+        if local_files_only and not asked:
+            raise LocalEntryNotFoundError("not in the cache")
+        if not local_files_only:
+            asked.append(hub_id)
+        return str(folder)
+
+    monkeypatch.setattr(memory_presets, "snapshot_download", snapshot)
+    for _ in range(2):
+        assert row_for(Path("someone/large")).about == "Stable Diffusion 3.5 Large"
+    assert asked == ["someone/large"]
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+# GB that come and go. In a step: twice what is alive at once where layers are gone through without numbers, since
+# autocast keeps some in float32; checkpointed, and not. While a picture is encoded; while a few are drawn, of which
+# decoding in float32 takes most.
+STEP = {"SD 1.5": (1.0, 3.4), "SDXL": (2.5, 23.0), "SD 3.5 Medium": (1.5, 16.0), "SD 3.5 Large": (3.0, 40.0),
+        "Flux.1": (3.2, 40.0)}  # fmt: skip
+ENCODE = {512: 0.7, 1024: 2.8}
+DRAW = {512: 1.5, 1024: 4.0}
+
+
+def stub(name: str, folder: Path) -> Path:
+    """A base of full size without its weights: configs, tokenizers, and files that hold a number each."""
+    whole, model = FULL_SIZE[name], folder / "model"
+    told: dict[str, Any] = {"_class_name": whole.pipeline, "scheduler": ["diffusers", type(whole.scheduler()).__name__]}
+    for part, module in full_size(name, "meta", torch.bfloat16).items():
+        library = "transformers" if part.startswith("text_encoder") else "diffusers"
+        (module.save_config if library == "diffusers" else module.config.save_pretrained)(model / part)
+        save_file({"x": torch.zeros(1)}, model / part / "model.safetensors")
+        told[part] = [library, type(module).__name__]
+        if library == "transformers":
+            tokenizer = t5_tokenizer() if "T5" in type(module).__name__ else tiny_tokenizer(folder / "files")
+            own = part.replace("text_encoder", "tokenizer")
+            tokenizer.save_pretrained(model / own)
+            told[own] = ["transformers", type(tokenizer).__name__]
+    whole.scheduler().save_pretrained(model / "scheduler")
+    (model / "model_index.json").write_text(json.dumps(told))
+    return model
+
+
+def peak(name: str, settings: TrainConfig, counts: Counts) -> float:
+    """GB at most on a card."""
+    part = {key: size / 1e9 for key, size in counts.parts.items()}
+    encoders = sum(size for key, size in part.items() if key.startswith("text_encoder"))
+    alone = sum(part.values()) - encoders  # denoiser and VAE
+    resolution = FULL_SIZE[name].resolution
+    steps = alone - part["vae"] + (counts.adapter_bytes + counts.training_bytes) / 1e9
+    steps += STEP[name][not settings.gradient_checkpointing]
+    latents = alone + (0 if settings.drop_encoders else encoders) + ENCODE[resolution]
+    prompts = alone + encoders + 0.2
+    return max(steps, latents, prompts, alone + DRAW[resolution])
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_presets_fit_the_memory_that_they_are_for(name: str, tmp_path: Path) -> None:
+    model = stub(name, tmp_path)
+    base = find_base(str(model))
+    row = row_for(model)
+    assert row.about in (r.about for r in ROWS[:-1])
+
+    def need(settings: dict[str, Any]) -> float:
+        given = {"model": str(model), "instance_dir": "i", "trigger": "sks", "class_word": "dog", "output_dir": "o"}
+        chosen = TrainConfig.from_dict(given | settings)
+        return peak(name, chosen, count(chosen, base))
+
+    needed = {memory: need(dict(settings)) for memory, settings in row.settings.items()}
+    assert all(needed[memory] < MEMORIES[memory] / 1e9 for memory in needed), needed
+    least = need(dict(row_of("").settings["8 GB"]))  # the most frugal settings that there are
+    refused = [memory for memory in MEMORIES if memory not in row.settings]
+    assert all(least > MEMORIES[memory] / 1e9 for memory in refused), least
