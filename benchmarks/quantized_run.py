@@ -49,7 +49,6 @@ from oft_diffusion.training.skeleton import adapted
 NONE = "none"  # the base as it is
 DRAWN = ("subject", "recoloured", "other")  # what the figures here are read from
 LAST = 50  # steps over which the training loss is averaged
-VALIDATION = 64  # batches with noise that training did not have
 SETTLED = 0.1  # the share of steps, at the beginning, that no time is taken from
 
 
@@ -215,7 +214,7 @@ def learn(learner: Learner, config: TrainConfig, plan: Plan, steps: int) -> tupl
 
 
 @torch.no_grad()
-def validated(learner: Learner, config: TrainConfig, count: int = VALIDATION) -> list[float]:
+def validated(learner: Learner, config: TrainConfig, count: int) -> list[float]:
     """Instance loss and prior loss on the batches behind the last one of training: the same pictures, other noise."""
     found = [learner.losses(learner.batches.at(config.steps + i)) for i in range(count)]
     return [float(loss) for loss in torch.stack(found).mean(dim=0)]
@@ -230,13 +229,23 @@ class Bench:
         folder: for class images and what was read of the bases' own pictures.
         busy: whether other work runs meanwhile.
         timed: steps of a run for times.
+        validation: batches for the validation loss.
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], pictures: int, folder: Path, device: str, *, busy: bool, timed: int = 60
+        self,
+        settings: Mapping[str, Any],
+        pictures: int,
+        folder: Path,
+        device: str,
+        *,
+        busy: bool,
+        timed: int,
+        validation: int,
     ) -> None:
         self.settings, self.pictures, self.folder = settings, pictures, folder
-        self.device, self.busy, self.timed = torch.device(device), busy, timed
+        self.device, self.busy = torch.device(device), busy
+        self.timed, self.validation = timed, validation
 
     @cached_property
     def _versions(self) -> dict[str, str]:
@@ -296,7 +305,7 @@ class Bench:
         """Losses, each with class images and without."""
         weights = torch.tensor([1.0, config.prior_weight])
         last = seen[-LAST:].mean(dim=0)
-        held = torch.tensor(validated(learner, config))
+        held = torch.tensor(validated(learner, config, self.validation))
         return {
             "first_loss": float(seen[0].dot(weights)),
             "loss": float(last.dot(weights)),
@@ -317,6 +326,7 @@ class Bench:
             "dtype": config.mixed_precision,
             "steps": str(config.steps),
             "pictures": str(self.pictures),
+            "validation_batches": str(self.validation),
             **{name: f"{found[name]:.6g}" if name in found else "" for name in (*LOSSES, *SHARES)},
             **cost,
             "busy": "yes" if self.busy else "no",
@@ -325,7 +335,7 @@ class Bench:
 
     def failed(self, task: Task, reason: str) -> dict[str, str]:
         """The row of a run that came to nothing."""
-        told = {"pictures": str(self.pictures), "busy": "yes" if self.busy else "no", "failed": reason}
+        told = {"busy": "yes" if self.busy else "no", "failed": reason}
         return dict.fromkeys(COLUMNS, "") | self._versions | task.columns() | told
 
 
@@ -335,8 +345,8 @@ SHARES = (
 )  # fmt: skip
 COLUMNS = (
     "peft", "bitsandbytes", "purpose", "quantization", "method", "subject", "seed", "learning_rate", "epsilon",
-    "text_encoder_learning_rate", "adapter", "parameters", "dtype", "steps", "pictures", *LOSSES, *SHARES, "seconds",
-    "peak_bytes", "busy", "failed",
+    "text_encoder_learning_rate", "adapter", "parameters", "dtype", "steps", "pictures", "validation_batches",
+    *LOSSES, *SHARES, "seconds", "peak_bytes", "busy", "failed",
 )  # fmt: skip
 
 

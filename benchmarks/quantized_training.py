@@ -94,7 +94,7 @@ class Queue:
         self.folder: Path = options.out / self.setup
         self.bench = Bench(
             self.settings, options.pictures, self.folder, device,
-            busy=options.busy or options.workers > 1, timed=options.timed,
+            busy=options.busy or options.workers > 1, timed=options.timed, validation=options.validation,
         )  # fmt: skip
 
     def tasks(self) -> list[Task]:
@@ -238,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--subjects", nargs="+", default=FINAL[:2], choices=FINAL)
     add("--seeds", nargs="+", type=int, default=(0, 1, 2))
     add("--pictures", type=int, default=PICTURES, help="per set and run (default: %(default)s)")
+    add("--validation", type=int, default=64, help="batches of the validation loss (default: %(default)s)")
     add("--search-subject", default=SEARCHED[0], choices=[name for name in SUBJECTS if name not in FINAL])
     add("--search-seeds", nargs="+", type=int, default=(0,))
     add("--lora-rates", nargs="+", type=float, default=(5e-4, 1e-3, 2e-3, 4e-3))
