@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
+from benchmarks.methods import METHODS
+
 Row = Mapping[str, str]
 
 _NONE = "none"
@@ -76,13 +78,12 @@ def _compared(finals: Sequence[Row]) -> list[str]:
 
 
 def _cells(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by base and method, in the order in which these first come, bases together."""
+    """Rows by base and method, always in the same order, whichever was finished first."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["quantization"], row["method"]), []).append(row)
-    bases = list(dict.fromkeys(base for base, _ in found))
-    methods = list(dict.fromkeys(method for _, method in found))
-    return {(b, m): found[b, m] for b in bases for m in methods if (b, m) in found}
+    order = [*METHODS, *(method for _, method in found)]
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] != _NONE, item[0][0], order.index(item[0][1]))))
 
 
 def _cell(own: Sequence[Row], plain: Sequence[Row], name: str, places: str, unit: float = 1.0) -> str:

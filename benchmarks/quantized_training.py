@@ -21,6 +21,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import LORA, OURS, PEFT_OFT
+from benchmarks.methods import EQUAL_LORA, LORA, OURS, PEFT_OFT
 from benchmarks.pocket_recipe import SUBJECTS as SEARCHED
 from benchmarks.pocket_subjects import CONFIG, FINAL, PICTURES, setup_digest
 from benchmarks.quantized_run import NONE, Bench, Task
@@ -46,6 +47,7 @@ from oft_diffusion.training import TrainConfig
 FILE = DATA / "quantized_training.csv"
 QUANTIZATIONS = (NONE, "nf4", "int8")
 METHODS = (OURS, LORA, PEFT_OFT)
+ON_DEMAND = (EQUAL_LORA,)
 USUAL_EPSILON = 1e-8  # AdamW's in torch
 _KEY = ("purpose", "quantization", "method", "subject", "seed", "learning_rate", "epsilon")
 
@@ -54,7 +56,8 @@ def search_tasks(options: argparse.Namespace, config: TrainConfig) -> list[Task]
     """Every setting of PEFT's methods on the subject that is kept for it, and our own one beside them."""
     ours, usual = config.learning_rate, config.adam_epsilon
     tried = [(OURS, ours, usual)]
-    tried += [(LORA, rate, e) for e in options.epsilons or (usual, USUAL_EPSILON) for rate in options.lora_rates]
+    epsilons = options.epsilons or (usual, USUAL_EPSILON)
+    tried += [(m, rate, e) for m in (LORA, EQUAL_LORA) for e in epsilons for rate in options.lora_rates]
     tried += [(PEFT_OFT, ours * factor, usual) for factor in options.oft_factors]
     return [
         Task("search", NONE, method, options.search_subject, seed, rate, epsilon)
@@ -191,6 +194,7 @@ def spawn(options: argparse.Namespace, until: float) -> None:
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [sys.executable, "-m", "benchmarks.quantized_training", *sys.argv[1:], "--until", str(until)]
     workers = [subprocess.Popen([*command, "--worker"], env=environment) for _ in range(options.workers)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or they would outlive a call that `timeout` ends
     try:
         codes = [worker.wait() for worker in workers]
     finally:
@@ -234,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=math.inf, help="after these no run is begun")
     add("--busy", action="store_true", help="other work runs meanwhile: show no times")
     add("--quantizations", nargs="+", default=QUANTIZATIONS, choices=QUANTIZATIONS)
-    add("--methods", nargs="+", default=METHODS, choices=METHODS)
+    add("--methods", nargs="+", default=METHODS, choices=(*METHODS, *ON_DEMAND))
     add("--subjects", nargs="+", default=FINAL[:2], choices=FINAL)
     add("--seeds", nargs="+", type=int, default=(0, 1, 2))
     add("--pictures", type=int, default=PICTURES, help="per set and run (default: %(default)s)")
