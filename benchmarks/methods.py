@@ -176,12 +176,16 @@ def boft(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
 
 
 def _peft(model: nn.Module, names: Sequence[str], settings: str, config: Callable[[str], peft.PeftConfig]) -> Adapted:
-    """Its parameters are float32, as PEFT makes them; for inference in the base's dtype, as diffusers loads them."""
+    """Its parameters are float32, as `get_peft_model` and diffusers' scripts make them, whatever the base; for
+    inference in the base's dtype, as diffusers loads them.
+    """
     dtype = next(model.parameters()).dtype
     peft.inject_adapter_in_model(config(_pattern(names)), model, _NAME)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     _expect(len(names), len(layers))
     trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     state = {key: tensor.clone() for key, tensor in peft.get_peft_model_state_dict(model, adapter_name=_NAME).items()}
 
     def freeze() -> None:

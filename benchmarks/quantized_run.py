@@ -125,10 +125,6 @@ class Learner:
             targets = find_targets(component, settings.targets, hidden_state=used)
             size = choose_block_size(targets, settings.block_size)
             self.adapted[name] = METHODS[method].adapt(component, [target.name for target in targets], size)
-            for parameter in self.adapted[name].trained:
-                # Float32 upon every base, as trainers have it: left alone, PEFT's are bfloat16 upon bfloat16 weights,
-                # where AdamW's small steps are lost, and float32 upon quantized ones.
-                parameter.data = parameter.data.float()
             component.train()
         self.began = "; ".join(dict.fromkeys(found.settings for found in self.adapted.values()))
         components = [family.module(name) for name in self.adapted]

@@ -41,6 +41,7 @@ from benchmarks.quantized_run import NONE, Bench, Task
 from benchmarks.quantized_tables import Row, best, table
 from benchmarks.records import DATA, append, load
 from benchmarks.turns import told
+from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.pocket import SUBJECTS
 from oft_diffusion.training import TrainConfig
 
@@ -172,8 +173,10 @@ class Queue:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What differs from pocket.toml: in earnest nothing, in a trial the length, warm-up and decay along with it."""
+    """What differs from pocket.toml: where bfloat16 is emulated the dtype, and in a trial the length, warm-up, decay."""
     found: dict[str, Any] = {} if options.sampling_steps is None else {"sampling_steps": options.sampling_steps}
+    if not computes_in_bfloat16(options.device):
+        found["mixed_precision"] = "no"
     if options.steps is not None:
         usual = TrainConfig.from_toml(CONFIG, {"model": "pocket", "output_dir": "unused"})
         found |= {
