@@ -173,7 +173,7 @@ class Queue:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What differs from pocket.toml: where bfloat16 is emulated the dtype, and in a trial the length, warm-up, decay."""
+    """What differs from pocket.toml: the dtype where bfloat16 is emulated; in a trial the length, warm-up and decay."""
     found: dict[str, Any] = {} if options.sampling_steps is None else {"sampling_steps": options.sampling_steps}
     if not computes_in_bfloat16(options.device):
         found["mixed_precision"] = "no"
