@@ -11,13 +11,13 @@ bandwidth.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.records import DATA, append, load
 from oft_diffusion.kernels import block_rotate
 from oft_diffusion.kernels.block_rotate import triton_kernels
@@ -35,7 +35,7 @@ SHAPES = {
 SIZES = (16, 32, 64)
 
 
-def measure(repeats: int) -> None:
+def measure(device: str, rounds: int) -> None:
     """Append one run, a shape at a time."""
     from triton.testing import do_bench_cudagraph
 
@@ -44,25 +44,25 @@ def measure(repeats: int) -> None:
     for shape, (n, columns) in SHAPES.items():
         rows = []
         for dtype in (torch.bfloat16, torch.float32):
-            x, grad = (torch.randn(n, columns, device="cuda").to(dtype) for _ in range(2))
+            x, grad = (torch.randn(n, columns, device=device).to(dtype) for _ in range(2))
             for size in SIZES:
                 delta = torch.zeros(columns // size, size, size, device="cuda", dtype=dtype)
                 ways = _ways(x, grad, delta)
                 times: dict[str, list[float]] = {way: [] for way in ways}
-                for _ in range(repeats):
+                for _ in range(rounds):
                     for way, call in ways.items():
                         times[way].append(do_bench_cudagraph(call, rep=20, return_mode="median"))
                 moved = 2 * x.numel() * x.element_size()
                 rows += [
                     {
                         "shape": shape, "rows": n, "columns": columns, "dtype": str(dtype).removeprefix("torch."),
-                        "block_size": size, "way": way, "repeats": repeats,
+                        "block_size": size, "way": way, "repeats": rounds,
                         "gigabytes_per_second": f"{moved / statistics.median(took) / 1e6:.1f}",
                         "of_copy": f"{statistics.median(times['copy']) / statistics.median(took):.3f}",
                     }
                     for way, took in times.items()
                 ]  # fmt: skip
-        append(FILE, rows, "cuda")
+        append(FILE, rows, device)
 
 
 def _ways(x: Tensor, grad: Tensor, delta: Tensor) -> dict[str, Callable[[], object]]:
@@ -93,17 +93,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
-    options = parser.parse_args()
-    if not options.table:
-        if not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: this measures a card")
-        measure(options.repeats)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, table, rounds=5, devices=["cuda"])

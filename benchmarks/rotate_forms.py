@@ -9,13 +9,13 @@ the two, and why neither einsum nor a compiled form, is told by these figures.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.records import DATA, append, load
 from benchmarks.turns import spread, take_turns
 from oft_diffusion.autocast import computes_in_bfloat16
@@ -56,22 +56,22 @@ def forms() -> dict[str, Form]:
     }  # fmt: skip
 
 
-def measure(rounds: int) -> None:
+def measure(device: str, rounds: int) -> None:
     """Append one run."""
     # One code object serves every shape: by default dynamo would fall back to eager, and say nothing.
     with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
-        _measure(rounds)
+        _measure(device, rounds)
 
 
-def _measure(rounds: int) -> None:
+def _measure(device: str, rounds: int) -> None:
     ways = forms()
-    dtypes = [torch.float32, *([torch.bfloat16] if computes_in_bfloat16("cpu") else [])]
+    dtypes = [torch.float32, *([torch.bfloat16] if computes_in_bfloat16(device) else [])]
     for dtype in dtypes:
         for n, columns in SHAPES:
             for size in SIZES:
                 torch.manual_seed(0)
-                x = torch.randn(n, columns).to(dtype)
-                delta = (torch.randn(columns // size, size, size) * 0.05).to(dtype)
+                x = torch.randn(n, columns, device=device).to(dtype)
+                delta = (torch.randn(columns // size, size, size, device=device) * 0.05).to(dtype)
                 stage = {name: _calls(form, x, delta) for name, form in ways.items()}
                 take_turns(stage, 3)
                 times, reasons = take_turns(stage, rounds)
@@ -128,15 +128,5 @@ def _ratio(times: list[float], own: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(times, own, strict=True)):.2f}" if times else ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
-    options = parser.parse_args()
-    if not options.table:
-        measure(options.rounds)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, table, rounds=15, devices=["cpu"])
