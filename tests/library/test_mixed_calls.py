@@ -153,7 +153,14 @@ def test_pipelines_that_share_the_components(both: Any) -> None:
             img2img(PROMPTS[:1], **drawn)
 
 
-@pytest.mark.parametrize(("how", "fullgraph"), [("wrapped", False), ("in place", True), ("repeated blocks", True)])
+@pytest.mark.parametrize(
+    ("how", "fullgraph"),
+    [
+        pytest.param("wrapped", False, marks=pytest.mark.slow),
+        ("in place", True),
+        pytest.param("repeated blocks", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_models_have_one_graph_for_all_names(both: Any, style: Path, how: str, fullgraph: bool) -> None:
     load_oft_weights(both, style, adapter_name="style")
     choices = [[a, b, c] for a, b, c in permutations(["mug", "plain", "style", None], 3)][::2]

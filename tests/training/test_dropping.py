@@ -21,8 +21,11 @@ CACHED = {"cache_latents": True, "cache_text_embeddings": True}
 GRIDS = {"validation_prompts": ["a dog", "a {trigger} mug"], "validation_every": 2, "steps": 4}
 KINDS = pytest.mark.parametrize(
     "knobs",
-    [{}, {"text_encoder_quantization": "nf4"}, {"mixed_precision": "bf16", "prior_preservation": True}],
-    ids=["plain", "quantized", "prior"],
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"text_encoder_quantization": "nf4"}, id="quantized"),
+        pytest.param({"mixed_precision": "bf16", "prior_preservation": True}, id="prior"),
+    ],
 )
 
 
