@@ -315,6 +315,7 @@ class OFTBank(AdapterChoice):
                 return fn(tensor)
             return tensor.to(probe.device)
 
+        hollow = any(parameter.is_meta for parameter in self.parameters())
         super()._apply(keep_dtype, recurse)
         self._constants.clear()
         self._ready = False
@@ -323,7 +324,7 @@ class OFTBank(AdapterChoice):
         with torch.no_grad():
             moved = fn(torch.empty(0, device="cpu" if device.type == "meta" else device, dtype=dtype))
         # On a card now, not in the next forward: if that is compiled, constants would lie in a CUDA graph's memory.
-        if moved.is_cuda and self._mixed is None and not self._trainable():
+        if moved.is_cuda and not hollow and self._mixed is None and not self._trainable():
             self._place((moved.device, moved.dtype))
         return self
 

@@ -9,10 +9,12 @@ small rotations on a processor are one line, and left to torch's own backward, i
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -24,7 +26,8 @@ from oft_diffusion.autocast import compute_dtype, without_autocast
 T = TypeVar("T")
 OPS = torch.library.Library("oft_diffusion", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-OPS.define("block_rotate(Tensor x, Tensor delta) -> Tensor", tags=TAGS)
+# `form` is for the compiler's caches on disk, which know no more of an op than what stands in the graph.
+OPS.define('block_rotate(Tensor x, Tensor delta, *, str form="") -> Tensor', tags=TAGS)
 OPS.define("block_rotate_delta_grad(Tensor x, Tensor grad, SymInt[] shape) -> Tensor", tags=TAGS)
 
 _MANY_ROWS = 1024  # of `lies_apart`
@@ -46,7 +49,7 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.oft_diffusion.block_rotate.default(x, delta)
+        return torch.ops.oft_diffusion.block_rotate.default(x, delta, form=kernel_form())
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
         blocks = x.reshape(-1, *delta.shape[:2])
@@ -87,22 +90,22 @@ def _delta_grad(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     return delta_grad_on_gpu(x, grad, shape) if x.is_cuda else delta_grad_in_torch(x, grad, shape)
 
 
-def uncast(form: Callable[..., T]) -> Callable[..., T]:
+def uncast(function: Callable[..., T]) -> Callable[..., T]:
     """Keep autocast out of a form's products: x and D come in the dtype that they are to be multiplied in."""
 
-    @functools.wraps(form)
-    def call(x: Tensor, *others: Any) -> T:
+    @functools.wraps(function)
+    def call(x: Tensor, *others: Any, **options: Any) -> T:
         if compute_dtype(x.device, x.dtype) == x.dtype:
-            return form(x, *others)
+            return function(x, *others, **options)
         with without_autocast(x.device):
-            return form(x, *others)
+            return function(x, *others, **options)
 
     return call
 
 
 @torch.library.impl(OPS, "block_rotate", "CompositeExplicitAutograd")
 @uncast
-def rotate_in_torch(x: Tensor, delta: Tensor) -> Tensor:
+def rotate_in_torch(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
     """The op as batched products: the reference, and the form for every device, dtype and size."""
     check(x, delta)
     if delta.dim() == 4:
@@ -177,7 +180,7 @@ def blocks_first(x: Tensor, count: int, size: int) -> Tensor:
 
 
 @torch.library.impl(OPS, "block_rotate", "CUDA")
-def rotate_on_gpu(x: Tensor, delta: Tensor) -> Tensor:
+def rotate_on_gpu(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
     """The op on CUDA tensors: the kernel where it fits."""
     check(x, delta)
     kernels = triton_kernels()
@@ -211,7 +214,23 @@ def triton_kernels() -> ModuleType | None:
     return triton_rotate
 
 
-def _like_rotated(x: Tensor, delta: Tensor) -> Tensor:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernel_form() -> str:
+    """What the ops stand for on cards, by the text of the kernels: code compiled for others is not to be taken."""
+    return "torch" if _kernels_here() is None else _digest()
+
+
+def _kernels_here() -> ModuleType | None:
+    return triton_kernels() if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _digest() -> str:
+    files = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _like_rotated(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -219,7 +238,7 @@ def _like_delta(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     return x.new_empty(shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], keyword_only_inputs: Any, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 

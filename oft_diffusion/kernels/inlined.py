@@ -1,7 +1,8 @@
 """Under `torch.compile`, on cards: the Triton kernels in the compiler's graph, in place of the ops that launch them.
 
 An op is a call of Python in every step, which costs more than many a rotation; a kernel that the compiler knows is
-launched by the code that it writes. As `torch.library.triton_op` does it, but for ops that have other forms, too.
+launched by the code that it writes. As `torch.library.triton_op` does it, but for ops that have other forms, too, and
+with the kernels' text in the op's `form` for the compiler's caches.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def launch(
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether it is AOTAutograd that asks, with tensors that have no memory (`compiled.py`)."""
+    """Whether it is AOTAutograd that asks, with tensors that have no memory (`inlined.py`)."""
     return isinstance(x, FunctionalTensor)
 
 

@@ -20,13 +20,14 @@ from oft_diffusion.kernels.block_rotate import (
     check,
     is_small,
     is_wide,
+    kernel_form,
     lies_apart,
     triton_kernels,
     uncast,
     with_identity,
 )
 
-OPS.define("block_rotate_shared(Tensor x, Tensor[] deltas) -> Tensor[]", tags=TAGS)
+OPS.define('block_rotate_shared(Tensor x, Tensor[] deltas, *, str form="") -> Tensor[]', tags=TAGS)
 OPS.define(
     "block_rotate_shared_grads(Tensor x, Tensor[] deltas, Tensor[] grads, bool dx, bool ddelta) -> Tensor[]", tags=TAGS
 )
@@ -46,7 +47,7 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas))
+        return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
     if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
         if is_small(x):
             return _differentiable(x, deltas)
@@ -70,7 +71,7 @@ class _RotateShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        _setup_context(ctx, (x, list(deltas)), [])
+        _setup_context(ctx, (x, list(deltas)), {}, [])
         return tuple(rotate_each(x, list(deltas)))
 
     @staticmethod
@@ -83,7 +84,7 @@ class _RotateShared(torch.autograd.Function):
 
 
 @torch.library.impl(OPS, "block_rotate_shared", "CompositeExplicitAutograd")
-def rotate_each(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+def rotate_each(x: Tensor, deltas: list[Tensor], *, form: str = "") -> list[Tensor]:
     """The op: one kernel for all layers where there is one, else one after another."""
     kernels = kernels_for(x, deltas)
     if kernels is None:
@@ -149,7 +150,7 @@ def _input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], ga
     return total
 
 
-def _like_rotated(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+def _like_rotated(x: Tensor, deltas: list[Tensor], *, form: str = "") -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in deltas]
 
 
@@ -158,7 +159,9 @@ def _like_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, 
     return [*first, *(x.new_empty(delta.shape) for delta in (deltas if ddelta else []))]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: list[Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, list[Tensor]], keyword_only_inputs: Any, output: Sequence[Tensor]
+) -> None:
     x, deltas = inputs
     ctx.save_for_backward(x, *deltas)
 

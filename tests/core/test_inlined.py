@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from tests.core import rotate_cases as cases
+
+dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -25,6 +30,35 @@ def test_the_compiler_sees_kernels_and_no_op(shapes: str) -> None:
     forward, backward = done.stdout.splitlines()[-2:]
     assert forward.split() == ["_rotate_kernel", "_shared_kernel"]
     assert backward.split() == ["_shared_kernel", "_delta_grads_kernel", "_rotate_kernel", "_delta_grad_kernel"]
+
+
+@pytest.mark.parametrize("form", ["torch", "one text", "another"])
+def test_compiled_code_is_kept_for_these_kernels_alone(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's caches on disk go by the graph before the kernels are in it."""
+    monkeypatch.setattr(dispatch, "_kernels_here", lambda: None if form == "torch" else object())
+    monkeypatch.setattr(dispatch, "_digest", lambda: form)
+    found: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.extend(node.kwargs["form"] for node in graph.graph.nodes if "oft_diffusion" in str(node.target))
+        return graph
+
+    def both(x: Tensor, delta: Tensor) -> list[Tensor]:
+        return [block_rotate(x, delta), *block_rotate_shared(x, [delta, delta])]
+
+    torch.compiler.reset()
+    x, delta = torch.randn(3, 16), torch.zeros(2, 8, 8)
+    for made in torch.compile(both, backend=look, fullgraph=True)(x, delta):
+        assert torch.equal(made, x)
+    assert found == [form, form]
+
+
+def test_the_text_is_of_all_kernels_and_tiles() -> None:
+    files = {path.name for path in Path(dispatch.__file__ or "").parent.iterdir()}
+    assert {"launch.py", "tiles.json", "triton_rotate.py", "triton_shared.py"} < files
+    digest = dispatch._digest()
+    assert len(digest) == 16
+    assert digest == dispatch._digest.__wrapped__()
 
 
 @pytest.mark.gpu
