@@ -23,7 +23,7 @@ QUIET := KINETO_LOG_LEVEL=99
 TESTS ?=
 FULL_LOG ?= docs/logs/test-full.log
 
-.PHONY: help install demo app test test-full bench bench-gpu lint types format wheel constraints clean
+.PHONY: help install demo app test test-full test-gpu bench bench-gpu lint types format wheel constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -67,9 +67,18 @@ bench: install  ## speed and memory beside LoRA and others, on this processor: u
 	$(QUIET) $(PYTHON) -m benchmarks.speed
 	@$(PYTHON) -m benchmarks.speed --table
 
-bench-gpu: install  ## the same on a CUDA card: under 20 minutes
-	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 18
+bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: under 20 minutes
+	$(QUIET) $(PYTHON) -m benchmarks.rotate_bandwidth
+	$(QUIET) $(PYTHON) -m benchmarks.stages --device cuda
+	$(QUIET) $(PYTHON) -m benchmarks.build_forms --device cuda
+	$(QUIET) $(PYTHON) -m benchmarks.fused_linear
+	$(QUIET) $(PYTHON) -m benchmarks.card_memory --minutes 2
+	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 12
 	@$(PYTHON) -m benchmarks.speed --table
+
+test-gpu: install  ## the tests that need a CUDA card, and the quantized bases on it
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -m gpu
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -m "not slow" tests/quantization/test_backends.py
 
 lint: install  ## ruff: rules and format; hadolint: the Dockerfile
 	$(BIN)/ruff check $(SOURCES)
