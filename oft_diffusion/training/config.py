@@ -428,7 +428,7 @@ class TrainConfig:
         data = memory_presets.filled(data)
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in data if key not in known]:
-            guesses = [config_io.nearest(key, known) for key in unknown]
+            guesses = [config_io.nearest(key, [*known, "memory"]) for key in unknown]
             raise ConfigError(
                 f"{source} holds unknown setting(s): {', '.join(guesses)}",
                 expected="names that `train --help` lists",
