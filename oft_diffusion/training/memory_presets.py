@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from oft_diffusion.errors import ConfigError, first_line
+from oft_diffusion.quantization import SCHEMES
 
 Settings = Mapping[str, Any]
 MEMORIES: Mapping[str, float] = {"8 GB": 8e9, "12 GB": 12e9, "16 GB": 16e9, "24 GB": 24e9}  # in bytes
@@ -93,6 +94,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("other bases, of any size", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4"))),
 )
+
+def packages(settings: Settings) -> set[str]:
+    """Libraries of oft-diffusion[quant] that settings need, as Python imports them."""
+    found = {SCHEMES[settings[knob]].package for knob in _QUANTIZED & settings.keys()}
+    return found | ({"bitsandbytes"} if settings.get("optimizer") == "adamw8bit" else set())
+
 
 # What a preset leaves alone where that is set.
 _EXCLUDED: Mapping[str, tuple[str, ...]] = {
