@@ -27,7 +27,7 @@ from oft_diffusion.training.data import Picture
 from oft_diffusion.training.families import AT_ONCE, Family, where
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
-from oft_diffusion.training.page import SWEEP_SEEDS, pictures_on_page
+from oft_diffusion.training.page import pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
 from oft_diffusion.training.state import resume
@@ -326,8 +326,7 @@ def _pictures_after(done: int, config: TrainConfig) -> int:
 def _prompts_at_once(config: TrainConfig) -> list[str]:
     """Prompts of one call of the pipeline, as grids have them."""
     prompt = next(iter(config.validation_prompts), config.instance_prompt)
-    # The report draws the first of them with a few seeds at once.
-    count = max(config.validation_count, SWEEP_SEEDS) if config.validation_prompts else AT_ONCE
+    count = config.validation_count if config.validation_prompts else AT_ONCE  # the report's strengths are no more
     return [config.fill(prompt)] * min(count, AT_ONCE)
 
 

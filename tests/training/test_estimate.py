@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -91,6 +92,19 @@ def test_as_many_pictures_as_the_run_draws(config: Config, run: Run, monkeypatch
     run(settings)
     assert found.class_images == 5
     assert found.class_images + found.pictures == sum(drawn)
+
+
+def test_narrow_grids_are_what_is_drawn_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, seen = timing.drawing, list[int]()
+
+    def noting(settings: TrainConfig, family: Family, prompts: Sequence[str], *rest: Any) -> timing.Cost:
+        seen.append(len(prompts))
+        return drawing(settings, family, prompts, *rest)
+
+    monkeypatch.setattr(importlib.import_module(Memory.__module__), "drawing", noting)
+    for count in (1, 3):
+        estimate(config(validation_prompts=["a dog"], validation_count=count))
+    assert seen == [0, 1, 0, 3]
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

@@ -313,17 +313,18 @@ class Family:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float
-    ) -> list[Image.Image]:
+        self, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float,
+        at_once: int = AT_ONCE,
+    ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt and seed, with the base's own sampler, on the device where the denoiser is.
 
-        A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
+        A few at a time (`at_once`), whatever the number: a run has little memory to spare. Components that are parked on the CPU
         or dropped are so again afterwards.
         """
         images: list[Image.Image] = []
         with self.pipeline() as pipe:
-            for first in range(0, len(prompts), AT_ONCE):
-                few = slice(first, first + AT_ONCE)
+            for first in range(0, len(prompts), at_once):
+                few = slice(first, first + at_once)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[few]]
                 images += pictures_of(
                     pipe(
