@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,22 @@ def test_narrow_grids_are_what_is_drawn_at_once(config: Config, monkeypatch: pyt
     for count in (1, 3):
         estimate(config(validation_prompts=["a dog"], validation_count=count))
     assert seen == [0, 1, 0, 3]
+
+
+def test_text_encoders_that_come_to_read_prompts_are_counted(config: Config) -> None:
+    """On a card, as they live on the processor while pictures are encoded."""
+    there = list[torch.Tensor]()
+
+    @contextmanager
+    def reading() -> Iterator[None]:
+        there.append(torch.zeros(1_000_000, dtype=torch.uint8))
+        yield
+        there.clear()
+
+    family: Any = SimpleNamespace(reading=reading, encode_text=lambda *_: torch.zeros(10))
+    batches: Any = SimpleNamespace(family=family, prompts=lambda: ["a dog"])
+    settings = config(cache_latents=False, cache_text_embeddings=True)
+    assert timing.caching(settings, batches, Meter(CPU)).growth >= 1_000_000
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
