@@ -1,10 +1,11 @@
 """Settings by the memory of a card: `memory = "12 GB"` stands for a row of this table, as far as nothing else is said.
 
 What a row holds was chosen by counting bytes on the device: the base under each quantization, the adapter with its
-gradients and moments, and an allowance for what comes and goes, at the resolution that the base was made for, with one
+gradients and moments, and an estimate of what comes and goes, at the resolution that the base was made for, with one
 instance image at once (of Stable Diffusion 1 to 2 and SDXL with a class image). `tests/training/test_memory_presets.py`
-counts it again on bases of full size, and `benchmarks/card_memory.py` measures it. A GB is 1e9 bytes of tensors: on a
-card of so many GiB, what CUDA itself takes has room beside them.
+counts it again on bases of full size. None of it has been measured on a card yet, for which
+`benchmarks/card_memory.py` is there. A GB is 1e9 bytes of tensors: on a card of so many GiB, what CUDA itself takes has
+room beside them.
 """
 
 from __future__ import annotations

@@ -187,9 +187,10 @@ def test_half_a_model_in_the_hubs_cache_is_made_whole(
 
 # -- counting ----------------------------------------------------------------------------------------------------------
 
-# GB that come and go. In a step: twice what is alive at once where layers are gone through without numbers, since
-# autocast keeps some in float32; checkpointed, and not. While a picture is encoded; while a few are drawn, of which
-# decoding in float32 takes most.
+# GB that come and go: estimates, none measured on a card (benchmarks/card_memory.py would), and typed in: the script that
+# counted them was not kept. In a step: what is alive at once where layers are gone through on the device "meta",
+# checkpointed and not, and that twice, since autocast keeps some in float32 and libraries want room. While a picture is
+# encoded; while a few are drawn, of which decoding in float32 takes most.
 STEP = {"SD 1.5": (1.0, 3.4), "SDXL": (2.5, 23.0), "SD 3.5 Medium": (1.5, 16.0), "SD 3.5 Large": (3.0, 40.0),
         "Flux.1": (3.2, 40.0)}  # fmt: skip
 ENCODE = {512: 0.7, 1024: 2.8}
