@@ -96,6 +96,7 @@ ROWS: tuple[Row, ...] = (
     Row("other bases, of any size", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4"))),
 )
 
+
 def packages(settings: Settings) -> set[str]:
     """Libraries of oft-diffusion[quant] that settings need, as Python imports them."""
     found = {SCHEMES[settings[knob]].package for knob in _QUANTIZED & settings.keys()}
@@ -169,8 +170,8 @@ def _too_little(memory: str, row: Row) -> ConfigError:
 def _too_little_for_a_file(memory: str, row: Row, model: str) -> ConfigError:
     least = next(iter(row.possible(single_file=True)), None)
     return ConfigError(
-        f"memory = {memory!r} is too little to train {row.about} unquantized, and {model} is a single file, of which no "
-        "part is quantized while it is loaded",
+        f"memory = {memory!r} is too little to train {row.about} unquantized, and {model} is a single file, of which "
+        "no part is quantized while it is loaded",
         expected="a folder in diffusers' format" + (f", or at least {least}" if least else ""),
         fix="load the file once with diffusers, save_pretrained it and pass that folder, or "
         + (f'use memory = "{least}" or more' if least else "leave memory out"),
@@ -191,7 +192,7 @@ def row_for(model: Path) -> Row:
         config = folder / _DENOISER
         layers = json.loads(config.read_text(encoding="utf-8")).get("num_layers", 0) if config.is_file() else 0
         if not isinstance(layers, int):
-            raise ValueError(f"{_DENOISER} says num_layers = {json.dumps(layers)}")
+            raise TypeError(f"{_DENOISER} says num_layers = {json.dumps(layers)}")
     except Exception as error:  # the hub's client raises those of several libraries
         raise ConfigError(
             f"what to set for memory depends on the base, and {model} does not tell which it is ({first_line(error)})",

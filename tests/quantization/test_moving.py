@@ -15,7 +15,7 @@ from oft_diffusion.training.families import send
 ONES = torch.ones(2, 64)
 
 
-def component(backend: str) -> nn.Module:
+def component(backend: str) -> nn.Sequential:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
     quantize_with_bitsandbytes(made, scheme(backend), torch.float32)

@@ -136,7 +136,7 @@ def test_memory_is_one_of_a_few_words(memory: object, config: Config) -> None:
 
 def test_memory_is_understood_however_it_is_spaced(config: Config) -> None:
     assert config(memory="8GB") == config(memory=" 8 gb") == config(memory="8 GB") != config()
-    with pytest.raises(ConfigError, match="'memroy' .did you mean 'memory'"):
+    with pytest.raises(ConfigError, match=r"'memroy' .did you mean 'memory'"):
         config(memroy="8 GB")
 
 
@@ -145,7 +145,7 @@ def test_what_the_base_cannot_be_told_by_is_one_sentence(config: Config, tmp_pat
         train(config(memory="8 GB", config_dir=3))
     model = index(tmp_path, "null", "StableDiffusion3Pipeline")
     (model / "transformer" / "config.json").write_text('{"num_layers": null}')
-    with pytest.raises(ConfigError, match="does not tell which it is .*num_layers = null"):
+    with pytest.raises(ConfigError, match=r"does not tell which it is .*num_layers = null"):
         filled({"model": str(model), "memory": "24 GB"})
 
 

@@ -318,8 +318,8 @@ class Family:
     ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt and seed, with the base's own sampler, on the device where the denoiser is.
 
-        A few at a time (`at_once`), whatever the number: a run has little memory to spare. Components that are parked on the CPU
-        or dropped are so again afterwards.
+        A few at a time (`at_once`), whatever the number: a run has little memory to spare. Components that are parked
+        on the CPU or dropped are so again afterwards.
         """
         images: list[Image.Image] = []
         with self.pipeline() as pipe:
