@@ -19,6 +19,7 @@ from oft_diffusion.formats.components import modules_of
 from oft_diffusion.generate import Picture
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import GUIDANCE, STEPS, pocket_path
+from oft_diffusion.training.memory_presets import is_single_file
 
 from .drawing import Abilities, Request, Studio
 from .machine import Job
@@ -120,7 +121,7 @@ class Model:
         pipe = self.studio().pipe
         denoiser = getattr(pipe, "transformer", None)
         layers = 0 if denoiser is None else int(denoiser.config.get("num_layers") or 0)
-        return fitting(type(pipe).__name__, self.memory(), layers)
+        return fitting(type(pipe).__name__, self.memory(), layers, single_file=is_single_file(self.source))
 
     def precision(self) -> str:
         """In what `mixed_precision` its device trains: bfloat16 only where it computes in that."""

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from oft_diffusion.training.memory_presets import MEMORIES, row_of
+from oft_diffusion.quantization import is_installed
+from oft_diffusion.training.memory_presets import MEMORIES, packages, row_of
 
 
 class Preset(NamedTuple):
@@ -35,38 +36,44 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
 }
 POCKET = {"pocket": Preset("the pocket base", "pocket")}
 _OTHERS = {"sd35": "large models"}  # with the guidance, steps and size of the model itself
+_OF_NO_SIZE = ("sd15_text_encoder",)  # which need more than the sizes were counted for: no prompt is cached
+_AMPLE = 2 * max(MEMORIES.values())  # bytes in which the recipes train as they are; cards of 24 GiB have 25.8e9
 _SLOW, _ENOUGH = 50, 25  # diffusers' steps of old, and what today's schedulers need of them
 _FEW = 4  # of models that were distilled
 
 
-def fitting(pipeline: str, memory: float, layers: int = 0) -> dict[str, Preset]:
+def fitting(pipeline: str, memory: float, layers: int = 0, *, single_file: bool = False) -> dict[str, Preset]:
     """Presets for a pipeline, by name, the one that fits that many bytes of memory best first.
 
     Args:
         pipeline: its class.
         memory: in bytes.
         layers: of its denoiser, where that says it.
+        single_file: whether the model is one checkpoint file, of which nothing is quantized.
     """
-    known = RECIPES.get(pipeline)
-    sizes = offered(pipeline, layers)
-    best = max((size for size in sizes if MEMORIES[size] <= memory), key=MEMORIES.__getitem__, default=sizes[0])
-    if known is not None:
-        chosen: list[str | None] = [best, *(size for size in sizes if size != best)]
-    else:  # nobody knows how large it is
-        chosen = [None, best] if memory > max(MEMORIES.values()) else [best, None]
-    told: dict[str | None, str] = {size: f", for {size} of memory" + " or more" * (size == sizes[-1]) for size in sizes}
-    return {
-        f"{recipe} {size}" if size else recipe: Preset(about + told.get(size, ""), recipe, size)
-        for size in chosen
-        for recipe, about in (known or _OTHERS).items()
-    }
+    sizes = offered(pipeline, layers, single_file)
+    best = max((size for size in sizes if MEMORIES[size] <= memory), key=MEMORIES.__getitem__, default=None)
+    sized: list[str | None] = [size for size in sizes if size == best]
+    sized += [size for size in sizes if size != best]
+    told = {size: f", for {size} of memory" + " or more" * (size == sizes[-1]) for size in sizes}
+    presets = {}
+    for size in [None, *sized] if memory >= _AMPLE else [*sized, None]:
+        for recipe, about in RECIPES.get(pipeline, _OTHERS).items():
+            if size is None:
+                alone = not sizes or recipe in _OF_NO_SIZE
+                presets[recipe] = Preset(about + ", however much memory that takes" * (not alone), recipe)
+            elif recipe not in _OF_NO_SIZE:
+                presets[f"{recipe} {size}"] = Preset(about + told[size], recipe, size)
+    return presets
 
 
-def offered(pipeline: str, layers: int) -> list[str]:
-    """Sizes of memory whose settings for a pipeline differ from those for less."""
-    settings = row_of(pipeline, layers).settings
-    sizes = list(settings)
-    return [size for i, size in enumerate(sizes) if i == 0 or settings[size] != settings[sizes[i - 1]]]
+def offered(pipeline: str, layers: int, single_file: bool = False) -> list[str]:
+    """Sizes of memory whose settings for a pipeline differ from those for less, and whose libraries are installed."""
+    found: dict[str, Any] = {}
+    for size, settings in row_of(pipeline, layers).possible(single_file).items():
+        if settings not in found.values() and all(map(is_installed, packages(settings))):
+            found[size] = settings
+    return list(found)
 
 
 def beginning(pipe: Any) -> tuple[int, float]:

@@ -4,6 +4,8 @@ python -m benchmarks.card_memory            # SD 1.5 and SDXL at full size, rand
 python -m benchmarks.card_memory --families Flux.1 --minutes 2
 python -m benchmarks.card_memory --table    # the newest measurements as Markdown
 
+It has not been run yet: there is no such file.
+
 A base is made on the card and written to memory (/dev/shm) or a temporary folder. For each preset, the estimate and a
 run of a few steps follow, with the first grid, the last one and the report. Both are looked at by what torch's
 allocator has handed out at most, beyond what it had before: that is exact, whatever this process did earlier, so that

@@ -6,7 +6,9 @@ python -m benchmarks.quantized_training --times      # a few steps of each, one 
 python -m benchmarks.quantized_training --table      # the newest setup as Markdown, from the CSV alone
 
 --workers N runs N at once, of which no times are shown; --minutes M begins no run after that. Each finished run is
-kept, so that the command can be stopped at any time and given again. What a run is, `benchmarks.quantized_run` says.
+kept, so that the command can be stopped at any time and given again; but never beside a call that runs on the same
+folder: each begins by taking back all claims, and the two would do the same runs. What a run is,
+`benchmarks.quantized_run` says.
 
 Our learning rate, block size and epsilon are those of train_scripts/configs/pocket.toml, which were searched for us
 (benchmarks/pocket_recipe.py). Theirs are searched here on the base as it is, LoRA's with AdamW's usual epsilon as well
@@ -208,6 +210,7 @@ def spawn(options: argparse.Namespace, until: float) -> None:
 
 
 def main() -> None:
+    """Run the command. All claims are taken back first: a call beside one that runs would do its runs twice."""
     options = _parser().parse_args()
     if options.table:
         print(table(load(options.file), options.setup))

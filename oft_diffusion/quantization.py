@@ -72,7 +72,7 @@ def require_installed(package: str, what: str) -> None:
     Raises:
         ConfigError: it is missing.
     """
-    if not _is_installed(package):
+    if not is_installed(package):
         raise ConfigError(
             f"{what} needs {_DISTRIBUTIONS.get(package, package)}, which is not installed",
             expected="it installed",
@@ -80,7 +80,8 @@ def require_installed(package: str, what: str) -> None:
         )
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a library is there, as Python imports it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a package in a package, the outer one

@@ -146,6 +146,15 @@ class EightBit(QuantizedWeight):
         data.copy_(codes)
         scale.copy_(scales)
 
+    def follow(self) -> None:
+        """Take what `Module.to` left behind, which moves the parameter's data alone, to where that is by now."""
+        data = self.weight.data
+        for holder in (self.weight, self.layer.state):
+            if holder.CB is not None:  # the same bytes as the data, which the layer puts back after each call
+                holder.CB = data
+            if holder.SCB is not None:
+                holder.SCB = holder.SCB.to(data.device)
+
     def tensors(self) -> dict[str, Tensor]:
         holder = self.layer.state if self.layer.state.CB is not None else self.weight
         data = holder.CB if holder.CB is not None else self.weight.data
@@ -260,6 +269,14 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
 
 
 _BITSANDBYTES: Mapping[str, type[QuantizedWeight]] = {"Params4bit": FourBit, "Int8Params": EightBit}
+
+
+def move(module: nn.Module, device: torch.device | str) -> None:
+    """Move a component with all that its quantized weights consist of, so that none of it stays on the old device."""
+    module.to(device)
+    for layer in module.modules():
+        if isinstance(weight := quantized_weight(layer), EightBit):
+            weight.follow()
 
 
 def _inner(tensor: Any) -> dict[str, Tensor]:

@@ -419,7 +419,8 @@ class TrainConfig:
     def from_dict(cls, data: Mapping[str, Any], source: str = "the settings") -> TrainConfig:
         """Rebuild from `to_dict`'s output, or any part of it that holds what has no default.
 
-        `memory`, such as "12 GB", is no knob, but stands for some (`memory_presets.py`) that are not in the data.
+        `memory`, such as "12 GB", is no knob, but stands for some (`memory_presets.py`) that are not in the data. Which
+        depends on the base: of a hub id its configs are fetched, unless the hub's cache has them.
 
         Raises:
             ConfigError: unknown names (each with the nearest known one), required ones missing, or too little memory.
@@ -427,7 +428,7 @@ class TrainConfig:
         data = memory_presets.filled(data)
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in data if key not in known]:
-            guesses = [config_io.nearest(key, known) for key in unknown]
+            guesses = [config_io.nearest(key, [*known, "memory"]) for key in unknown]
             raise ConfigError(
                 f"{source} holds unknown setting(s): {', '.join(guesses)}",
                 expected="names that `train --help` lists",
@@ -445,13 +446,21 @@ class TrainConfig:
         return cls(**dict(data))
 
     @classmethod
-    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    def from_toml(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        shipped: Mapping[str, Callable[[], Path]] | None = None,
+    ) -> TrainConfig:
         """Read a TOML file of flat `knob = value` lines; `overrides` win.
+
+        `shipped` are names that stand for models, with what finds these.
 
         Raises:
             ConfigError: the file is missing or no TOML, or as `from_dict`.
         """
-        return cls.from_dict(config_io.read_toml(Path(path)) | dict(overrides or {}), source=str(path))
+        data = config_io.read_toml(Path(path)) | dict(overrides or {})
+        return cls.from_dict(_found(data, shipped), source=str(path))
 
     def to_toml(self) -> str:
         """TOML text that `from_toml` reads back to an equal config. Knobs that are None are left out."""
@@ -477,17 +486,19 @@ class TrainConfig:
     ) -> TrainConfig:
         """The config of a parser prepared by `add_arguments`: the TOML file's settings, overridden by options.
 
-        `shipped` are names that stand for models, with what finds these.
-
         Raises:
             ConfigError: as `from_toml`.
         """
-        toml = getattr(namespace, "config", None)
-        data = config_io.read_toml(Path(toml)) if toml else {}
-        data |= {k: v for k, v in vars(namespace).items() if k in hints() or k == "memory"}
-        if find := (shipped or {}).get(str(data.get("model"))):
-            data["model"] = str(find())
-        return cls.from_dict(data, source=str(toml) if toml else "the command line")
+        given = {k: v for k, v in vars(namespace).items() if k in hints() or k == "memory"}
+        if toml := getattr(namespace, "config", None):
+            return cls.from_toml(toml, given, shipped)
+        return cls.from_dict(_found(given, shipped), source="the command line")
+
+
+def _found(data: Mapping[str, Any], shipped: Mapping[str, Callable[[], Path]] | None) -> dict[str, Any]:
+    """Settings with the model itself in place of a shipped one's name."""
+    find = (shipped or {}).get(str(data.get("model")))
+    return {**data, "model": str(find())} if find else dict(data)
 
 
 REQUIRED = ("model", "instance_dir", "trigger", "class_word", "output_dir")

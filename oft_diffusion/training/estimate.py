@@ -27,7 +27,7 @@ from oft_diffusion.training.data import Picture
 from oft_diffusion.training.families import AT_ONCE, Family, where
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
-from oft_diffusion.training.page import SWEEP_SEEDS, pictures_on_page
+from oft_diffusion.training.page import pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
 from oft_diffusion.training.state import resume
@@ -326,8 +326,7 @@ def _pictures_after(done: int, config: TrainConfig) -> int:
 def _prompts_at_once(config: TrainConfig) -> list[str]:
     """Prompts of one call of the pipeline, as grids have them."""
     prompt = next(iter(config.validation_prompts), config.instance_prompt)
-    # The report draws the first of them with a few seeds at once.
-    count = max(config.validation_count, SWEEP_SEEDS) if config.validation_prompts else AT_ONCE
+    count = config.validation_count if config.validation_prompts else AT_ONCE  # the report's strengths are no more
     return [config.fill(prompt)] * min(count, AT_ONCE)
 
 
@@ -338,14 +337,21 @@ _Phase = Literal["loading", "encoding", "grids", "steps"]  # by what of them mos
 
 def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[str, ...]:
     """Settings that take less memory than the config's, where most of it is needed."""
-    c, on_gpu, stepping, dropped = config, device.type == "cuda", phase == "steps", config.drop_encoders
+    c, on_gpu, stepping = config, device.type == "cuda", phase == "steps"
+    cached, whole = c.cache_latents and c.cache_text_embeddings, not c.model.endswith(".safetensors")
+    # What is dropped is on no card but for prompts and pictures, and on a processor gone while training alone.
+    dropping = phase in ("loading", "encoding") if on_gpu else stepping
     known = {
         'mixed_precision = "bf16"': c.mixed_precision == "no",
-        'quantization = "nf4"': not (c.quantization or c.denoiser_file or c.model.endswith(".safetensors")),
+        'quantization = "nf4"': whole and not (c.quantization or c.denoiser_file),
+        'text_encoder_quantization = "nf4"': (
+            whole and not c.text_encoder_quantization and _encoders_are_there(c, phase, on_gpu)
+        ),
+        'optimizer = "adamw8bit"': c.optimizer == "adamw" and phase != "encoding",
         "gradient_checkpointing = true": stepping and not c.gradient_checkpointing,
         f"batch_size = 1 with accumulation = {c.accumulation * c.batch_size}": stepping and c.batch_size > 1,
         "class_batch_size = 1": stepping and c.prior_preservation and (c.class_batch_size or c.batch_size) > 1,
-        "drop_encoders = true": stepping and not on_gpu and c.cache_latents and c.cache_text_embeddings and not dropped,
+        "drop_encoders = true": dropping and cached and not c.drop_encoders,
         # A processor's memory is where these park the encoders.
         "cache_latents = true": stepping and on_gpu and not c.cache_latents,
         "cache_text_embeddings = true": stepping and on_gpu and not (c.cache_text_embeddings or c.text_encoder),
@@ -354,6 +360,14 @@ def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[
         "a smaller base": True,
     }
     return tuple(words for words, possible in known.items() if possible)
+
+
+def _encoders_are_there(config: TrainConfig, phase: _Phase, on_gpu: bool) -> bool:
+    """Whether text encoders are on the device when most of it is taken; on a card they may come for prompts alone."""
+    if not on_gpu:
+        return not (phase == "steps" and config.drop_encoders)
+    parked = config.drop_encoders if phase == "loading" else config.cache_text_embeddings
+    return phase == "encoding" or not parked
 
 
 def _too_large(needed: str, free: int, savings: Sequence[str]) -> TrainingError:

@@ -139,14 +139,14 @@ class TrainingRun:
         self._require_parts()
         with on_interrupt(self._interrupt):
             if self.step == 0 and draws_after(0, config):
-                self.sample()
+                self._draw_grid()
             self.console.start(self.step, config.steps)
             while self.step < config.steps and not self._stop_everywhere():
                 record = self._optimizer_step()
                 self.history.add(record)
                 self.console.advance(record)
                 if draws_after(self.step, config):
-                    record = replace(record, pictures=self.sample())
+                    record = replace(record, pictures=self._draw_grid())
                 last = self.step == config.steps
                 if config.checkpoint_every and not last and self.step % config.checkpoint_every == 0:
                     record = replace(record, checkpoint=self.save())
@@ -311,6 +311,15 @@ class TrainingRun:
             save_png(grid, path, {"step": self.step, "prompts": filled, "seeds": seeds})
         self.accelerator.wait_for_everyone()
         return path
+
+    def _draw_grid(self) -> Path | None:
+        """A grid on the way. One that cannot be drawn, as where a dropped encoder's file is gone, ends no training."""
+        try:
+            return self.sample()
+        except OFTError as error:
+            self.console.say(f"no pictures after step {self.step}: {error}")
+            self.accelerator.wait_for_everyone()  # the others, who draw nothing, wait in `sample`
+            return None
 
     # -- housekeeping ------------------------------------------------------------------------------------------------
 

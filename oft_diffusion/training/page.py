@@ -110,12 +110,14 @@ def strength_sweep(
 ) -> dict[float, list[Image.Image]] | None:
     """The first validation prompt at several strengths, a picture per seed; afterwards the adapter is at strength 1.
 
+    No more are drawn at once than a grid has: where memory is short, that one is narrow.
     Strengths that the adapter does not know are left out (a series past the norm at which powers are defined). None
     where `stopped` said so.
     """
     prompts = [config.fill(config.validation_prompts[0])] * SWEEP_SEEDS
     seeds = [config.seed + i for i in range(SWEEP_SEEDS)]
     how = (config.resolution, config.sampling_steps, config.guidance_scale)
+    at_once = min(SWEEP_SEEDS, config.validation_count)
     columns: dict[float, list[Image.Image]] = {}
     try:
         for strength in STRENGTHS:
@@ -124,7 +126,7 @@ def strength_sweep(
             with suppress(AdapterError):  # raised where the strength is built, at the latest in the first forward
                 for bank in parts.banks.values():
                     bank.set_adapters([ADAPTER], strength)
-                columns[strength] = parts.family.sample(prompts, seeds, *how)
+                columns[strength] = parts.family.sample(prompts, seeds, *how, at_once)
     finally:
         for bank in parts.banks.values():
             bank.set_adapters([ADAPTER])

@@ -27,7 +27,7 @@ from oft_diffusion.training.checkpoint import list_checkpoints, restore_rng, rng
 from oft_diffusion.training.class_images import class_pictures, make_class_images, twin_pictures
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
-from oft_diffusion.training.families import FAMILIES, Family
+from oft_diffusion.training.families import FAMILIES, Family, send
 from oft_diffusion.training.memory import freed_memory_kept
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.noise import Diffusion, Flow, Noise
@@ -137,7 +137,7 @@ def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family
     quantized = quantizing(config, base, device.type)
     family = FAMILIES[base.pipeline].load(base, dtype, config.clip_skip, quantized, file)
     for name in base.modules:
-        family.module(name).to("cpu" if config.drop_encoders and name in base.text_encoders else device)
+        send(family.module(name), "cpu" if config.drop_encoders and name in base.text_encoders else device)
     return family
 
 
@@ -243,10 +243,10 @@ def _park(config: TrainConfig, family: Family) -> None:
     if config.drop_encoders:
         family.drop("vae", *family.base.text_encoders)
     elif config.cache_latents:
-        family.vae.to("cpu")
+        send(family.vae, "cpu")
     if config.cache_text_embeddings and not config.drop_encoders:
         for name in family.base.text_encoders:
-            family.module(name).to("cpu")
+            send(family.module(name), "cpu")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,23 +55,35 @@ def caching(config: TrainConfig, batches: Batches, meter: Meter) -> Cost:
         found = _encoding(encode, views, meter)
     if config.cache_text_embeddings:
         prompts = batches.prompts()
-        with torch.no_grad(), family.reading():
+        with torch.no_grad():
             texts = _encoding(
-                lambda turn: family.encode_text([prompts[turn % len(prompts)]], config.resolution), len(prompts), meter
-            )
+                lambda turn: family.encode_text([prompts[turn % len(prompts)]], config.resolution), len(prompts), meter,
+                family.reading,
+            )  # fmt: skip
         found = Cost(found.seconds + texts.seconds, found.held + texts.held, max(found.growth, texts.growth))
     return found
 
 
-def _encoding(encode: Callable[[int], Any], count: int, meter: Meter) -> Cost:
-    """Of `count` encodings, from a few."""
-    growth = meter.growth(lambda: encode(0))
+def _encoding(
+    encode: Callable[[int], Any],
+    count: int,
+    meter: Meter,
+    there: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Cost:
+    """Of `count` encodings, from a few; `there` brings what encodes onto the device, whose bytes count as growth."""
+
+    def first() -> None:
+        with there():
+            encode(0)
+
+    growth = meter.growth(first)
     seconds, held = [], 0
-    for turn in range(_ENCODINGS):
-        started = now(meter.device)
-        found = encode(turn)
-        seconds.append(now(meter.device) - started)
-        held = max(held, tensor_bytes(found))
+    with there():
+        for turn in range(_ENCODINGS):
+            started = now(meter.device)
+            found = encode(turn)
+            seconds.append(now(meter.device) - started)
+            held = max(held, tensor_bytes(found))
     return Cost(count * statistics.median(seconds), count * held, growth)
 
 

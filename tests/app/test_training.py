@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from app import model
+from app import model, presets
 from app.drawing import Request
 from app.machine import Cancelled, Job
 from app.model import Model
@@ -78,32 +79,57 @@ def test_other_models_have_presets_that_fit_the_machine(
         orders.append(list(fresh.training.runs.presets))
         assert fresh.training.defaults()["mixed_precision"] == fresh.model.precision()
         assert fresh.training.defaults()["gradient_checkpointing"] is (memory == 8e9)
-    assert orders[0][:2] == ["sd15 8 GB", "sd15_text_encoder 8 GB"]
-    assert orders[1][:2] == ["sd15 12 GB", "sd15_text_encoder 12 GB"]
-    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] == ["sd15 8 GB", "sd15 12 GB", "sd15", "sd15_text_encoder"]
+    assert orders[1] == ["sd15 12 GB", "sd15 8 GB", "sd15", "sd15_text_encoder"]
+
+
+SDXL, SD3, FLUX = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
 
 
 def test_every_preset_is_there_and_fits_by_memory() -> None:
     for pipeline in (*RECIPES, "SanaPipeline"):
         for preset in (*fitting(pipeline, 8e9).values(), *POCKET.values()):
             assert Path(f"train_scripts/configs/{preset.recipe}.toml").is_file()
-    sdxl = {memory: list(fitting("StableDiffusionXLPipeline", memory)) for memory in (4e9, 12e9, 15e9, 80e9)}
-    assert [names[0] for names in sdxl.values()] == ["sdxl 8 GB", "sdxl 12 GB", "sdxl 12 GB", "sdxl 16 GB"]
-    assert {tuple(sorted(names)) for names in sdxl.values()} == {("sdxl 12 GB", "sdxl 16 GB", "sdxl 8 GB")}
-    assert fitting("StableDiffusionXLPipeline", 8e9)["sdxl 16 GB"].about == "SDXL, for 16 GB of memory or more"
-    assert list(fitting("FluxPipeline", 8e9)) == ["flux 12 GB", "flux 16 GB", "flux 24 GB"]
-    assert next(iter(fitting("StableDiffusion3Pipeline", 8e9, layers=24))) == "sd35 8 GB"
-    assert next(iter(fitting("StableDiffusion3Pipeline", 8e9, layers=38))) == "sd35 12 GB"
+    sdxl = {memory: list(fitting(SDXL, memory)) for memory in (4e9, 12e9, 15e9, 25.4e9, 80e9)}
+    assert [names[0] for names in sdxl.values()] == ["sdxl 8 GB", "sdxl 12 GB", "sdxl 12 GB", "sdxl 16 GB", "sdxl"]
+    assert {tuple(sorted(names)) for names in sdxl.values()} == {("sdxl", "sdxl 12 GB", "sdxl 16 GB", "sdxl 8 GB")}
+    assert fitting(SDXL, 8e9)["sdxl 16 GB"].about == "SDXL, for 16 GB of memory or more"
+    assert fitting(SDXL, 8e9)["sdxl"] == ("SDXL, however much memory that takes", "sdxl", None)
+    assert list(fitting(FLUX, 8e9)) == ["flux 12 GB", "flux 16 GB", "flux 24 GB", "flux"]
+    assert next(iter(fitting(SD3, 8e9, layers=24))) == "sd35 8 GB"
+    assert next(iter(fitting(SD3, 8e9, layers=38))) == "sd35 12 GB"
     assert list(fitting("SanaPipeline", 80e9)) == ["sd35", "sd35 8 GB"]
-    assert list(fitting("SanaPipeline", 12e9)) == ["sd35 8 GB", "sd35"]
+    for memory in (12e9, 25.4e9):  # a card of 24 GiB has no more than the largest size
+        assert list(fitting("SanaPipeline", memory)) == ["sd35 8 GB", "sd35"]
+
+
+def test_a_trained_text_encoder_is_offered_without_a_size() -> None:
+    found = fitting("StableDiffusionPipeline", 12e9)
+    names = {name: preset for name, preset in found.items() if preset.recipe == "sd15_text_encoder"}
+    assert names == {"sd15_text_encoder": ("Stable Diffusion with its text encoder", "sd15_text_encoder", None)}
+
+
+def test_of_a_single_file_presets_quantize_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(fitting(SDXL, 12e9, single_file=True)) == ["sdxl 12 GB", "sdxl 16 GB", "sdxl"]
+    assert fitting(FLUX, 12e9, single_file=True) == {"flux": ("Flux.1", "flux", None)}
+    model = Model(str(tmp_path / "x.safetensors"))
+    monkeypatch.setattr(Model, "studio", lambda _: SimpleNamespace(pipe=type(FLUX, (), {})()))
+    assert list(model.presets()) == ["flux"]
+
+
+def test_without_bitsandbytes_no_preset_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "is_installed", lambda package: package != "bitsandbytes")
+    assert list(fitting(SDXL, 8e9)) == ["sdxl 16 GB", "sdxl"]
+    assert list(fitting(FLUX, 24e9)) == ["flux"]
+    assert next(iter(fitting("StableDiffusionPipeline", 8e9))) == "sd15 8 GB"
 
 
 @pytest.mark.parametrize(
     ("name", "preset", "steps", "guidance", "negative"),
     [
-        ("StableDiffusionXLPipeline", "sdxl 16 GB", 25, 5.0, True),
-        ("StableDiffusion3Pipeline", "sd35 24 GB", 28, 7.0, True),
-        ("FluxPipeline", "flux 24 GB", 28, 3.5, False),
+        ("StableDiffusionXLPipeline", "sdxl", 25, 5.0, True),
+        ("StableDiffusion3Pipeline", "sd35", 28, 7.0, True),
+        ("FluxPipeline", "flux", 28, 3.5, False),
         ("QwenImagePipeline", "sd35", 25, 4.0, True),
     ],
 )

@@ -130,6 +130,20 @@ def test_a_base_that_is_gone_is_said_and_the_adapter_stays(config: Config, tmp_p
     assert run.result.adapter.is_file()
 
 
+def test_grids_that_cannot_be_drawn_on_the_way_are_noted(config: Config, tmp_path: Path, tiny_sd: Path) -> None:
+    model, notes = tmp_path / "model", list[str]()
+    model.symlink_to(tiny_sd)
+    settings = config(**CACHED, **GRIDS, drop_encoders=True, model=str(model))
+    with train(settings, progress=False, on_note=notes.append) as run:
+        model.unlink()
+        assert [step.pictures for step in run] == [None] * 4
+    assert run.result.adapter.is_file()
+    assert len(run.result.losses) == 4
+    for step in (0, 2, 4):
+        assert any(note.startswith(f"no pictures after step {step}: diffusers cannot load") for note in notes)
+    assert any("its report cannot be written" in note for note in notes)
+
+
 class Encoder(nn.Module):
     """Says that it is where it was last sent."""
 

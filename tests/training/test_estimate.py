@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +93,35 @@ def test_as_many_pictures_as_the_run_draws(config: Config, run: Run, monkeypatch
     run(settings)
     assert found.class_images == 5
     assert found.class_images + found.pictures == sum(drawn)
+
+
+def test_narrow_grids_are_what_is_drawn_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, seen = timing.drawing, list[int]()
+
+    def noting(settings: TrainConfig, family: Family, prompts: Sequence[str], *rest: Any) -> timing.Cost:
+        seen.append(len(prompts))
+        return drawing(settings, family, prompts, *rest)
+
+    monkeypatch.setattr(importlib.import_module(Memory.__module__), "drawing", noting)
+    for count in (1, 3):
+        estimate(config(validation_prompts=["a dog"], validation_count=count))
+    assert seen == [0, 1, 0, 3]
+
+
+def test_text_encoders_that_come_to_read_prompts_are_counted(config: Config) -> None:
+    """On a card, as they live on the processor while pictures are encoded."""
+    there = list[torch.Tensor]()
+
+    @contextmanager
+    def reading() -> Iterator[None]:
+        there.append(torch.zeros(1_000_000, dtype=torch.uint8))
+        yield
+        there.clear()
+
+    family: Any = SimpleNamespace(reading=reading, encode_text=lambda *_: torch.zeros(10))
+    batches: Any = SimpleNamespace(family=family, prompts=lambda: ["a dog"])
+    settings = config(cache_latents=False, cache_text_embeddings=True)
+    assert timing.caching(settings, batches, Meter(CPU)).growth >= 1_000_000
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,11 +114,43 @@ def test_what_does_not_fit_is_said_with_what_helps(config: Config, monkeypatch: 
         assert knob in helps
     assert "cache" not in helps  # which would free nothing on a processor
     monkeypatch.setattr(memory, "_free", lambda _: held - 1)
-    fixes = 'mixed_precision = "bf16", or quantization = "nf4", or a smaller base'
+    fixes = (
+        'mixed_precision = "bf16", or quantization = "nf4", or text_encoder_quantization = "nf4", or '
+        'optimizer = "adamw8bit", or a smaller base'
+    )
     with pytest.raises(TrainingError, match=f"does not fit.*{fixes}"):
         estimate(settings)
     monkeypatch.setattr(memory, "_free", lambda _: None)
     assert estimate(settings).fits is None
+
+
+CACHED = {"cache_latents": True, "cache_text_embeddings": True}
+DROP, ENCODERS, EIGHT = "drop_encoders = true", 'text_encoder_quantization = "nf4"', 'optimizer = "adamw8bit"'
+
+
+@pytest.mark.parametrize(
+    ("device", "phase", "knobs", "offered"),
+    [
+        ("cuda", "loading", CACHED, {DROP, ENCODERS, EIGHT}),
+        ("cuda", "encoding", CACHED, {DROP, ENCODERS}),
+        ("cuda", "steps", CACHED, {EIGHT}),
+        ("cuda", "steps", {}, {ENCODERS, EIGHT}),
+        ("cuda", "grids", CACHED, {EIGHT}),
+        ("cuda", "loading", {**CACHED, "drop_encoders": True}, {EIGHT}),
+        ("cuda", "encoding", {**CACHED, "drop_encoders": True}, {ENCODERS}),
+        ("cuda", "loading", {"optimizer": "adamw8bit", "text_encoder_quantization": "int8"}, set()),
+        ("cuda", "loading", {"model": "x.safetensors"}, {EIGHT}),
+        ("cpu", "loading", CACHED, {ENCODERS, EIGHT}),
+        ("cpu", "steps", CACHED, {DROP, ENCODERS, EIGHT}),
+        ("cpu", "steps", {**CACHED, "drop_encoders": True}, {EIGHT}),
+    ],
+)
+def test_settings_that_help_are_offered_where_they_do(
+    device: str, phase: Any, knobs: dict[str, object], offered: set[str], config: Config
+) -> None:
+    savings = importlib.import_module("oft_diffusion.training.estimate")._savings
+    found = savings(config(**knobs), phase, torch.device(device))
+    assert {DROP, ENCODERS, EIGHT} & set(found) == offered
 
 
 def test_running_out_of_memory_is_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.full_size import FULL_SIZE, full_size
 from oft_diffusion.errors import ConfigError
-from oft_diffusion.training import TrainConfig, memory_presets
+from oft_diffusion.training import TrainConfig, memory_presets, train
 from oft_diffusion.training.checks import settings_problems
 from oft_diffusion.training.command import main
 from oft_diffusion.training.config import REQUIRED
@@ -105,6 +105,50 @@ def test_too_little_is_refused_with_what_is_the_least(tmp_path: Path) -> None:
         filled({"model": str(tmp_path), "memory": "8 GB"})
 
 
+def test_of_a_single_file_nothing_is_quantized(tmp_path: Path) -> None:
+    def asked(name: str, memory: str) -> dict[str, Any]:
+        configs = tmp_path / name
+        if not configs.exists():
+            index(tmp_path, name, *{"xl": ("StableDiffusionXLPipeline", None), "flux": ("FluxPipeline", 19)}[name])
+        return filled({"model": "x.safetensors", "config_dir": str(configs), "memory": memory})
+
+    assert asked("xl", "12 GB")["drop_encoders"]
+    with pytest.raises(ConfigError, match=r"memory = '8 GB' is too little.*single file.*save_pretrained.*\"12 GB\""):
+        asked("xl", "8 GB")
+    for memory in MEMORIES:
+        with pytest.raises(ConfigError, match=r"single file.*save_pretrained it and pass that folder, or leave memory"):
+            asked("flux", memory)
+    for row in ROWS:
+        for settings in row.possible(single_file=True).values():
+            assert not any("quantization" in knob for knob in settings)
+
+
+def test_a_run_that_goes_on_has_its_settings_already(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"memory = '8 GB' is given with resume.*config.toml of the run has"):
+        config(memory="8 GB", resume="latest")
+
+
+@pytest.mark.parametrize("memory", [["8 GB"], 8, "8", "8 GiB", "", {}])
+def test_memory_is_one_of_a_few_words(memory: object, config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"memory = .* is none that is known. Expected: 8 GB, 12 GB, 16 GB, 24 GB"):
+        config(memory=memory)
+
+
+def test_memory_is_understood_however_it_is_spaced(config: Config) -> None:
+    assert config(memory="8GB") == config(memory=" 8 gb") == config(memory="8 GB") != config()
+    with pytest.raises(ConfigError, match=r"'memroy' .did you mean 'memory'"):
+        config(memroy="8 GB")
+
+
+def test_what_the_base_cannot_be_told_by_is_one_sentence(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config_dir = 3 is not usable"):
+        train(config(memory="8 GB", config_dir=3))
+    model = index(tmp_path, "null", "StableDiffusion3Pipeline")
+    (model / "transformer" / "config.json").write_text('{"num_layers": null}')
+    with pytest.raises(ConfigError, match=r"does not tell which it is .*num_layers = null"):
+        filled({"model": str(model), "memory": "24 GB"})
+
+
 def test_of_a_hub_model_the_configs_alone_are_fetched_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, asked = index(tmp_path, "large", "StableDiffusion3Pipeline", 38), list[str]()
 
@@ -122,11 +166,31 @@ def test_of_a_hub_model_the_configs_alone_are_fetched_and_once(tmp_path: Path, m
     assert asked == ["someone/large"]
 
 
+@pytest.mark.parametrize("there", [[], ["model_index.json"]])
+def test_half_a_model_in_the_hubs_cache_is_made_whole(
+    there: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = index(tmp_path, "large", "StableDiffusion3Pipeline", 38)
+    (whole / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline", "transformer": ["", ""]}')
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in there:
+        (half / name).write_bytes((whole / name).read_bytes())
+
+    def snapshot(_: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert allow_patterns
+        return str(half if local_files_only else whole)
+
+    monkeypatch.setattr(memory_presets, "snapshot_download", snapshot)
+    assert row_for(Path("someone/large")).about == "Stable Diffusion 3.5 Large"
+
+
 # -- counting ----------------------------------------------------------------------------------------------------------
 
-# GB that come and go. In a step: twice what is alive at once where layers are gone through without numbers, since
-# autocast keeps some in float32; checkpointed, and not. While a picture is encoded; while a few are drawn, of which
-# decoding in float32 takes most.
+# GB that come and go: estimates, none measured on a card (benchmarks/card_memory.py would), and typed in: the script that
+# counted them was not kept. In a step: what is alive at once where layers are gone through on the device "meta",
+# checkpointed and not, and that twice, since autocast keeps some in float32 and libraries want room. While a picture is
+# encoded; while a few are drawn, of which decoding in float32 takes most.
 STEP = {"SD 1.5": (1.0, 3.4), "SDXL": (2.5, 23.0), "SD 3.5 Medium": (1.5, 16.0), "SD 3.5 Large": (3.0, 40.0),
         "Flux.1": (3.2, 40.0)}  # fmt: skip
 ENCODE = {512: 0.7, 1024: 2.8}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,32 @@ def test_strengths_that_a_series_does_not_know_are_left_out(config: Config) -> N
     assert part is not None
     assert list(whole) == list(STRENGTHS)
     assert list(part) == [0, 1]
+
+
+def test_where_grids_have_one_picture_strengths_are_drawn_one_at_a_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As memory's presets have it; or the report would take more than any grid. The pictures are the same."""
+    settings, at_once = config(validation_prompts=PROMPTS, validation_count=1), list[int]()
+    found = []
+    with train(settings, progress=False) as run:
+        list(run)
+        assert run.parts is not None
+        kind = type(run.parts.family.pipe)
+        call = kind.__call__
+
+        def noting(self: Any, *, prompt: list[str], **how: Any) -> object:
+            at_once.append(len(prompt))
+            return call(self, prompt=prompt, **how)
+
+        monkeypatch.setattr(kind, "__call__", functools.wraps(call)(noting))
+        for count in (1, 4):
+            columns = strength_sweep(run.parts, replace(settings, validation_count=count))
+            assert columns is not None
+            found.append([np.asarray(picture) for column in columns.values() for picture in column])
+    assert at_once == [1] * 2 * len(STRENGTHS) + [2] * len(STRENGTHS)
+    assert len(found[0]) == len(found[1])
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_stop_leaves_the_sweep_out(config: Config) -> None:

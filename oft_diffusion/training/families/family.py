@@ -22,7 +22,7 @@ from oft_diffusion.load import clip_skip_mended
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.quantization import Quantizing
 from oft_diffusion.training.base import Base
-from oft_diffusion.training.families.homes import in_turn, where
+from oft_diffusion.training.families.homes import in_turn, send, where
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
 from oft_diffusion.training.families.source import Source, hollow
 
@@ -186,7 +186,7 @@ class Family:
         try:
             if dropped:
                 loaded = self.source.again(self.pipe.components, dropped)
-                self._put({name: module.requires_grad_(False).eval().to("cpu") for name, module in loaded.items()})
+                self._put({name: send(module.requires_grad_(False).eval(), "cpu") for name, module in loaded.items()})
                 del loaded
             yield
         finally:
@@ -313,17 +313,18 @@ class Family:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float
-    ) -> list[Image.Image]:
+        self, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float,
+        at_once: int = AT_ONCE,
+    ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt and seed, with the base's own sampler, on the device where the denoiser is.
 
-        A few at a time, whatever the number: a run has little memory to spare. Components that are parked on the CPU
-        or dropped are so again afterwards.
+        A few at a time (`at_once`), whatever the number: a run has little memory to spare. Components that are parked
+        on the CPU or dropped are so again afterwards.
         """
         images: list[Image.Image] = []
         with self.pipeline() as pipe:
-            for first in range(0, len(prompts), AT_ONCE):
-                few = slice(first, first + AT_ONCE)
+            for first in range(0, len(prompts), at_once):
+                few = slice(first, first + at_once)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[few]]
                 images += pictures_of(
                     pipe(
@@ -390,9 +391,9 @@ def _visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """Modules on the device, and back where they were."""
     homes = {module: home for module in modules if (home := where(module)) != device}
     for module in homes:
-        module.to(device)
+        send(module, device)
     try:
         yield
     finally:
         for module, home in homes.items():
-            module.to(home)
+            send(module, home)

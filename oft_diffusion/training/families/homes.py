@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from oft_diffusion import quantized
+
 
 def where(module: nn.Module) -> torch.device:
     """The device of a component's first parameter."""
     return next(module.parameters()).device
+
+
+def send(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a component, what bitsandbytes keeps beside its parameters included; the component."""
+    quantized.move(module, device)
+    return module
 
 
 @contextmanager
@@ -37,12 +45,12 @@ def in_turn(
 
     def come() -> None:
         for encoder in homes:
-            encoder.to(device)
+            send(encoder, device)
 
     def go() -> None:
         for encoder, home in homes.items():
             if where(encoder) != home:
-                encoder.to(home)
+                send(encoder, home)
 
     kind = type(pipe)
 
