@@ -43,7 +43,14 @@ from oft_diffusion.training.losses import losses
 from oft_diffusion.training.model import AdaptedModel
 from oft_diffusion.training.precision import DTYPES
 from oft_diffusion.training.preflight import Plan, preflight
-from oft_diffusion.training.prepare import Parts, _optimizer, _schedule, load_family, make_noise, pictures_of
+from oft_diffusion.training.prepare import (
+    Parts,
+    load_family,
+    make_noise,
+    make_optimizer,
+    make_schedule,
+    pictures_of,
+)
 from oft_diffusion.training.skeleton import adapted
 
 NONE = "none"  # the base as it is
@@ -194,8 +201,8 @@ def learn(learner: Learner, config: TrainConfig, plan: Plan, steps: int) -> tupl
         Instance loss and prior loss of every step, `(steps, 2)`; seconds of a step.
     """
     parts = {name: nn.ParameterList(found.trained) for name, found in learner.adapted.items()}
-    optimizer = _optimizer(config, plan.base, cast("Any", parts))
-    schedule, clock, trained = _schedule(config, optimizer), _Clock(learner.family.device), learner.trained
+    optimizer = make_optimizer(config, plan.base, parts)
+    schedule, clock, trained = make_schedule(config, optimizer), _Clock(learner.family.device), learner.trained
     weights = torch.tensor([1.0, config.prior_weight], device=learner.family.device)
     found = []
     for step in range(steps):

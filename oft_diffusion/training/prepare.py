@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from torch import nn
 from transformers import get_scheduler, get_wsd_schedule
 
 from oft_diffusion.bank import OFTBank
@@ -180,9 +181,9 @@ def assemble(
     if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
         family.quicken_backward(config.resolution)
     model = AdaptedModel(family, banks, config.resolution)
-    adamw = _optimizer(config, plan.base, banks)
+    adamw = make_optimizer(config, plan.base, banks)
     wrapped, optimizer = accelerator.prepare(model, adamw)
-    schedule = _schedule(config, adamw)
+    schedule = make_schedule(config, adamw)
     identity = {
         "base model": plan.base.fingerprint(),
         "instance images or captions": pictures_digest(pictures["instance"]),
@@ -194,7 +195,8 @@ def assemble(
     return Parts(family, noise, batches, banks, wrapped, optimizer, adamw, schedule, identity)
 
 
-def _optimizer(config: TrainConfig, base: Base, banks: Mapping[str, OFTBank]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, base: Base, banks: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
+    """AdamW as the config has it, over the parameters of what is trained of each component, by its name."""
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
         kind = eight_bit_adamw()
@@ -206,7 +208,8 @@ def _optimizer(config: TrainConfig, base: Base, banks: Mapping[str, OFTBank]) ->
     return made
 
 
-def _schedule(config: TrainConfig, adamw: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(config: TrainConfig, adamw: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """How the learning rates rise and fall over the run, as the config has it."""
     if config.decay_steps:
         return get_wsd_schedule(adamw, config.warmup_steps, config.decay_steps, config.steps)
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
