@@ -125,7 +125,7 @@ def filled(given: Settings) -> dict[str, Any]:
         raise ConfigError(
             f"memory = {memory!r} is given with resume, but a run goes on with the settings that it began with",
             expected="memory where a run begins; config.toml of the run has what it stood for",
-            fix="leave memory out",
+            fix="leave memory out, and give the config.toml in output_dir",
         )
     model, configs = settings.get("model"), settings.get("config_dir")
     if not isinstance(model, (str, Path)) or not isinstance(configs, (str, Path, type(None))):
