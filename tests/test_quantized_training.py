@@ -33,6 +33,7 @@ def _of_the_base(learner: Learner) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in named if id(p) not in own}
 
 
+@pytest.mark.slow
 def test_methods_begin_alike_and_train_adapters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learn, apart = quantized_run.learn, []
 

@@ -194,7 +194,15 @@ def pocket(tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
-@pytest.mark.parametrize("knobs", [{}, {"text_encoder": True}, {"mixed_precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"text_encoder": True}, marks=pytest.mark.slow),
+        {"mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
 def test_figures_of_the_pocket_base_are_on_the_page(
     pocket: Callable[..., TrainConfig], run: Run, knobs: dict[str, object]
 ) -> None:

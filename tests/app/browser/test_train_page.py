@@ -27,7 +27,7 @@ def filled(page: Any, name: str, steps: int) -> None:
     text(page, "run-trigger").fill("zwx")
     text(page, "run-class").fill("cat")
     opened_part(page, "Settings")
-    choose(page, "run-preset", "Stable Diffusion, where memory is short")
+    choose(page, "run-preset", "Stable Diffusion, for 8 GB of memory")
     page.wait_for_timeout(500)
     number(page, "run-steps", steps)
     text(page, "run-prompts").fill("a {trigger} {class_word}")
