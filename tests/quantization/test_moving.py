@@ -34,7 +34,8 @@ def test_what_eight_bits_keep_beside_their_parameter_moves_with_it(
 ) -> None:
     module = component("int8")
     before = module(ONES) if called else None
-    old = {tensor.data_ptr() for layer in module for tensor in kept(layer)}
+    held = [tensor.detach() for layer in module for tensor in kept(layer)]  # so that no address is used again
+    old = {tensor.data_ptr() for tensor in held}
     with monkeypatch.context() as patch:  # as if there were another device: what moves is copied
         patch.setattr(torch.Tensor, "to", lambda self, *_, **__: self.clone(), raising=False)
         send(module, "cpu")
