@@ -11,47 +11,19 @@ are not in it.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from benchmarks.works import WORKS, Sizes
 from oft_diffusion import OFTConfig, inject_oft
+from oft_diffusion.training.memory import LiveStorages
 
 FAMILIES = {"SD 1.5": 2, "SDXL": 2, "SD 3.5 Medium": 1, "Flux.1": 1}  # pictures at once
-
-
-class Alive(TorchDispatchMode):
-    """Counts bytes of storages that come to be while this is entered and are alive; those of "meta" have no address."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._bytes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(answer):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            place = storage._cdata
-            if place not in given and place not in self._bytes:
-                self._bytes[place] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._forget, place).atexit = False
-        return answer
-
-    def _forget(self, place: int) -> None:
-        self.now -= self._bytes.pop(place)
 
 
 class _Fused(torch.autograd.Function):
@@ -94,7 +66,7 @@ def step_gigabytes(name: str, pictures: int, *, checkpointed: bool) -> float:
         lambda value: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value,
         work.inputs,
     )
-    with fused_attention(), Alive() as alive:
+    with fused_attention(), LiveStorages("meta") as alive:
         answer = denoiser(**half)[0]
         answer.float().square().mean().backward()
     return alive.most / 1e9

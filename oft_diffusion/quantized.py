@@ -271,12 +271,13 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
 _BITSANDBYTES: Mapping[str, type[QuantizedWeight]] = {"Params4bit": FourBit, "Int8Params": EightBit}
 
 
-def move(module: nn.Module, device: torch.device | str) -> None:
-    """Move a component with all that its quantized weights consist of, so that none of it stays on the old device."""
+def send(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a component with all that its quantized weights consist of, so that nothing stays behind; the component."""
     module.to(device)
     for layer in module.modules():
         if isinstance(weight := quantized_weight(layer), EightBit):
             weight.follow()
+    return module
 
 
 def _inner(tensor: Any) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from oft_diffusion.training.data import Picture
 from oft_diffusion.training.families import AT_ONCE, Family, where
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
+from oft_diffusion.training.memory_presets import is_single_file
 from oft_diffusion.training.page import pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
@@ -338,7 +339,7 @@ _Phase = Literal["loading", "encoding", "grids", "steps"]  # by what of them mos
 def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[str, ...]:
     """Settings that take less memory than the config's, where most of it is needed."""
     c, on_gpu, stepping = config, device.type == "cuda", phase == "steps"
-    cached, whole = c.cache_latents and c.cache_text_embeddings, not c.model.endswith(".safetensors")
+    cached, whole = c.cache_latents and c.cache_text_embeddings, not is_single_file(c.model)
     # What is dropped is on no card but for prompts and pictures, and on a processor gone while training alone.
     dropping = phase in ("loading", "encoding") if on_gpu else stepping
     known = {

@@ -67,7 +67,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             work()
             return torch.cuda.max_memory_allocated(self.device) - before
-        with _LiveStorages(self.device.type) as live:
+        with LiveStorages(self.device.type) as live:
             work()
         return live.most
 
@@ -82,24 +82,28 @@ class Meter:
         return highest - self._resident if highest > self._highest else 0
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Counts bytes of storages on one kind of device that come to be while this is entered, and are alive."""
+class LiveStorages(TorchDispatchMode):
+    """Counts bytes of storages on one kind of device that come to be while this is entered, and are alive.
+
+    Attributes:
+        most: bytes, at their most.
+    """
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
         self.most = 0
-        self._bytes: dict[int, int] = {}  # by address
+        self._bytes: dict[int, int] = {}  # by storage: those of "meta" have no address
         self._now = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         for tensor in _tensors(answer):
             storage = tensor.untyped_storage()
-            place = storage.data_ptr()
+            place = storage._cdata
             # What was given comes back as a view, or written in place, and is nothing new.
-            if tensor.device.type == self.device_type and place and not (place in given or place in self._bytes):
+            if tensor.device.type == self.device_type and not (place in given or place in self._bytes):
                 self._bytes[place] = storage.nbytes()
                 self._now += storage.nbytes()
                 self.most = max(self.most, self._now)

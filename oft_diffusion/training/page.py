@@ -22,7 +22,7 @@ from oft_diffusion.training.prepare import Parts
 from oft_diffusion.training.results import EVALUATION, PAGE, Console, TrainResult
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-SWEEP_SEEDS = 2
+_SWEEP_SEEDS = 2
 _CELLS = (128, 256)  # smallest and largest side of a picture on the page
 # What docs/evaluation.md says at length, for readers who have the page alone.
 _SHARES = (
@@ -97,7 +97,7 @@ def write_page(
 
 def pictures_on_page(config: TrainConfig) -> int:
     """How many pictures `write_page` draws, if nobody stops it."""
-    sweep = len(STRENGTHS) * SWEEP_SEEDS if config.validation_prompts else 0
+    sweep = len(STRENGTHS) * _SWEEP_SEEDS if config.validation_prompts else 0
     return sweep + _figure_pictures(config)
 
 
@@ -114,10 +114,10 @@ def strength_sweep(
     Strengths that the adapter does not know are left out (a series past the norm at which powers are defined). None
     where `stopped` said so.
     """
-    prompts = [config.fill(config.validation_prompts[0])] * SWEEP_SEEDS
-    seeds = [config.seed + i for i in range(SWEEP_SEEDS)]
+    prompts = [config.fill(config.validation_prompts[0])] * _SWEEP_SEEDS
+    seeds = [config.seed + i for i in range(_SWEEP_SEEDS)]
     how = (config.resolution, config.sampling_steps, config.guidance_scale)
-    at_once = min(SWEEP_SEEDS, config.validation_count)
+    at_once = min(_SWEEP_SEEDS, config.validation_count)
     columns: dict[float, list[Image.Image]] = {}
     try:
         for strength in STRENGTHS:

@@ -21,6 +21,7 @@ from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.quantization import eight_bit_adamw, gguf_digest
+from oft_diffusion.quantized import send
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.batches import Batches
@@ -28,7 +29,7 @@ from oft_diffusion.training.checkpoint import list_checkpoints, restore_rng, rng
 from oft_diffusion.training.class_images import class_pictures, make_class_images, twin_pictures
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.data import Picture, pictures_digest
-from oft_diffusion.training.families import FAMILIES, Family, send
+from oft_diffusion.training.families import FAMILIES, Family
 from oft_diffusion.training.memory import freed_memory_kept
 from oft_diffusion.training.model import ADAPTER, AdaptedModel
 from oft_diffusion.training.noise import Diffusion, Flow, Noise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oft_diffusion.quantization import quantize_with_bitsandbytes, scheme
-from oft_diffusion.training.families import send
+from oft_diffusion.quantized import send
 
 ONES = torch.ones(2, 64)
 

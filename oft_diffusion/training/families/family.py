@@ -21,8 +21,9 @@ from oft_diffusion.images import pictures_of
 from oft_diffusion.load import clip_skip_mended
 from oft_diffusion.pipeline import describe_base
 from oft_diffusion.quantization import Quantizing
+from oft_diffusion.quantized import send
 from oft_diffusion.training.base import Base
-from oft_diffusion.training.families.homes import in_turn, send, where
+from oft_diffusion.training.families.homes import in_turn, where
 from oft_diffusion.training.families.recording import Conditioning, Stacking, inputs, move, record_call, recorder
 from oft_diffusion.training.families.source import Source, hollow
 

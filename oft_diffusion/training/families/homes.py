@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from oft_diffusion import quantized
+from oft_diffusion.quantized import send
 
 
 def where(module: nn.Module) -> torch.device:
     """The device of a component's first parameter."""
     return next(module.parameters()).device
-
-
-def send(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """Move a component, what bitsandbytes keeps beside its parameters included; the component."""
-    quantized.move(module, device)
-    return module
 
 
 @contextmanager
