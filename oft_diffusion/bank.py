@@ -154,11 +154,10 @@ class OFTBank(AdapterChoice):
             self._audit.begin(self.hooks.values())
         if self._mixed is not None:
             return  # `fill_rows` has filled the slots
-        placement = self._placed(device, dtype)
         if not self._trainable():
-            if not self._ready or placement != self._placement:
-                self._place(placement)
+            self._place_constants(device, dtype)
             return
+        placement = self._placed(device, dtype)
         self._ready = self.between_forwards = False
         self._constants.clear()
         self._placement = placement
@@ -292,6 +291,16 @@ class OFTBank(AdapterChoice):
         """Where a forward is, by its input; where that does not tell, as the last one was."""
         return device or self._placement[0], dtype or self._placement[1]
 
+    def _place_constants(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        placement = self._placed(device, dtype)
+        if not self._ready or placement != self._placement:
+            self._place(placement)
+
+    # Where a compiler traces, it runs this as it is: traced, constants would be results of its graph, which the next
+    # trace does without, and a CUDA graph's results lie in memory that its next run writes over. This is what
+    # torch.compiler.assume_constant_result does, which would import the whole compiler.
+    _place_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _place(self, placement: Placement) -> None:
         if placement != self._placement:
             self._constants.clear()
@@ -315,17 +324,11 @@ class OFTBank(AdapterChoice):
                 return fn(tensor)
             return tensor.to(probe.device)
 
-        hollow = any(parameter.is_meta for parameter in self.parameters())
         super()._apply(keep_dtype, recurse)
         self._constants.clear()
+        self._clear_slots()
         self._ready = False
         self._builder.forget()
-        device, dtype = self._placement
-        with torch.no_grad():
-            moved = fn(torch.empty(0, device="cpu" if device.type == "meta" else device, dtype=dtype))
-        # On a card now, not in the next forward: if that is compiled, constants would lie in a CUDA graph's memory.
-        if moved.is_cuda and not hollow and self._mixed is None and not self._trainable():
-            self._place((moved.device, moved.dtype))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
