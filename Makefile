@@ -55,7 +55,7 @@ app: install  ## the web app on the pocket base
 	@$(BIN)/oft-diffusion app --open
 
 test: install  ## the quick tests (minutes): seeded samples of the property tests
-	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow and not gpu"
+	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow and not gpu" --durations=25
 
 # Paths of this machine are taken out of the log, since it is committed.
 test-full: install  ## everything that this machine can run; writes docs/logs/test-full.log

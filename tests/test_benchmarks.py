@@ -86,6 +86,7 @@ def test_the_subjects_table_is_made_of_finished_runs_of_the_newest_setup_alone(f
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_while_it_was_written_is_measured_again(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_the_score_punishes_only_what_is_beyond_the_goal() -> None:
     assert pocket_recipe.score(0.8, 1.0, 0.1, 0.25) == pytest.approx(0.7)
 
 
+@pytest.mark.slow
 def test_an_estimate_and_its_run_are_told_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def together(way: str, settings: Mapping[str, object], _: int) -> dict[str, float]:
         return estimates.WAYS[way](estimates.config(settings, Path(tempfile.mkdtemp(dir=tmp_path))))
@@ -266,6 +268,7 @@ def test_diversity_is_about_one_for_even_draws_and_zero_for_one_hat() -> None:
     assert pocket_base.diversity([{"hat": "bow"}] * 20, "hat") == 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("page", "made"),
     [
@@ -285,6 +288,7 @@ def test_pages_show_what_the_data_says(page: str, made: Callable[[], str]) -> No
     assert missing == []
 
 
+@pytest.mark.slow
 def test_presets_by_memory_are_predicted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny(family: str, folder: Path, _: str) -> Path:
         assert family == "SD 1.5"

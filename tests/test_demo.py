@@ -24,6 +24,7 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_demo_twice_leaves_an_adapter_a_grid_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     for steps, measured in ((3, 0), (2, 1)):

@@ -50,6 +50,7 @@ def test_it_waits_its_turn_and_can_be_cancelled_there(filled: Session, person: s
     assert kept(filled) == before
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("part", ["loading the base", "encoding pictures", "step 3 of 6", "drawing pictures"])
 def test_it_is_cancelled_within_a_part(filled: Session, person: str, busy: threading.Event, part: str) -> None:
     before = kept(filled)

@@ -25,6 +25,7 @@ def drawn(pipe: Any, width: int, height: int, steps: int = 2) -> tuple[Any, list
     return picture.image, told
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_of_what_is_finished_it_is_the_picture(name: str, tmp_path: Path) -> None:
     pipe, width = tiny_family(name, tmp_path), side_of(name)
@@ -67,6 +68,7 @@ def test_a_cancel_ends_a_drawing_within_a_step(name: str, tmp_path: Path) -> Non
     assert len(fresh.progress.found) == 1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name",
     ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"],

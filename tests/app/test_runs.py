@@ -87,6 +87,7 @@ def after(job: Job, step: int) -> None:
             return
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_cover_fails_is_there_without_one(
     filled: Session, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_paused_run_goes_on_after_the_server_was_gone(filled: Session, person:
     assert again.training.unfinished(person) == []
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("pause", [True, False])
 def test_a_run_is_ended_while_its_class_images_are_made(
     filled: Session, person: str, busy: threading.Event, pause: bool
@@ -204,6 +206,7 @@ def test_a_run_is_paused_as_the_server_ends(filled: Session, person: str, model_
     assert again.shelf.cards() == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     filled: Session, person: str, model_folder: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     assert ended(going).found[-1].name == "My thing"
 
 
+@pytest.mark.slow
 def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, busy: threading.Event) -> None:
     other, training = new_token(), filled.training
     job, asked = training.start(person, wish()), training.estimate(person, wish())
@@ -239,6 +243,7 @@ def test_nobody_sees_or_stops_what_another_began(filled: Session, person: str, b
     assert ended(asked).found
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_by_whoever_began_it_alone(filled: Session, person: str) -> None:
     job = filled.training.start(person, wish("Mine", steps=60))
     after(job, 12)  # the first checkpoint
@@ -302,6 +307,7 @@ def test_a_run_that_is_stopped_while_it_prepares_to_go_on_can_still_be_gone_on_w
     assert training.unfinished(person) == [run]
 
 
+@pytest.mark.slow
 def test_class_images_are_made_once_for_runs_that_want_the_same(filled: Session, person: str) -> None:
     def made(**settings: Any) -> list[str]:
         told: list[str] = []
@@ -338,6 +344,7 @@ def test_what_would_keep_the_machine_too_long_is_refused(filled: Session, person
     assert filled.training.runs.earlier() == []
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

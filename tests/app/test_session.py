@@ -263,6 +263,7 @@ def test_what_a_picture_has_and_the_form_has_not_is_said(session: Session, perso
         session.request_from(session.settings_in(sheet))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("size", "shape"), [((300, 200), (20, 14)), ((200, 300), (14, 20)), ((64, 64), (16, 16))])
 def test_a_picture_to_begin_with_decides_the_shape(
     session: Session, person: str, size: tuple[int, int], shape: tuple[int, int]

@@ -63,6 +63,7 @@ def misfit(session: Session, tmp_path: Path) -> Card:
     return session.shelf.add(Maker(wider, tmp_path / "wider")("other", parts=("unet",)), "for a wider one")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("to", ROTATIONS)
 def test_files_of_rotations_hold_the_same(
     session: Session, person: str, make: Maker, base: Any, tmp_path: Path, to: str
@@ -152,6 +153,7 @@ def test_what_cannot_be_handed_out_leaves_nothing(
     assert "This adapter is gone" in last.error
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("share", "same"), [(0.0, 0), (0.5, None), (1.0, 1)])
 def test_between_two_lie_rotations_and_at_the_ends_the_two(
     session: Session, person: str, mug: Card, make: Maker, share: float, same: int | None

@@ -169,6 +169,7 @@ def test_repeated_blocks_are_compiled_once_and_shared_by_all_layers() -> None:
     assert relative(eager(unet), base) > 1e-3
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("blocks_only", [False, True])
 def test_injecting_and_removing_after_compiling_take_effect(blocks_only: bool) -> None:
     unet = small_unet()
@@ -190,6 +191,7 @@ def test_injecting_and_removing_after_compiling_take_effect(blocks_only: bool) -
     assert relative(run(unet, unet), base) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_is_injected_through_its_wrapper() -> None:
     unet = small_unet()
     compiled: Any = torch.compile(unet, fullgraph=True, backend="aot_eager")

@@ -149,6 +149,7 @@ def test_a_unet_with_checkpointing_has_the_same_gradients() -> None:
     assert relative(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_goes_on_with_new_strengths() -> None:
     torch.compiler.reset()
     unet = tiny_unet()

@@ -30,6 +30,7 @@ CONVOLUTIONS_MISSED = {"StableCascadeUNet"}
 TELLING_NAMES_MISS = {"SanaWMTransformer3DModel", "WanAnimateTransformer3DModel"}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("name", "variant"), coverage.builds())
 def test_a_class_is_adapted_as_the_table_says(name: str, variant: str) -> None:
     model = coverage.build(name, variant)
@@ -102,6 +103,7 @@ def test_the_table_and_its_page_are_of_one_make() -> None:
     assert coverage.PAGE.read_text(encoding="utf-8") == coverage.to_page(lines)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", [*DENOISERS, *TEXT_ENCODERS])
 def test_the_rule_for_unknown_classes_agrees_with_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may miss what its names do not tell, but takes nothing that the row does not."""

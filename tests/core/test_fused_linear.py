@@ -54,6 +54,7 @@ def interpreted() -> bool:
     return launch.INTERPRETED
 
 
+@pytest.mark.thinned(2)
 @needs_triton
 @pytest.mark.parametrize("name", DTYPES)
 def test_it_is_the_definition(name: str) -> None:

@@ -20,6 +20,7 @@ from tests.core import rotate_cases as cases
 dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("shapes", ["fixed", "dynamic"])
 def test_the_compiler_sees_kernels_and_no_op(shapes: str) -> None:

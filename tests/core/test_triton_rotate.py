@@ -36,6 +36,7 @@ def ops() -> Any:
     return triton_rotate
 
 
+@pytest.mark.thinned(5)
 @needs_triton
 @pytest.mark.parametrize(("size", "name"), cases.EVERY)
 def test_every_size_and_dtype_is_the_definition(ops: Any, size: int, name: str) -> None:
@@ -48,6 +49,7 @@ def test_the_committed_tiles_are_right(ops: Any, size: int, name: str) -> None:
     cases.check_committed_tiles(ops, size, name, "cpu")
 
 
+@pytest.mark.thinned(5)
 @needs_triton
 @pytest.mark.parametrize(("size", "name"), cases.EVERY)
 def test_layers_of_one_input(ops: Any, size: int, name: str) -> None:
@@ -81,6 +83,7 @@ def test_offsets_beyond_32_bits(ops: Any) -> None:
     cases.check_far_apart(ops, "cpu")
 
 
+@pytest.mark.thinned(2)
 @needs_triton
 @pytest.mark.parametrize(("size", "name"), [(8, "float32"), (32, "bfloat16"), (16, "float16")])
 def test_both_ways_of_adding_up(ops: Any, size: int, name: str) -> None:

@@ -19,6 +19,7 @@ from tests.families.conftest import EVERY_FAMILY
 from tests.helpers.tiny_families import kind_of
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_counts_are_those_of_the_loaded_base(name: str, precision: str, folder_of: Callable[[str], Path]) -> None:

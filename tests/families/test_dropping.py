@@ -26,6 +26,7 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_what_was_dropped_comes_back_as_it_was(name: str, load: Callable[[str], Family]) -> None:
     family, side = load(name), side_of(name)

@@ -20,6 +20,7 @@ from tests.library.support import assert_one_sentence
 SDXL = "StableDiffusionXLPipeline"
 
 
+@pytest.mark.slow
 def test_an_sdxl_file_is_the_same_model_and_trains(
     folder_of: Callable[[str], Path], load: Callable[[str], Family], instances: Path, tmp_path: Path
 ) -> None:

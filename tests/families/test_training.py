@@ -25,6 +25,7 @@ from tests.helpers.tiny_families import side_of
 Load = Callable[[str], Family]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "text encoders too"])
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_fixed_batch_is_learned_and_the_adapter_travels(
@@ -92,6 +93,7 @@ def _weights(family: Family) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": v.clone() for n in names for k, v in family.module(n).state_dict().items()}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_no_text_encoder_is_asked_once_embeddings_are_cached(
     name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +116,7 @@ def test_no_text_encoder_is_asked_once_embeddings_are_cached(
         assert all(step.applied for step in run)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_clip_skip_is_the_pipelines_and_leaves_the_skipped_layer_alone(
     name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path
@@ -178,6 +181,7 @@ def test_each_of_wans_experts_learns_its_own_noise_levels(load: Load) -> None:
         assert not gradients[1].any()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_whole_run(name: str, folder_of: Callable[[str], Path], instances: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_dict(

@@ -147,6 +147,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("export", "naming", "readers"), CASES)
 def test_differences_and_full_rank_are_the_merged_weights(
@@ -270,6 +271,7 @@ def errors_of(pipe: Any, path: Path, base: Weights, turned: Weights) -> dict[str
     return found
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", [SD, FLUX])
 @pytest.mark.parametrize("rank", [1, 5, 4096, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -338,6 +340,7 @@ def test_float16_keeps_small_changes(tmp_path: Path) -> None:
 # GLoRA
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("share", [False, True])
 def test_a_glora_rotates_any_base(name: str, share: bool, tmp_path: Path) -> None:
@@ -352,6 +355,7 @@ def test_a_glora_rotates_any_base(name: str, share: bool, tmp_path: Path) -> Non
     assert_read_as_merged(pipe, found.path, (comfy_weight,), base, turned)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", ["rotation", "linear"])
 @pytest.mark.parametrize(
     "series", [{}, {"parametrisation": "cayley_series", "neumann_order": 2}, {"parametrisation": "cayley"}], ids=str
@@ -449,6 +453,7 @@ def compare_with_diffusers(pipe: Any, name: str, source: Any, plain: Tensor) -> 
     assert torch.equal(draw(pipe, name), plain)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("told", [True, False])
 def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> None:
@@ -460,6 +465,7 @@ def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> 
     compare_with_diffusers(pipe, name, path if told else load_file(path), plain)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", [SD, XL])
 @pytest.mark.parametrize("naming", ["kohya", "flat"])
 def test_diffusers_reads_flat_names_of_unets(name: str, naming: str, tmp_path: Path) -> None:
@@ -549,6 +555,7 @@ def test_what_diffusers_would_leave_out_is_refused(tmp_path: Path) -> None:
 # What files say, and refusals
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("name", "version"), [(SD, {}), (XL, {"ss_base_model_version": "sdxl_base_v1-0"}), (FLUX, {})])
 @pytest.mark.parametrize("export", [export_diff, export_lora, export_glora])
 def test_a_header_says_what_the_file_is_of(export: Export, name: str, version: dict[str, str], tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def weight(layer: nn.Module) -> Tensor:
 # Single files
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("series", [{}, SERIES], ids=["", "another series"])
 @pytest.mark.parametrize("name", [SD, XL])
 def test_a_merged_file_draws_what_is_fused(
@@ -213,6 +214,7 @@ def test_fused_and_swapped_rows(name: str, prefix: str, tmp_path: Path) -> None:
     assert seen > 0
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pipe_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_precisions_may_differ(
@@ -367,6 +369,7 @@ def test_a_file_that_breaks_off_leaves_nothing(
 # Folders
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("keep_base", "series"), [("cpu", {}), ("disk", {}), ("cpu", SERIES)], ids=["cpu", "disk", "another series"]
 )

@@ -116,6 +116,7 @@ def cases() -> list[Any]:
     return found
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("name", "naming"), cases())
 def test_the_node_comes_to_our_weights(name: str, naming: str | None, tmp_path: Path) -> None:
     pipe = family(name, tmp_path)
@@ -151,6 +152,7 @@ def test_the_refiner_s_encoder_is_called_as_an_only_one(naming: str, tmp_path: P
         assert read_names(about, [key, also]) == {key: meaning, also: meaning}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     "name", [name for name in KNOWN if name not in ("HiDreamImagePipeline", "PixArtSigmaPipeline")]
 )
@@ -165,6 +167,7 @@ def test_comfyui_comes_to_our_weights(name: str, export: Callable[..., Any], tmp
     assert_same(keys.patched(native, load_file(written.path), comfy_weight), wanted, native)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", [SD, XL, SD3, FLUX])
 @pytest.mark.parametrize("naming", ["flat", "comfy"])
 @pytest.mark.parametrize("export", [export_diff, export_lora])
@@ -260,6 +263,7 @@ def test_a_tool_gets_its_own_names(
     assert set(load_file(written.path)) == {f"{key}.oft_R.weight"}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_nothing_is_lost_in_any_naming(name: str, tmp_path: Path) -> None:
     """Whatever the naming: the file holds every layer, as one reads it again, or there is none."""
@@ -290,6 +294,7 @@ def layers(file: Any) -> dict[str, set[str]]:
     return {part: {canonical_name(key) for key in state} for part, state in file.components.items()}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_each_tool_has_a_family_or_refuses_it(name: str, tool: str, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_a_combined_pipeline_knows_its_prior_by_both_names() -> None:
 _UNWRITTEN = {(name, part, "native") for name in BUILDERS for part in BUILDERS[name] if part.startswith("text_encoder")}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_layer_is_written_once_and_read_back(name: str, naming: str) -> None:

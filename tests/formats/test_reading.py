@@ -108,6 +108,7 @@ def blended(formula: Callable[..., Tensor], *told: Any) -> Callable[..., Tensor]
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -192,6 +193,7 @@ def test_pefts_larger_kernels_are_refused(base: Any, tmp_path: Path, version: st
 # -- single files of input rotations ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -213,6 +215,7 @@ def test_onetrainer(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     assert assert_weights(base, path, EVERYTHING, formula, written.tensors).format == "OneTrainer"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"coft": True, "coft_eps": 0.3}, {"coft": True}, {"block_share": True, "oft_names": True, "coft": True}],
@@ -247,6 +250,7 @@ def test_the_old_divisor_is_refused_where_nothing_is_scaled(base: Any, tmp_path:
         assert_one_sentence(error, named, "--legacy-scaled", "oft_R.scaled_oft", "leave it out")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("revision", "old"),
     [("1336b9b8", True), ("607470f7", True), ("75ee0917", True), ("86ae381", True), ("b46986d6", False),
@@ -288,6 +292,7 @@ def test_a_strength_of_that_fork_between_0_and_1_is_a_power(base: Any, tmp_path:
     assert_weights(base, path, EVERYTHING, power, written.tensors, strengths=(strength,))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "options",
     [{}, {"exact": True}, {"terms": 6}, {"coft": True, "eps": 0.3}, {"renamed": True}, {"block_share": True}],
@@ -300,6 +305,7 @@ def test_a_trainer_that_tells_all_by_tensors(base: Any, tmp_path: Path, options:
     assert_weights(base, path, layers, blended(wild.merged_weight_wan, written.metadata), written.tensors)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("options", [{}, {"scaled": True}, {"block_share": True}], ids=str)
 def test_a_file_that_does_not_tell_whose_it_is(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     written = onetrainer.write_onetrainer(shapes(base, EVERYTHING), **options)
@@ -329,6 +335,7 @@ def test_embeddings_beside_are_told(base: Any, tmp_path: Path) -> None:
 # -- output side ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("options", [{}, {"alpha": 10.0}, {"num_blocks": 8}, {"dtype": torch.bfloat16}], ids=str)
 def test_kohyas_first_oft(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     layers = flat(*LINEAR, *POINT, *KERNEL, prefix="oft_unet_")
@@ -340,6 +347,7 @@ def test_kohyas_first_oft(base: Any, tmp_path: Path, options: dict[str, Any]) ->
     assert loaded.format.startswith("output-side OFT")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -360,6 +368,7 @@ def test_lycoris(base: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     assert_weights(base, path, layers, linear_in(lycoris_oft.merged_weight_lycoris, written.metadata), written.tensors)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "options", [{}, {"constraint": 1e-3}, {"wrapper": "plain"}, {"wrapper": "simpletuner"}], ids=str
 )

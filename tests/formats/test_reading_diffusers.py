@@ -38,6 +38,7 @@ def adapt(pipe: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.M
     return parts
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -67,6 +67,7 @@ def assert_weights(
     return str(loaded.format)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("name", ALL)
 def test_every_naming_of_onetrainer(bases: Any, tmp_path: Path, name: str, naming: str) -> None:
@@ -76,6 +77,7 @@ def test_every_naming_of_onetrainer(bases: Any, tmp_path: Path, name: str, namin
     assert found == "OneTrainer"
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("options", [{"coft_eps": 0.2}, {"block_share": True}], ids=str)
 @pytest.mark.parametrize("strength", [1.0, -0.7])
 @pytest.mark.parametrize("naming", NAMINGS)
@@ -100,6 +102,7 @@ def test_names_of_sd_scripts(bases: Any, tmp_path: Path, name: str) -> None:
 # -- weights that layers share -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"])
 @pytest.mark.parametrize("name", [SD3, FLUX])

@@ -65,6 +65,7 @@ def assert_same(base: Any, pipe: Any, wanted: Tensor) -> None:
 # -- PEFT -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -100,6 +101,7 @@ def test_an_adapter_of_peft_answers_as_in_peft(base: Any, tmp_path: Path, option
     assert_same(base, pipe, answer(model))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("part", "options"),
     [
@@ -183,6 +185,7 @@ def trained(base: Any, path: Path, multiplier: float = 1.0, dtype: Any = None, *
     return network, answer(unet)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("multiplier", "options"),
     [
@@ -213,6 +216,7 @@ def test_an_adapter_of_lycoris_in_half_precision(base: Any, tmp_path: Path) -> N
     assert float((wanted - answer(base.unet)).abs().max()) > 0.05
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "header",
     [

@@ -80,6 +80,7 @@ def key_of(base: Any, part: str, layer: str, naming: str) -> str:
     return f"text_encoders.clip_l.transformer.{name}"
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("naming", ["flat", "kohya", "diffusers", "comfy"])
 @pytest.mark.parametrize("targets", ["attention", "all-linear+conv"])
 def test_tools_of_one_file_come_to_our_weights(base: Any, tmp_path: Path, naming: str, targets: str) -> None:
@@ -134,6 +135,7 @@ def test_the_header_says_which_base(family: str, version: dict[str, str], tmp_pa
     assert header["ss_network_module"] == "networks.oft_v2"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("to", ["oft", "peft", "onetrainer", "sd-scripts", "comfyui-oftv2"])
 def test_another_base_is_turned_as_well(base: Any, tmp_path: Path, to: str) -> None:
     """Files of rotations fit any base: its own weights are turned, `W R^T`."""
@@ -200,6 +202,7 @@ def test_fused_weights_want_one_rotation(tmp_path: Path) -> None:
 # -- PEFT ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -93,6 +93,7 @@ def assert_theirs_and_ours(
     return path
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("name", "naming"), CASES)
 def test_onetrainer_comes_to_our_weights(bases: Any, tmp_path: Path, name: str, naming: str) -> None:
     layers, formula = ALL[name][NAMES[naming]], onetrainer.merged_weight_onetrainer

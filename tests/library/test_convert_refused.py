@@ -313,6 +313,7 @@ def difference(path: Path) -> torch.Tensor:
     return stored.double()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("to", ["diff", "lora", "glora", "folder", "checkpoint", "oft", "onetrainer"])
 def test_old_scaled_oft_is_told_to_every_format(
     base_pipe: Any, model_folder: Path, checkpoint: Path, tmp_path: Path, capsys: Any, to: str

@@ -67,6 +67,7 @@ def test_files_that_cannot_take_the_place_change_nothing(pipe: Any, mug: Path, s
     assert_loading_refused(pipe, style, "'other'", kind=AdapterError, adapter_name="other", hotswap=True)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("how", ["wrapped", "in place", "repeated blocks"])
 def test_swaps_and_strengths_recompile_nothing(pipe: Any, mug: Path, plain: Path, how: str) -> None:
     torch.compiler.reset()

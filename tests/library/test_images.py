@@ -229,6 +229,7 @@ def test_labels_add_height_and_never_width():
         assert counts[RED] == counts[GREEN] == 2 * 32 * 32
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("label", ["x" * 500, "кот в очень длинной шляпе " * 20, "日本" * 200, "one\nline", "‮", "🐈"])
 def test_labels_of_any_length_and_script_stay_inside(label):
     pictures = [[square(RED, 64), square(GREEN, 64)]]

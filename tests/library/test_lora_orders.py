@@ -108,6 +108,7 @@ def trainable(pipe: Any) -> set[str]:
     return {f"{part}.{name}" for part in BOTH for name, p in getattr(pipe, part).named_parameters() if p.requires_grad}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.filterwarnings("ignore:.*was trained on another base")  # one with a LoRA fused into it is
 @pytest.mark.parametrize("row", TABLE)
 def test_the_table(pipe: Any, files: tuple[Path, Path], pictures: dict[str, Tensor], row: str) -> None:

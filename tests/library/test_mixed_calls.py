@@ -153,6 +153,7 @@ def test_pipelines_that_share_the_components(both: Any) -> None:
             img2img(PROMPTS[:1], **drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "fullgraph"),
     [

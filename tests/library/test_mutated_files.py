@@ -74,6 +74,7 @@ def found(base_pipe: Any, make: Maker) -> list[Subject]:
     return subjects(base_pipe, make("damaged", seed=4, trigger="sks", class_word="mug"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "chunk", [pytest.param(i, marks=[] if i < SAMPLE else pytest.mark.slow) for i in range(-(-MUTANTS // CHUNK))]
 )

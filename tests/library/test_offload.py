@@ -107,6 +107,7 @@ def expected(base_pipe: Any, mug: Path, plain: Path, series: Path) -> dict[str, 
     return pictures
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("error:.*was trained on another base")
 @pytest.mark.parametrize("first", ["load", "offload"])
 @pytest.mark.parametrize("offload", [*IN_MEMORY, *ON_DISK])
@@ -126,6 +127,7 @@ def test_adapters_act_as_without_offloading(
     assert torch.equal(draw(pipe), expected["base"])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("offload", IN_MEMORY)
 def test_choices_before_the_first_picture(
     pipe: Any, base_pipe: Any, mug: Path, plain: Path, tmp_path: Path, offload: Offload
@@ -151,6 +153,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("fused", ["before", "after"])
 @pytest.mark.parametrize("keep_base", ["cpu", False])
 @pytest.mark.parametrize("offload", IN_MEMORY)
@@ -222,6 +225,7 @@ def test_one_component_on_disk_leaves_all_unfused(pipe: Any, mug: Path, tmp_path
     assert torch.equal(draw(pipe), live)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("offload", [*IN_MEMORY, leaves_on_disk])
 def test_an_adapter_per_image(
     pipe: Any, base_pipe: Any, mug: Path, style: Path, tmp_path: Path, offload: Offload
@@ -253,6 +257,7 @@ def test_a_swap_that_is_refused_changes_nothing(pipe: Any, mug: Path, style: Pat
     assert torch.equal(draw(pipe), live)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("offload", IN_MEMORY)
 def test_saving_and_what_is_left_after_unloading(pipe: Any, mug: Path, tmp_path: Path, offload: Offload) -> None:
     trainable = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
@@ -268,6 +273,7 @@ def test_saving_and_what_is_left_after_unloading(pipe: Any, mug: Path, tmp_path:
     assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == trainable
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("error:.*was trained on another base")
 @pytest.mark.parametrize("offload", [*IN_MEMORY, *ON_DISK])
 def test_what_is_made_and_saved_offloaded_loads(pipe: Any, base_pipe: Any, tmp_path: Path, offload: Offload) -> None:

@@ -99,6 +99,7 @@ def test_its_dtype_is_float32_unless_another_is_asked_for():
     assert pocket_pipeline(torch.bfloat16).unet.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_it_follows_captions_that_it_has_never_seen(pipe):
     asked = held_out_prompts(12)
     found = generate(pipe, [p.text for p in asked], range(12), steps=STEPS, guidance=GUIDANCE, batch_size=12)

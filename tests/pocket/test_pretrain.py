@@ -239,6 +239,7 @@ def test_the_denoiser_sees_no_held_out_combination(tiny, tmp_path, monkeypatch):
     assert not [s for s in seen if is_held_out(s.object, s.colour, s.pattern, s.background)]
 
 
+@pytest.mark.slow
 def test_previews_are_of_the_moving_average(tiny, tmp_path):
     learner = Denoiser(setup(tmp_path), tiny(), 1, batch_size=2, of="x")
     unet = {k: v.clone() for k, v in learner.unet.state_dict().items()}

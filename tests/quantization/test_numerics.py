@@ -36,6 +36,7 @@ def answer(unet: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return out.detach(), grad, dx.float()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("backend", ON_A_PROCESSOR)
 def test_as_on_the_dequantized_weights(backend: str, model: Path) -> None:
     pipe = load_pipeline(model, torch.bfloat16, quantization=backend)

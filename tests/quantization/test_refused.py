@@ -126,6 +126,7 @@ def test_exports_ask_for_the_base_itself(model: Path) -> None:
     assert_one_sentence(error, "quantized")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bytes_are_counted_as_they_are_loaded(backend: str, model: Path, pictures: Path, tmp_path: Path) -> None:
     config = settings(backend, model, pictures, tmp_path)

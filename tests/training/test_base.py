@@ -43,6 +43,7 @@ def test_fingerprint_knows_copies(model: Path, tmp_path: Path) -> None:
     assert find_base(str(model)).fingerprint() == find_base(str(copy)).fingerprint()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_fingerprint_knows_a_change_of_any_tensor(model: Path, component: str) -> None:
     before = find_base(str(model)).fingerprint()

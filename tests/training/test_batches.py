@@ -15,6 +15,7 @@ from tests.training.conftest import Run
 Config = Callable[..., TrainConfig]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("cached", [True, False])
 def test_crops_of_instance_images(cached: bool, config: Config, run: Run, tmp_path: Path) -> None:
     settings = {"steps": 2, "batch_size": 4, "prior_preservation": True, "num_class_images": 2}

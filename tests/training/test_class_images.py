@@ -147,6 +147,7 @@ def test_the_subject_is_no_class_image(prior: Config, pictures: Path, tmp_path: 
             preflight(prior(class_dir=str(folder)))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [

@@ -92,6 +92,7 @@ def test_missing_file_broken_toml_and_missing_knobs(tmp_path: Path) -> None:
         from_options(["--model", "x"])
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [

@@ -62,6 +62,7 @@ def left(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.thinned(2)
 @KINDS
 def test_what_is_learned_and_drawn_is_the_same_to_the_bit(
     knobs: dict[str, object], config: Config, run: Run, tmp_path: Path
@@ -90,6 +91,7 @@ def tensors_of(file: bytes) -> bytes:
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 
+@pytest.mark.thinned(2)
 @KINDS
 def test_their_bytes_are_gone_in_steps_as_the_estimate_says(
     knobs: dict[str, object], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +106,7 @@ def test_their_bytes_are_gone_in_steps_as_the_estimate_says(
     assert estimate(config(**own)).memory.parked == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_nothing_had_been_dropped(config: Config, run: Run, tmp_path: Path) -> None:
     own = {**CACHED, **GRIDS}
     run(config(**own, output_dir=str(tmp_path / "whole")))

@@ -36,6 +36,7 @@ PRIOR = {"prior_preservation": True, "num_class_images": 5}
 # -- what is counted ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "knobs",
     [{}, {"text_encoder": True, "targets": "attention+mlp"}, {"share_qkv": True, "block_size": 8}],
@@ -68,6 +69,7 @@ def test_the_base_is_the_runs(precision: str, config: Config) -> None:
     assert found.memory.parked == 0  # a processor's memory has them all
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("knobs", [{"min_crop": 0.5, "flip": True}, {"cache_latents": False}], ids=["many", "none"])
 @pytest.mark.parametrize("texts", [True, False])
 def test_caches_are_the_runs(knobs: dict[str, object], texts: bool, config: Config) -> None:
@@ -144,6 +146,7 @@ def test_the_timed_steps_are_the_runs_first_ones(config: Config, run: Run, monke
     ]
 
 
+@pytest.mark.slow
 def test_activations_follow_the_settings(config: Config) -> None:
     def measured(**knobs: object) -> int:
         return estimate(config(batch_size=2, resolution=32, **knobs)).memory.activations
@@ -300,6 +303,7 @@ class Enough(Exception):  # noqa: N818
     pass
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("part", ["loading", "encoding", "class images", "step 1 ", "step 6 ", "drawing pictures"])
 def test_what_is_raised_between_parts_ends_it_without_a_trace(part: str, config: Config, tmp_path: Path) -> None:
     settings = config(validation_prompts=["a dog"], **PRIOR)

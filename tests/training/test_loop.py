@@ -95,6 +95,7 @@ def test_the_seed_decides_everything(config: Config, run: Run, tmp_path: Path) -
     assert not set(first.losses) & set(other.losses)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -175,6 +176,7 @@ def test_captions_are_trained_on(config: Config, run: Run, tmp_path: Path) -> No
     assert sorted(first) == [False, True]  # one of them is the first step's picture
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
@@ -242,6 +244,7 @@ def test_fewer_class_images_than_instance_images_per_step(config: Config, run: R
     assert sum(x for x in apart if x is not None) / 2 == pytest.approx(both[0].prior_loss, rel=1e-4)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_the_base_itself_as_the_class_images_target(
     config: Config, run: Run, tmp_path: Path, *, text_encoder: bool
@@ -278,6 +281,7 @@ def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_pat
     assert all(t.dtype == torch.float32 for t in tensors(half.adapter).values())
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("settings", "written", "layers"),
     [
@@ -403,6 +407,7 @@ def test_an_error_in_the_loop_body_is_not_swallowed(config: Config) -> None:
     assert not (Path(config().output_dir) / "oft_adapter.safetensors").exists()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ending", ["finished", "broken off", "failed"])
 def test_the_callers_randomness_goes_on_as_if_nothing_had_been(ending: str, config: Config) -> None:
     torch.manual_seed(5)

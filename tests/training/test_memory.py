@@ -55,6 +55,7 @@ def test_the_system_is_asked(tmp_path: Path) -> None:
     assert memory._entry(str(tmp_path / "none"), "VmHWM") is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
     program = """

@@ -236,6 +236,7 @@ def peak(name: str, settings: TrainConfig, counts: Counts) -> float:
     return max(steps, latents, prompts, alone + DRAW[resolution])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_presets_fit_the_memory_that_they_are_for(name: str, tmp_path: Path) -> None:
     model = stub(name, tmp_path)

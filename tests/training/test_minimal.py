@@ -34,6 +34,7 @@ def test_minimal_gives_the_losses_of_train(config: Callable[..., TrainConfig], r
     assert any(tensor.abs().max() > 1e-3 for tensor in ours.values())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_with_prior_preservation(
     prediction_type: str, config: Callable[..., TrainConfig], run: Run, tmp_path: Path
@@ -45,6 +46,7 @@ def test_with_prior_preservation(
     assert losses_of_minimal(settings, tmp_path / "minimal", "--class-images", str(class_dir)) == list(result.losses)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".webp"])
 def test_pictures_as_cameras_write_them(
     suffix: str, config: Callable[..., TrainConfig], run: Run, tmp_path: Path

@@ -194,6 +194,7 @@ def pocket(tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -219,6 +220,7 @@ def test_figures_of_the_pocket_base_are_on_the_page(
     assert len(rows) == 2 * len(SETS)
 
 
+@pytest.mark.slow
 def test_a_stop_leaves_the_figures_out(pocket: Callable[..., TrainConfig]) -> None:
     with train(pocket(), progress=False) as running:
         for _ in running:

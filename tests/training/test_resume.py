@@ -41,6 +41,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "text", "scaled", "coft"])
 def test_n_and_n_steps_are_2n_steps(settings: dict[str, object], config: Config, run: Run, tmp_path: Path) -> None:
     straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
@@ -70,6 +71,7 @@ def test_with_a_schedule_that_depends_on_the_length(config: Config, run: Run, tm
     assert steps[-1].learning_rate < 1e-3
 
 
+@pytest.mark.slow
 def test_global_randomness_goes_on_too(config: Config, run: Run, tmp_path: Path) -> None:
     # Only dropout in a base draws from the global generators: give it some.
     model = write_tiny_sd(tmp_path)
@@ -164,6 +166,7 @@ def test_a_resumed_run_needs_its_first_adapter_no_more(config: Config, run: Run,
     assert [s.step for s in steps] == [4]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
@@ -212,6 +215,7 @@ def test_unusable_checkpoints(config: Config, run: Run, tmp_path: Path) -> None:
         train(config(steps=5, resume="latest"))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [

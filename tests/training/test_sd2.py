@@ -39,6 +39,7 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("targets", "layers"), [("attention", 32), ("attention+mlp", 40), ("all-linear", 48), ("all-linear+conv", 71)]
 )

@@ -108,6 +108,7 @@ def test_a_full_disk_at_the_end_is_one_sentence(config: Config, monkeypatch: pyt
     assert not list(folder.glob("checkpoint-*"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("what", ["class images", "grid", "losses"])
 def test_a_full_disk_on_the_way_leaves_nothing_half_written(
     what: str, config: Config, monkeypatch: pytest.MonkeyPatch

@@ -100,7 +100,7 @@ def opened(browser: Any, server: tuple[Session, str], monkeypatch: pytest.Monkey
         if user:
             context.request.post(f"{url}login", form=dict(zip(("username", "password"), user, strict=True)))
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)  # two cores may be shared with others
 
         def note(text: str) -> None:
             if not (getattr(page, "leaving", False) and _LEFT.search(text)):

@@ -94,6 +94,7 @@ def as_files(path: str) -> list[Any]:
     return [path, file, [file], {"path": path, "url": path}, {"value": {"path": path}}]
 
 
+@pytest.mark.slow
 def test_no_input_for_files_takes_one_that_was_not_uploaded(
     unharmed: httpx.Client, small_server: tuple[Session, str], outside: Path
 ) -> None:

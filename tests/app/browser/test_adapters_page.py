@@ -56,6 +56,7 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     assert [card.name for card in session.shelf.cards()] == ["My mug"]
 
 
+@pytest.mark.slow
 def test_what_is_deleted_is_chosen_nowhere_any_more(opened: Any, server: Any, pictures: Any) -> None:
     session, _ = server
     [mug] = session.shelf.cards()
@@ -124,6 +125,7 @@ def test_a_file_of_another_tool_is_taken_in_and_one_for_another_base_is_not(
     session.delete(taken.id)
 
 
+@pytest.mark.slow
 def test_two_become_one(opened: Any, server: Any) -> None:
     session, _ = server
     page = opened()

@@ -73,6 +73,7 @@ def test_one_adapter_beside_another(opened: Any, server: Any, pictures: Any) -> 
         session.delete(other.id)
 
 
+@pytest.mark.slow
 def test_without_an_adapter_there_is_a_sentence(opened: Any) -> None:
     page = opened()
     go_to(page, "Compare")

@@ -47,6 +47,7 @@ def test_drawing_with_and_without_an_adapter(opened: Any, pictures: Any) -> None
     assert page.locator("#pictures img").count() >= 1
 
 
+@pytest.mark.slow
 def test_a_picture_that_was_downloaded_gives_its_settings_back(opened: Any, pictures: Any, tmp_path: Path) -> None:
     page = opened()
     quick(page)
@@ -68,6 +69,7 @@ def test_a_picture_that_was_downloaded_gives_its_settings_back(opened: Any, pict
     assert other.get_by_label("Keep this seed").is_checked()
 
 
+@pytest.mark.slow
 def test_adapters_are_switched_off_and_change_places(opened: Any, pictures: Any) -> None:
     page = opened()
     quick(page, steps=1)

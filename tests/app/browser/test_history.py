@@ -12,6 +12,7 @@ from tests.helpers.app_page import draw, number, opened_part, quick, reload, tex
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.slow
 def test_an_earlier_picture_gives_its_settings_and_is_deleted(
     opened: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_two_hundred_training_pictures(opened: Any, server: Any, tmp_path: Path)
     until(lambda: not list(session.workspace.people.glob("*/uploads/*.png")))
 
 
+@pytest.mark.slow
 def test_a_picture_to_begin_with(opened: Any, server: Any, kept: Kept, pictures: Any, tmp_path: Path) -> None:
     page, before, drawn = opened(), kept(), len(pictures())
     quick(page, steps=2)

@@ -75,6 +75,7 @@ def fully_shown(page: Any, tab: str) -> None:
     page.wait_for_function("least => document.querySelectorAll('img').length >= least", arg=PICTURES[tab])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [
@@ -103,6 +104,7 @@ def test_a_phone_shows_all_tabs(opened: Any) -> None:
         assert not page.locator(".overflow-menu").is_visible()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("width", [pytest.param(360, marks=pytest.mark.slow), 1280, 1920])
 def test_the_page_stays_in_its_place_from_tab_to_tab(opened: Any, width: int) -> None:
     page = opened(viewport={"width": width, "height": 800})
@@ -116,6 +118,7 @@ def test_the_page_stays_in_its_place_from_tab_to_tab(opened: Any, width: int) ->
     assert abs(width - 2 * left - wide) <= 16  # in the middle, but for a scroll bar
 
 
+@pytest.mark.slow
 def test_without_a_mouse(opened: Any, pictures: Any) -> None:
     page = opened()
     quick(page, steps=1)

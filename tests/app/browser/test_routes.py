@@ -152,6 +152,7 @@ def test_uploads_of_any_name_stay_in_the_workspace(
     assert refused.text.startswith("Uploads and files to be fetched take")
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once(unharmed: httpx.Client, small_server: tuple[Session, str], outside: Path) -> None:
     """Of four kinds, all sent in one moment; then one picture is drawn."""
     session, _ = small_server

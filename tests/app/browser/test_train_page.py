@@ -45,7 +45,7 @@ def test_pictures_become_an_adapter_that_draws(opened: Any, small_server: Any) -
     until(lambda: any("<b>I</b>" in p.read_text() for p in session.workspace.people.glob("*/uploads/*.txt")))
     page.locator("#train").focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#train-status .done")
+    page.wait_for_selector("#train-status .done", timeout=240_000)
     page.wait_for_function("document.querySelector('#train').innerText === 'Train'")
     assert page.evaluate("document.activeElement.id") == "train"
     assert "Cat one is on the shelf" in page.locator("#train-status").inner_text()
@@ -108,7 +108,7 @@ def test_a_run_is_found_after_a_reload_paused_gone_on_with_and_kept(opened: Any,
     page.wait_for_function("document.querySelector('#train-note').innerText.includes('Drew pictures after step')")
     page.wait_for_function(f"document.querySelectorAll('#train-grids img').length > {shown}")
     page.locator("#train-pause:not([disabled])").click()
-    page.wait_for_selector("#train-status .done")
+    page.wait_for_selector("#train-status .done", timeout=240_000)
     assert "Paused at step" in page.locator("#train-status").inner_text()
     [run] = [run for run in left_undone(session) if run.name == "Cat two"]
     go_on(page, run)
