@@ -52,10 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     variants: collections.Counter[str] = collections.Counter()
     for item in items:
         thinned = item.get_closest_marker("thinned")
-        function = item.nodeid.partition("[")[0]
-        if thinned is not None and variants[function] % thinned.args[0]:
-            item.add_marker(pytest.mark.slow)
-        variants[function] += 1
+        if thinned is not None and "slow" not in item.keywords:
+            function = item.nodeid.partition("[")[0]
+            if variants[function] % thinned.args[0]:
+                item.add_marker(pytest.mark.slow)
+            variants[function] += 1
         for marker, (can_run, lack) in _NEEDS.items():
             if marker in item.keywords and not can_run and not (marker == "browser" and os.environ.get("CI")):
                 item.add_marker(pytest.mark.skip(reason=lack))

@@ -22,7 +22,7 @@ def laid_out(session: Session) -> TrainTab:
         return TrainTab(session, gr.BrowserState(None), lambda: (gr.update(),), changed, slots)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("place", "words"),
     [(4, "Steps is no number, or empty"), (5, "The learning rate is no number"), (7, "The seed is no number")],

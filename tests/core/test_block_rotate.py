@@ -75,7 +75,7 @@ def test_gradients_against_a_dense_rotation(blocks: int, size: int, seed: int) -
         assert a.grad.abs().max() > 0
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
 def test_torch_agrees_that_it_is_an_operator(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -58,7 +58,7 @@ def after_training(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, after_training])
 def test_a_copy_works_on_its_own(duplicate: Callable[[Any], Any], frozen: bool) -> None:
@@ -144,7 +144,7 @@ def dispatched(unet: Any) -> Callable[[], None]:
     return lambda: remove_hook_from_submodules(unet)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("inject_first", [False, True])
 @pytest.mark.parametrize("offload", [sequential, whole_model, dispatched])
@@ -185,7 +185,7 @@ def whole_model_pipe(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("inject_first", [False, True])
 @pytest.mark.parametrize("offload", [sequential_pipe, whole_model_pipe])
 def test_offloading_a_pipeline(offload: Callable[[Any], None], inject_first: bool, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def tensors() -> dict[str, Tensor]:
     return load_file(TENSORS)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", SCRIPTS, ids=lambda name: str(name).removesuffix("Pipeline"))
 def test_a_scripts_losses_are_ours(
     name: str, told: Any, tensors: dict[str, Tensor], folder_of: Callable[[str], Path], tmp_path: Path,

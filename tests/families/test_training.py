@@ -25,7 +25,7 @@ from tests.helpers.tiny_families import side_of
 Load = Callable[[str], Family]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "text encoders too"])
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_fixed_batch_is_learned_and_the_adapter_travels(

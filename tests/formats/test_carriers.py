@@ -340,7 +340,7 @@ def test_float16_keeps_small_changes(tmp_path: Path) -> None:
 # GLoRA
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("share", [False, True])
 def test_a_glora_rotates_any_base(name: str, share: bool, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def compare_with_diffusers(pipe: Any, name: str, source: Any, plain: Tensor) -> 
     assert torch.equal(draw(pipe, name), plain)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("told", [True, False])
 def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_diffusers_draws_what_is_live(name: str, told: bool, tmp_path: Path) -> 
     compare_with_diffusers(pipe, name, path if told else load_file(path), plain)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [SD, XL])
 @pytest.mark.parametrize("naming", ["kohya", "flat"])
 def test_diffusers_reads_flat_names_of_unets(name: str, naming: str, tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ def test_what_diffusers_would_leave_out_is_refused(tmp_path: Path) -> None:
 # What files say, and refusals
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("name", "version"), [(SD, {}), (XL, {"ss_base_model_version": "sdxl_base_v1-0"}), (FLUX, {})])
 @pytest.mark.parametrize("export", [export_diff, export_lora, export_glora])
 def test_a_header_says_what_the_file_is_of(export: Export, name: str, version: dict[str, str], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def weight(layer: nn.Module) -> Tensor:
 # Single files
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("series", [{}, SERIES], ids=["", "another series"])
 @pytest.mark.parametrize("name", [SD, XL])
 def test_a_merged_file_draws_what_is_fused(
@@ -214,7 +214,7 @@ def test_fused_and_swapped_rows(name: str, prefix: str, tmp_path: Path) -> None:
     assert seen > 0
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pipe_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_precisions_may_differ(

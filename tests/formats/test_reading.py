@@ -193,7 +193,7 @@ def test_pefts_larger_kernels_are_refused(base: Any, tmp_path: Path, version: st
 # -- single files of input rotations ----------------------------------------------------------------------------------
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -250,7 +250,7 @@ def test_the_old_divisor_is_refused_where_nothing_is_scaled(base: Any, tmp_path:
         assert_one_sentence(error, named, "--legacy-scaled", "oft_R.scaled_oft", "leave it out")
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("revision", "old"),
     [("1336b9b8", True), ("607470f7", True), ("75ee0917", True), ("86ae381", True), ("b46986d6", False),

@@ -101,7 +101,7 @@ def test_an_adapter_of_peft_answers_as_in_peft(base: Any, tmp_path: Path, option
     assert_same(base, pipe, answer(model))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("part", "options"),
     [
@@ -185,7 +185,7 @@ def trained(base: Any, path: Path, multiplier: float = 1.0, dtype: Any = None, *
     return network, answer(unet)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("multiplier", "options"),
     [

@@ -80,7 +80,7 @@ def key_of(base: Any, part: str, layer: str, naming: str) -> str:
     return f"text_encoders.clip_l.transformer.{name}"
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("naming", ["flat", "kohya", "diffusers", "comfy"])
 @pytest.mark.parametrize("targets", ["attention", "all-linear+conv"])
 def test_tools_of_one_file_come_to_our_weights(base: Any, tmp_path: Path, naming: str, targets: str) -> None:

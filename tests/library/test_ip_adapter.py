@@ -61,7 +61,7 @@ def seen(pipe: Any, picture: Any) -> Tensor:
     return images
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("first", ["IP-Adapter", "OFT"])
 @pytest.mark.parametrize("gone_first", ["IP-Adapter", "OFT"])
 def test_both_orders_in_and_out(

@@ -107,7 +107,7 @@ def expected(base_pipe: Any, mug: Path, plain: Path, series: Path) -> dict[str, 
     return pictures
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.filterwarnings("error:.*was trained on another base")
 @pytest.mark.parametrize("first", ["load", "offload"])
 @pytest.mark.parametrize("offload", [*IN_MEMORY, *ON_DISK])

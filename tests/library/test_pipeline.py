@@ -166,7 +166,7 @@ def test_adapters_add_up_in_the_order_of_loading_and_of_setting(pipe, mug, style
     assert torch.equal(draw(pipe), alone)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("order", [["mug", "style"], ["style", "mug"]])
 @pytest.mark.parametrize("strengths", [1.0, [0.6, -0.8]])
 def test_live_is_fused_in_either_order(pipe, mug, style, untouched, order, strengths):

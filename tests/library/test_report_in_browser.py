@@ -112,7 +112,7 @@ def test_the_curve_lays_itself_out_without_the_pages_stylesheet(browser: Any) ->
     page.close()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_can_be_read(browser: Any, report: Path, tmp_path: Path, width: str, scheme: Any) -> None:

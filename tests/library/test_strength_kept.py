@@ -37,7 +37,7 @@ def theirs(pipe: Any, tmp_path: Path) -> Path:
     return peft_oft.write_peft(tmp_path / "peft", shapes, block_size=8, norm=0.9)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("strength", [0.5, -0.7, 1.0])
 @pytest.mark.parametrize("how", ["saved", "saved with other metadata", "converted"])
 def test_another_tools_strength_stays_its_own_in_a_file_of_ours(

@@ -76,7 +76,7 @@ def test_nuisance_attributes_change_the_picture(scene: Scene, change: dict[str, 
     assert difference(render(scene), render(replace(scene, **change))).max() > 10
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", CAPTIONED["object"])
 def test_uncaptioned_attributes_are_visible_on_every_object(kind):
     bare = Scene(kind, "teal", "plain", "snow", ACCENTS[0], "none", "none", "none")

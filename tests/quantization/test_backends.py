@@ -74,7 +74,6 @@ def loaded(trained: Trained, *, quantized: bool = True) -> Any:
     return load_pipeline(config.model, torch.bfloat16, DEVICE, **knobs)
 
 
-@pytest.mark.thinned(3)
 def test_train(trained: Trained) -> None:
     assert trained.kinds, "nothing was quantized"
     assert trained.plain == 0
@@ -99,7 +98,6 @@ def test_save(trained: Trained) -> None:
     assert file.metadata.training["quantization"] == trained.config.quantization
 
 
-@pytest.mark.thinned(4)
 @pytest.mark.parametrize("quantized", [True, False], ids=["onto the same", "onto the base itself"])
 def test_load(trained: Trained, quantized: bool, recwarn: pytest.WarningsRecorder) -> None:
     pipe = loaded(trained, quantized=quantized)
@@ -113,7 +111,6 @@ def test_load(trained: Trained, quantized: bool, recwarn: pytest.WarningsRecorde
     assert torch.equal(draw(pipe), base)
 
 
-@pytest.mark.thinned(3)
 def test_merge_and_unmerge(trained: Trained) -> None:
     pipe = loaded(trained)
     base = draw(pipe)

@@ -69,7 +69,7 @@ def test_the_base_is_the_runs(precision: str, config: Config) -> None:
     assert found.memory.parked == 0  # a processor's memory has them all
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("knobs", [{"min_crop": 0.5, "flip": True}, {"cache_latents": False}], ids=["many", "none"])
 @pytest.mark.parametrize("texts", [True, False])
 def test_caches_are_the_runs(knobs: dict[str, object], texts: bool, config: Config) -> None:

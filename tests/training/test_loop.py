@@ -281,7 +281,7 @@ def test_bfloat16_base_with_float32_generators(config: Config, run: Run, tmp_pat
     assert all(t.dtype == torch.float32 for t in tensors(half.adapter).values())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("settings", "written", "layers"),
     [

@@ -215,7 +215,7 @@ def test_unusable_checkpoints(config: Config, run: Run, tmp_path: Path) -> None:
         train(config(steps=5, resume="latest"))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
