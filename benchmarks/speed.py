@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from benchmarks.candidates import Candidate, builder
 from benchmarks.records import DATA, append, environment, load
 from benchmarks.speed_setups import KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
-from benchmarks.turns import Around, Calls, spread, take_turns, told
+from benchmarks.turns import Around, Calls, CardStoppedError, spread, take_turns, told
 from benchmarks.works import WORKS, Work
 from oft_diffusion.quantization import quantize_with_bitsandbytes, scheme
 
@@ -57,19 +58,14 @@ def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int |
     # One code object serves every block of every method: by default dynamo would fall back to eager, and say nothing.
     with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
         (stand.build if setup.kind == "build" else stand.compare)()
-    run = uuid4().hex[:8]
-    rows = [
-        {
-            **_versions(), "device": device, "run": run, **setup.columns(), **stand.about,
-            "kind": kind, "method": method,
-            **dict.fromkeys(("settings", "trained", "adapter_bytes", *_FIGURES), ""),
-            **stand.figures.get((method, kind), {}), **spread(stand.times.get((method, kind), [])),
-            "load": f"{load_before:.1f}",
-            "reason": "" if (method, kind) in stand.times else stand.reasons.get((method, kind), ""),
-        }
-        for method, kind in setup.cells()
-    ]  # fmt: skip
-    append(out, rows, device)
+    stand.append_to(out, f"{load_before:.1f}")
+
+
+def note_stop(setup: Setup, device: str, out: Path, reason: str) -> None:
+    """Append a setup's rows with why they have no figures."""
+    stand = _Stand(setup, device, 0.0, 0)
+    stand.reasons = dict.fromkeys(setup.cells(), reason)
+    stand.append_to(out, "")
 
 
 class _Stand:
@@ -81,6 +77,22 @@ class _Stand:
         self.figures: dict[tuple[str, str], dict[str, Any]] = {}
         self.reasons: dict[tuple[str, str], str] = {}
         self.about = {"cut": "", "base_parameters": "", "base_bytes": ""}
+
+    def append_to(self, out: Path, load_before: str) -> None:
+        """Write what was found, a row for each method and kind."""
+        run = uuid4().hex[:8]
+        rows = [
+            {
+                **_versions(), "device": self.device, "run": run, **self.setup.columns(), **self.about,
+                "kind": kind, "method": method,
+                **dict.fromkeys(("settings", "trained", "adapter_bytes", *_FIGURES), ""),
+                **self.figures.get((method, kind), {}), **spread(self.times.get((method, kind), [])),
+                "load": load_before,
+                "reason": "" if (method, kind) in self.times else self.reasons.get((method, kind), ""),
+            }
+            for method, kind in self.setup.cells()
+        ]  # fmt: skip
+        append(out, rows, self.device)
 
     def compare(self) -> None:
         """Methods upon one work."""
@@ -198,12 +210,23 @@ def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> boo
 
 
 def run(
-    setups: Sequence[Setup], device: str, out: Path, *, minutes: float, rounds: int | None = None, again: bool = False
+    setups: Sequence[Setup],
+    device: str,
+    out: Path,
+    *,
+    minutes: float,
+    rounds: int | None = None,
+    again: bool = False,
+    begin: int = 0,
 ) -> None:
-    """Measure what is not measured yet, until time is up."""
+    """Measure what is not measured yet, until time is up.
+
+    Args:
+        begin: with which setup. Where a card stops, a new process goes on with the next one.
+    """  # fmt: skip
     deadline = time.monotonic() + 60 * minutes
     with _set_aside():
-        for setup in setups:
+        for number, setup in enumerate(setups[begin:], begin):
             if not again and is_done(setup, device, load(out)):
                 print(f"measured already: {setup}", flush=True)
                 continue
@@ -214,11 +237,20 @@ def run(
                 measure(setup, device, out, deadline, rounds)
             except OutOfTimeError:
                 print(f"no time left, run it again: {setup}", flush=True)
+            except CardStoppedError as stopped:
+                print(f"{stopped}: {setup}", flush=True)
+                _go_on(number, str(stopped), (deadline - time.monotonic()) / 60)
             else:
                 print(f"measured in {time.monotonic() - started:.0f} s: {setup}", flush=True)
             torch.compiler.reset()
             gc.collect()
             _give_back(device)
+
+
+def _go_on(stopped_at: int, reason: str, minutes: float) -> None:
+    """Become a new process, which notes why a setup has no figures and goes on behind it."""
+    more = ["--stopped-at", str(stopped_at), "--because", reason, "--minutes", f"{max(0.0, minutes):.2f}"]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:], *more])
 
 
 def main() -> None:
@@ -236,6 +268,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default: all)")
     parser.add_argument("--out", type=Path, default=FILE, help="another file to append to, and to read")
     parser.add_argument("--again", action="store_true", help="measure what was measured already, too")
+    parser.add_argument("--stopped-at", type=int, default=-1, help=argparse.SUPPRESS)  # the last word counts
+    parser.add_argument("--because", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table or options.plots:
         if options.plots:
@@ -254,7 +288,12 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: this measures a card")
     torch.set_num_threads(options.threads)
-    run(setups, options.device, options.out, minutes=options.minutes, rounds=options.rounds, again=options.again)
+    if options.because:
+        note_stop(setups[options.stopped_at], options.device, options.out, options.because)
+    run(
+        setups, options.device, options.out, minutes=options.minutes, rounds=options.rounds, again=options.again,
+        begin=options.stopped_at + 1,
+    )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:

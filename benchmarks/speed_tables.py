@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.methods import BASE, DENSE, LORA, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.records import load
 from benchmarks.rotate_bandwidth import FILE as BANDWIDTH
-from benchmarks.speed_setups import STACK
+from benchmarks.speed_setups import KINDS, SETUPS, STACK, Setup
 
 Row = Mapping[str, str]
 # What tells one setup from another.
@@ -90,12 +90,32 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: the aims, then a table per setup and kind."""
+    """Markdown: the aims, then what has no figure, then a table per setup and kind."""
     if not rows:
         return "No figures have been taken yet."
     found = groups(rows)
-    parts = [aims(found)] + [one(group) for group in found]
+    parts = [aims(found), unmeasured(rows)] + [one(group) for group in found]
     return "\n\n".join(parts)
+
+
+def unmeasured(rows: Sequence[Row]) -> str:
+    """What `benchmarks.speed` would measure and has not: every setup without a row, or without some methods' rows.
+
+    A method that was tried and has a reason in place of a figure counts as measured.
+    """
+    lines = ["| not measured | on | methods |", "|---|---|---|"]
+    for device, setups in SETUPS.items():
+        for setup in setups:
+            missing = [method for method in setup.methods if not _is_there(setup, method, device, rows)]
+            if missing:
+                whose = "all" if len(missing) == len(setup.methods) else "; ".join(missing)
+                lines.append(f"| {setup} | {'a processor' if device == 'cpu' else 'a card'} | {whose} |")
+    return "\n".join(lines)
+
+
+def _is_there(setup: Setup, method: str, device: str, rows: Sequence[Row]) -> bool:
+    wanted = setup.columns() | {"method": method, "kind": KINDS[setup.kind][0], "device": device}
+    return any(all(row.get(name, "") == value for name, value in wanted.items()) for row in rows)
 
 
 def one(group: Group) -> str:

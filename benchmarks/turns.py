@@ -63,14 +63,22 @@ def spread(times: Sequence[float]) -> dict[str, str]:
     return {"rounds": str(len(times)), **cells, "seconds": " ".join(f"{t:.6g}" for t in times)}
 
 
+class CardStoppedError(SystemExit):
+    """An error of CUDA's, after which nothing that this process does on the card would be true."""
+
+
 def told(method: str, error: Exception) -> str:
-    """A reason as a row holds it: one line, and no paths of this machine."""
+    """A reason as a row holds it: one line, and no paths of this machine.
+
+    Raises:
+        CardStoppedError: it is one of CUDA's, other than too little memory.
+    """
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
-    if "CUDA error" in str(error):  # nothing that follows in this process would be true
-        raise SystemExit(f"the card stopped in {method!r}: {error}\nRun again with --without {method!r}.") from error
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r"(/[\w.+-]+){2,}", "...", lines[0])[:160]
+    if "CUDA error" in str(error):
+        raise CardStoppedError(f"the card stopped in {method!r}: {text}") from error
     return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 

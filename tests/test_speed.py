@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +47,8 @@ from benchmarks.methods import (
     equal_rank,
 )  # fmt: skip
 from benchmarks.speed_setups import BUILDS, KINDS, SETUPS, STACK, Setup
-from benchmarks.speed_tables import groups, plots, scaling, table
-from benchmarks.turns import take_turns, told
+from benchmarks.speed_tables import groups, plots, scaling, table, unmeasured
+from benchmarks.turns import CardStoppedError, take_turns, told
 from benchmarks.weight_centric import rotate_weight
 from benchmarks.works import WORKS, Sizes, Work
 from oft_diffusion.kernels import block_rotate
@@ -229,7 +231,7 @@ def test_a_method_that_breaks_off_has_no_figure_and_the_others_go_on() -> None:
     times, reasons = take_turns({"a": {"train": fail}, "b": {"train": lambda: None}}, 3)
     assert list(times) == ["b"]
     assert reasons == {"a": "ValueError: no ... here"}
-    with pytest.raises(SystemExit, match="--without 'a'"):
+    with pytest.raises(CardStoppedError, match="stopped in 'a': CUDA error: an illegal"):
         told("a", RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
@@ -373,14 +375,54 @@ def test_tables_pair_rounds_and_leave_out_what_is_empty() -> None:
 
 def test_aims_stand_beside_what_was_reached() -> None:
     lines = table(ROWS).splitlines()
-    told = {line.split(" | ")[0][2:]: [*line.split(" | ")[1:3], line.split(" | ")[-1]] for line in lines[2:10]}
+    aims = lines[: lines.index("")]
+    told = {line.split(" | ")[0][2:]: [*line.split(" | ")[1:3], line.split(" | ")[-1]] for line in aims[2:]}
     assert told["adapter operations, of PEFT LoRA's"] == ["0.35", "0.20", "yes |"]
     assert told["training step, of PEFT LoRA's"] == ["1.00", "0.80", "yes |"]
     assert told["overhead, of PEFT LoRA's"] == ["0.50", "0.40", "yes |"]
-    assert not any("weight-centric" in line for line in lines)  # not measured
+    assert not any("weight-centric" in line for line in aims)  # not measured
     slow = [row(OURS, 1.6, 2.6, 1.6) if r["method"] == OURS else r for r in ROWS]
     assert any(line.startswith("| training step") and line.endswith("| no |") for line in table(slow).splitlines())
     assert table([]) == "No figures have been taken yet."
+
+
+def test_what_has_no_figure_is_told() -> None:
+    missing = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in unmeasured(ROWS).splitlines()[2:]}
+    [where, methods] = missing["SDXL (train, bfloat16, batch 1, b = 32)"]
+    assert where == "a card"
+    assert "full finetuning" in methods
+    assert not {BASE, OURS, LORA, BOFT} & set(methods.removesuffix(" |").split("; "))  # BOFT has a reason
+    assert missing["SD 1.5 (train, float32, batch 1, small, b = 32)"] == ["a processor", "all |"]
+    assert len(unmeasured([]).splitlines()) == 2 + sum(map(len, SETUPS.values()))
+
+
+def test_a_card_that_stops_leaves_a_reason_and_the_next_setup_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise CardStoppedError("the card stopped in 'base': CUDA error: a reason")
+
+    class ReplacedError(Exception):
+        """By the new process."""
+
+    def replace_process(_: str, arguments: list[str]) -> None:
+        raise ReplacedError(*arguments)
+
+    only = [word for setup in speed.SETUPS["cpu"][:2] for word in ("--only", str(setup))]
+    command = ["speed", *only, "--out", str(tmp_path / "speed.csv")]
+    measured: list[str] = []
+    monkeypatch.setattr(speed, "measure", stop)
+    monkeypatch.setattr(os, "execv", replace_process)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ReplacedError) as replaced:
+        speed.main()
+    monkeypatch.setattr(speed, "measure", lambda setup, *_: measured.append(str(setup)))
+    monkeypatch.setattr(sys, "argv", list(replaced.value.args[2:]))
+    speed.main()
+    assert measured == [str(speed.SETUPS["cpu"][1])]
+    rows = records.load(tmp_path / "speed.csv")
+    assert {(row["method"], row["kind"]) for row in rows} == set(speed.SETUPS["cpu"][0].cells())
+    assert {row["reason"] for row in rows} == {"the card stopped in 'base': CUDA error: a reason"}
 
 
 def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:

@@ -110,9 +110,10 @@ def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())  # transformers' alone
     if dtype == torch.float16 or (isinstance(module, ModelMixin) and not base.single_file):
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    plain = kept | set(getattr(module, "_keep_in_fp32_modules", None) or ())  # to whoever quantizes, in any dtype
     total = 0
     for name, p in module.named_parameters():
-        if way is not None and _is_quantized(module, name, kept):
+        if way is not None and _is_quantized(module, name, plain):
             out, columns = p.shape
             total += way.size(out, columns, dtype.itemsize)
         else:
@@ -120,10 +121,10 @@ def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme
     return total
 
 
-def _is_quantized(module: nn.Module, name: str, kept: set[str]) -> bool:
-    """Whether libraries quantize a parameter: the weights of linear layers, but for those kept in float32."""
+def _is_quantized(module: nn.Module, name: str, plain: set[str]) -> bool:
+    """Whether libraries quantize a parameter: the weights of linear layers, but for those a class has kept plain."""
     layer, _, leaf = name.rpartition(".")
-    return leaf == "weight" and kept.isdisjoint(name.split(".")) and isinstance(module.get_submodule(layer), nn.Linear)
+    return leaf == "weight" and plain.isdisjoint(name.split(".")) and isinstance(module.get_submodule(layer), nn.Linear)
 
 
 def bytes_of(modules: Iterable[nn.Module]) -> int:

@@ -68,6 +68,18 @@ def contents(module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}/{part}": raw(tensor) for name, weight in layers for part, tensor in weight.tensors().items()}
 
 
+def bytes_held(module: nn.Module) -> int:
+    """Of all parameters, quantized weights with their scales."""
+    plain: dict[int, int] = {}  # by identity: tied ones count once
+    quantized = 0
+    for layer in module.modules():
+        weight = quantized_weight(layer)
+        own = [p for key, p in layer._parameters.items() if p is not None and not (weight and key == "weight")]
+        plain |= {id(parameter): parameter.nbytes for parameter in own}
+        quantized += sum(tensor.nbytes for tensor in weight.tensors().values()) if weight else 0
+    return sum(plain.values()) + quantized
+
+
 def raw(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().reshape(-1).contiguous().view(torch.uint8)
 
