@@ -148,7 +148,9 @@ class Queue:
         print(f"{task}: {about}; {time.perf_counter() - started:.0f} s", flush=True)
 
     def _rows(self) -> list[Row]:
-        return [row for row in load(self.options.file) if row["setup"] == self.setup and not row["failed"]]
+        """Of this setup and as many validation batches, whose loss is another with others."""
+        wanted = {"setup": self.setup, "validation_batches": str(self.options.validation), "failed": ""}
+        return [row for row in load(self.options.file) if all(row[name] == value for name, value in wanted.items())]
 
     def _is_done(self, task: Task) -> bool:
         own = task.columns()

@@ -408,7 +408,7 @@ def test_a_card_that_stops_leaves_a_reason_and_the_next_setup_goes_on(
     def replace_process(_: str, arguments: list[str]) -> None:
         raise ReplacedError(*arguments)
 
-    only = [word for setup in speed.SETUPS["cpu"][:2] for word in ("--only", str(setup))]
+    only = [word for setup in SETUPS["cpu"][:2] for word in ("--only", str(setup))]
     command = ["speed", *only, "--out", str(tmp_path / "speed.csv")]
     measured: list[str] = []
     monkeypatch.setattr(speed, "measure", stop)
@@ -419,9 +419,9 @@ def test_a_card_that_stops_leaves_a_reason_and_the_next_setup_goes_on(
     monkeypatch.setattr(speed, "measure", lambda setup, *_: measured.append(str(setup)))
     monkeypatch.setattr(sys, "argv", list(replaced.value.args[2:]))
     speed.main()
-    assert measured == [str(speed.SETUPS["cpu"][1])]
+    assert measured == [str(SETUPS["cpu"][1])]
     rows = records.load(tmp_path / "speed.csv")
-    assert {(row["method"], row["kind"]) for row in rows} == set(speed.SETUPS["cpu"][0].cells())
+    assert {(row["method"], row["kind"]) for row in rows} == set(SETUPS["cpu"][0].cells())
     assert {row["reason"] for row in rows} == {"the card stopped in 'base': CUDA error: a reason"}
 
 
