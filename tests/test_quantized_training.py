@@ -80,7 +80,7 @@ def _row(**cells: object) -> dict[str, str]:
         "learning_rate": "0.01", "epsilon": "1e-08", "adapter": "b = 32", "parameters": "10", "steps": "450",
         "pictures": "48", "first_loss": "1", "loss": "0.5", "instance_loss": "0.1", "validation_loss": "0.6",
         "validation_instance_loss": "0.2", "hit": "0.5", "fidelity": "0.9", "hit_and_fidelity": "0.4",
-        "preservation": "0", "seconds": "0.1", "peak_bytes": str(2**20), "busy": "no",
+        "preservation": "0", "seconds": "0.1", "peak_bytes": str(2**20), "busy": "no", "validation_batches": "64",
     }  # fmt: skip
     return dict.fromkeys(COLUMNS, "") | usual | {name: str(value) for name, value in cells.items()}
 
@@ -128,6 +128,7 @@ def test_rates_are_read_from_the_search(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "| PEFT LoRA | 0.002 | 1e-08 | 1 | 90.0 | 50.0 | 90.0 | 0.0 | 0.5000 | 0.4000 | chosen |" in table(rows)
     assert not queue._is_done(tasks[0])
+    _saved(tmp_path / "data.csv", [_row(setup=queue.setup, **tasks[1].columns(), validation_batches=32)])
     _saved(tmp_path / "data.csv", [_row(setup=queue.setup, **tasks[0].columns())])
     assert [queue._is_done(task) for task in tasks[:2]] == [True, False]
 
