@@ -67,7 +67,7 @@ bench: install  ## speed and memory beside LoRA and others, on this processor: u
 	$(QUIET) $(PYTHON) -m benchmarks.speed
 	@$(PYTHON) -m benchmarks.speed --table
 
-bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: under 20 minutes
+bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: meant for 20 minutes
 	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 12
 	-$(QUIET) $(PYTHON) -m benchmarks.rotate_bandwidth
 	-$(QUIET) $(PYTHON) -m benchmarks.stages --device cuda

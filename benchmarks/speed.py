@@ -223,7 +223,7 @@ def run(
 
     Args:
         begin: with which setup. Where a card stops, a new process goes on with the next one.
-    """  # fmt: skip
+    """
     deadline = time.monotonic() + 60 * minutes
     with _set_aside():
         for number, setup in enumerate(setups[begin:], begin):
