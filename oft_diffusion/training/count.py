@@ -108,9 +108,10 @@ def _moment_bytes(config: TrainConfig, numel: int) -> int:
 def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme | None) -> int:
     """Of a component's parameters once it is loaded in a dtype, by its class's rules of what stays in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())  # transformers' alone
+    # To whoever quantizes, in any dtype.
+    plain = kept | set(getattr(module, "_keep_in_fp32_modules", None) or ())
     if dtype == torch.float16 or (isinstance(module, ModelMixin) and not base.single_file):
-        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    plain = kept | set(getattr(module, "_keep_in_fp32_modules", None) or ())  # to whoever quantizes, in any dtype
+        kept = plain
     total = 0
     for name, p in module.named_parameters():
         if way is not None and _is_quantized(module, name, plain):

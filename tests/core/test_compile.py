@@ -59,12 +59,12 @@ def adapted(frozen: bool = True, middle: bool = False) -> tuple[Any, OFTBank, to
 
 def eager(unet: Any) -> torch.Tensor:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return unet(**unet_inputs(unet)).sample
+        return unet(**unet_inputs(unet, dtype=unet.dtype)).sample
 
 
 def run(model: Any, unet: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**unet_inputs(unet)).sample
+        return model(**unet_inputs(unet, dtype=unet.dtype)).sample
 
 
 def counting() -> CompileCounterWithBackend:
@@ -99,35 +99,21 @@ def test_constants_of_a_model_that_was_moved_are_no_results_of_a_graph(bank_too:
     """A CUDA graph's results lie in memory that its next run writes over; and one trace less."""
     unet, bank, base = adapted()
     unet.double()
-    inputs = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in unet_inputs(unet).items()
-    }
     backend = counting()
     compiled = torch.compile(unet, fullgraph=True, backend=backend)
-
-    def drawn(model: Any) -> torch.Tensor:
-        with torch.no_grad():
-            answer: torch.Tensor = model(**inputs).sample
-            return answer
-
-    def expected() -> torch.Tensor:
-        with torch.compiler.set_stance("force_eager"):
-            return drawn(unet)
-
-    first = drawn(compiled)
+    first = run(compiled, unet)
     graphs = backend.frame_count
     assert graphs == 1
     assert relative(first, base) > 1e-2
     if bank_too:
         bank.to("cpu")  # forgets what it built
         bank.load_state_dict({name: 0.5 * value for name, value in bank.state_dict().items()})
-        assert relative(drawn(compiled), first) > 1e-3
-        assert relative(drawn(compiled), expected()) < 1e-12
+        assert relative(run(compiled, unet), first) > 1e-3
+        assert relative(run(compiled, unet), eager(unet)) < 1e-12
         graphs = backend.frame_count
     for strength in (1.0, 0.5, 0.0):
         bank.set_adapters("default", strength)
-        assert relative(drawn(compiled), expected()) < 1e-12
+        assert relative(run(compiled, unet), eager(unet)) < 1e-12
     assert backend.frame_count == graphs
 
 
