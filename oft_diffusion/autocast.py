@@ -31,7 +31,8 @@ def compute_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtyp
 
 def as_computed(x: Tensor) -> Tensor:
     """A layer's input in the dtype in which the layer computes; autograd casts the gradient back."""
-    return x.to(compute_dtype(x.device, x.dtype))
+    dtype = compute_dtype(x.device, x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def computes_in_bfloat16(device: str) -> bool:

@@ -40,11 +40,26 @@ def unpack(packed: Tensor) -> Tensor:
             expected="b(b-1)/2 entries, for example 496 for b = 32",
             fix="check that the tensor is a packed OFT generator",
         )
-    # index_copy rather than indexing by a mask: its backward is one index_select.
-    upper = packed.new_zeros(packed.shape[0], block_size * block_size)
-    upper = upper.index_copy(1, _upper_index(block_size, packed.device), packed)
-    upper = upper.view(-1, block_size, block_size)
-    return upper - upper.transpose(1, 2)
+    q: Tensor = _Unpack.apply(packed, block_size)
+    return q
+
+
+class _Unpack(torch.autograd.Function):
+    """The triangles, with a backward that reads the two it wants: autograd's own turns all of Q's gradient around."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, block_size: int) -> Tensor:
+        ctx.block_size = block_size
+        upper = packed.new_zeros(packed.shape[0], block_size * block_size)
+        upper = upper.index_copy_(1, _upper_index(block_size, packed.device), packed)
+        upper = upper.view(-1, block_size, block_size)
+        return upper - upper.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flat = grad.flatten(1)
+        upper = flat.index_select(1, _upper_index(ctx.block_size, grad.device))
+        return upper - flat.index_select(1, _lower_index(ctx.block_size, grad.device)), None
 
 
 def pack(q: Tensor) -> Tensor:
@@ -55,6 +70,12 @@ def pack(q: Tensor) -> Tensor:
 def _upper_index(block_size: int, device: torch.device) -> Tensor:
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
     return torch.add(columns, rows, alpha=block_size)
+
+
+def _lower_index(block_size: int, device: torch.device) -> Tensor:
+    """Where the upper triangle's entries stand mirrored, in its order."""
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
+    return torch.add(rows, columns, alpha=block_size)
 
 
 def cayley_delta(q: Tensor) -> Tensor:
@@ -91,6 +112,11 @@ class _CayleyDelta(torch.autograd.Function):
         return torch.baddbmm(half, half, turned, alpha=0.5)
 
 
+def _diagonals(blocks: Tensor) -> Tensor:
+    """Of contiguous blocks, `(r, b)`: a view."""
+    return blocks.view(len(blocks), -1)[:, :: blocks.shape[-1] + 1]
+
+
 def _by_solving(q: Tensor) -> Tensor:
     system = (-q).contiguous()
     system.view(len(q), -1)[:, :: q.shape[-1] + 1].fill_(1.0)  # I - Q: Q has zeros there
@@ -105,19 +131,34 @@ def _by_doubling(q: Tensor) -> Tensor | None:
     On a processor it takes less time than a solve, and is nearer to the truth (docs/maths.md). None where Q is not
     finite, or so large that a solve is faster.
     """
-    total = power = q
-    for doubling in range(_DOUBLINGS):
-        total = torch.baddbmm(total, power, total)
-        if doubling:
-            norm = float(torch.linalg.vector_norm(power, dim=(1, 2)).max()) if len(q) else 0.0
-            if norm * norm < torch.finfo(q.dtype).eps / 4:  # the rest is R (power^2), and R's norm is 1
-                return total.mul_(2.0)
+    delta = torch.empty_like(q, memory_format=torch.contiguous_format)
+    blocks = max(1, min(len(q), _AT_A_TIME // q.shape[-1] ** 2))
+    scratch = q.new_empty(4, blocks, *q.shape[1:])  # kept through the loop: fresh memory costs more than a product
+    parts = zip(q.split(blocks), delta.split(blocks), strict=True) if len(q) else ()
+    return delta if all(_double_into(out, part, scratch[:, : len(part)]) for part, out in parts) else None
+
+
+def _double_into(out: Tensor, q: Tensor, scratch: Tensor) -> bool:
+    """Write the sum of one part of the blocks; whether it was done."""
+    power, squared, total, doubled = scratch
+    torch.add(q, torch.bmm(q, q, out=power), out=total)
+    for doubling in range(1, _DOUBLINGS):
+        norm = float(torch.linalg.vector_norm(power, dim=(1, 2)).max())
+        enough = norm * norm < torch.finfo(q.dtype).eps / 4  # the rest is R (power^2), and R's norm is 1
+        if not enough:
             if doubling > 1 and not norm < 0.7:
-                return None
-        power = torch.bmm(power, power)
-    return None
+                return False
+            torch.bmm(power, power, out=squared)
+        _diagonals(power).add_(1.0)
+        if enough:
+            torch.bmm(power, total, out=out).mul_(2.0)
+            return True
+        torch.bmm(power, total, out=doubled)
+        power, squared, total, doubled = squared, power, doubled, total
+    return False
 
 
+_AT_A_TIME = 2**21  # numbers
 _DOUBLINGS = 7  # m up to 128
 
 

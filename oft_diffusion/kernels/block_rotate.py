@@ -62,7 +62,9 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Whether more Python, in backward too, would cost more than tuned products save (`benchmarks.rotate_forms`)."""
-    return not x.is_cuda and x.numel() < _SMALL and compute_dtype(x.device, x.dtype) == x.dtype
+    if x.is_cuda or x.numel() >= _SMALL or (is_wide(x) and lies_apart(x)):
+        return False
+    return compute_dtype(x.device, x.dtype) == x.dtype
 
 
 class _Rotate(torch.autograd.Function):

@@ -50,19 +50,19 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
     if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
         if is_small(x):
-            return _differentiable(x, deltas)
+            return _differentiable(x, list(deltas))
         return list(_RotateShared.apply(x, *deltas))
     return rotate_each(x, list(deltas))
 
 
-def _differentiable(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+def _differentiable(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
     """In torch's own operations: one product for all, and in backward two."""
     for delta in deltas:
         check(x, delta)
-    count, size = deltas[0].shape[:2]
+    shape, (count, size, _) = x.shape, deltas[0].shape
     blocks = x.reshape(-1, count, size)
-    turned = torch.bmm(blocks.transpose(0, 1), torch.cat(list(deltas), dim=2)).split(size, dim=2)
-    return [(blocks + own.transpose(0, 1)).view(x.shape) for own in turned]
+    turned = torch.bmm(blocks.transpose(0, 1), torch.cat(deltas, dim=2)).transpose(0, 1).split(size, dim=2)
+    return [(blocks + own).view(shape) for own in turned]
 
 
 class _RotateShared(torch.autograd.Function):
@@ -124,30 +124,37 @@ def kernels_for(x: Tensor, deltas: Sequence[Tensor]) -> ModuleType | None:
 
 @uncast
 def grads_in_torch(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
-    """One product makes dx, another every dD."""
+    """Of many rows, products that read and write where the tensors lie; else one product for dx, one for every dD."""
     blocks, size = deltas[0].shape[:2]
-    gathered = torch.cat([blocks_first(grad, blocks, size) for grad in grads], dim=2)  # (r, rows, layers b)
+    own, others = blocks_first(x, blocks, size).transpose(1, 2), [blocks_first(grad, blocks, size) for grad in grads]
+    if is_wide(x) and lies_apart(x):
+        found = [_input_grad_in_place(x, deltas, others)] if dx else []
+        return found + [torch.bmm(own, other) for other in others] if ddelta else found
+    gathered = torch.cat(others, dim=2)  # (r, rows, layers b)
     found = [_input_grad(x, deltas, grads, gathered)] if dx else []
-    if ddelta:
-        found += torch.bmm(blocks_first(x, blocks, size).transpose(1, 2), gathered).split(size, dim=2)
-    return found
+    return [*found, *torch.bmm(own, gathered).split(size, dim=2)] if ddelta else found
+
+
+def _input_grad_in_place(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """The sum of `g R^T` over the layers, block by block into its place."""
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    written = blocks_first(total, *deltas[0].shape[:2])
+    (first, *others), turns = grads, [with_identity(delta).transpose(1, 2) for delta in deltas]
+    torch.bmm(first, turns[0], out=written)
+    for grad, turn in zip(others, turns[1:], strict=True):
+        written.baddbmm_(grad, turn)
+    return total
 
 
 def _input_grad(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], gathered: Tensor) -> Tensor:
-    """The sum of `g R^T` over the layers."""
-    blocks, size = deltas[0].shape[:2]
+    """The sum of `g R^T` over the layers, by one product."""
     turns = torch.cat([delta.transpose(1, 2) for delta in deltas], dim=1)
-    if not is_wide(x):
-        turned = torch.bmm(gathered, turns).transpose(0, 1)
-        for grad in grads:
-            turned = turned + grad.reshape(turned.shape)
-        return turned.reshape(x.shape)
-    turns = with_identity(turns)
-    if not lies_apart(x):
-        return torch.bmm(gathered, turns).transpose(0, 1).reshape(x.shape)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.bmm(gathered, turns, out=blocks_first(total, blocks, size))
-    return total
+    if is_wide(x):
+        return torch.bmm(gathered, with_identity(turns)).transpose(0, 1).reshape(x.shape)
+    turned = torch.bmm(gathered, turns).transpose(0, 1)
+    for grad in grads:
+        turned = turned + grad.reshape(turned.shape)
+    return turned.reshape(x.shape)
 
 
 def _like_rotated(x: Tensor, deltas: list[Tensor], *, form: str = "") -> list[Tensor]:
