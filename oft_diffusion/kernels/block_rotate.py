@@ -62,9 +62,8 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Whether more Python, in backward too, would cost more than tuned products save (`benchmarks.rotate_forms`)."""
-    if x.is_cuda or x.numel() >= _SMALL or (is_wide(x) and lies_apart(x)):
-        return False
-    return compute_dtype(x.device, x.dtype) == x.dtype
+    few = x.numel() < _SMALL and not (is_wide(x) and x.numel() >= 2 * _MANY_ROWS * x.shape[-1])
+    return few and not x.is_cuda and compute_dtype(x.device, x.dtype) == x.dtype
 
 
 class _Rotate(torch.autograd.Function):
