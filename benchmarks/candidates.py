@@ -55,9 +55,9 @@ class Candidate:
         self.stays = _allocated(self.device) - before
 
     def _prepare_training(self) -> None:
-        if self.method == BASE:
+        if self.method == BASE or self.work.inner:
             self.work.let_gradients_through()
-        else:
+        if self.method != BASE:
             self.optimiser = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True)
 
     # -- what is timed ----------------------------------------------------------------------------------------------

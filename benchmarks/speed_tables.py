@@ -149,43 +149,50 @@ def one(group: Group) -> str:
 # -- aims --------------------------------------------------------------------------------------------------------------
 
 
+# What a figure is made of: one value each round, a single one where it is counted, none where there are no rows for it.
+Figure = Callable[[Group], Sequence[float]]
+
+
 @dataclass(frozen=True)
 class Aim:
-    """A bound on a figure that is made of a group's rows, None where these do not have it."""
+    """A bound on a figure."""
 
     words: str
     bound: float
-    figure: Callable[[Group], float | None]
+    figure: Figure
     kind: str = "train"
     device: str = ""  # "cpu", "cuda" or either
 
-
-def _ratio(method: str, other: str) -> Callable[[Group], float | None]:
-    def figure(group: Group) -> float | None:
-        ratios = group.ratios(method, other)
-        return statistics.median(ratios) if ratios else None
-
-    return figure
+    def reached(self, values: Sequence[float]) -> str:
+        """By the median; and whether the bound lies between the quartiles, so that another run may say otherwise."""
+        low, middle, high = _quartiles(values)
+        answer = "yes" if middle <= self.bound else "no"
+        return f"{answer}, within the spread" if low <= self.bound < high else answer
 
 
-def _overheads(method: str, other: str) -> Callable[[Group], float | None]:
-    def figure(group: Group) -> float | None:
+def _ratio(method: str, other: str) -> Figure:
+    return lambda group: group.ratios(method, other)
+
+
+def _overheads(method: str, other: str) -> Figure:
+    def figure(group: Group) -> Sequence[float]:
         own, others = group.overhead(method), group.overhead(other)
-        return _quotient(statistics.median(own), statistics.median(others)) if own and others else None
+        # Of single rounds the smaller overhead may be none at all.
+        return _quotient(statistics.median(own), statistics.median(others)) if own and others else ()
 
     return figure
 
 
-def _above(name: str, method: str, other: str) -> Callable[[Group], float | None]:
+def _above(name: str, method: str, other: str) -> Figure:
     return lambda group: _quotient(group.above_base(method, name), group.above_base(other, name))
 
 
-def _whole(name: str, method: str, other: str) -> Callable[[Group], float | None]:
+def _whole(name: str, method: str, other: str) -> Figure:
     return lambda group: _quotient(group.figure(method, name), group.figure(other, name))
 
 
-def _quotient(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b is not None and b > 0 else None
+def _quotient(a: float | None, b: float | None) -> Sequence[float]:
+    return (a / b,) if a is not None and b is not None and b > 0 else ()
 
 
 AIMS = [
@@ -234,11 +241,9 @@ def aims(found: Sequence[Group], bandwidth: Sequence[Row] | None = None) -> str:
         for group in found:
             if group.kind != aim.kind or aim.device not in ("", group.about["device"]) or group.about["work"] == STACK:
                 continue
-            value = aim.figure(group)
-            if value is not None:
-                reached = "yes" if value <= aim.bound else "no"
-                where = f"{group.title()}, {group.about['hardware']}"
-                lines.append(f"| {aim.words} | {aim.bound:.2f} | {value:.2f} | {where} | {reached} |")
+            if values := aim.figure(group):
+                where, measured = f"{group.title()}, {group.about['hardware']}", _spread(values)
+                lines.append(f"| {aim.words} | {aim.bound:.2f} | {measured} | {where} | {aim.reached(values)} |")
     for where, share in _copied(load(BANDWIDTH) if bandwidth is None else bandwidth).items():
         reached = "yes" if share >= 0.8 else "no"
         lines.append(
@@ -314,16 +319,20 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _quartiles(values: Sequence[float], times: float = 1.0) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return (times * values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return times * low, times * middle, times * high
 
 
 def _spread(values: Sequence[float], times: float = 1.0) -> str:
-    """Median and quartiles."""
+    """Median and quartiles; of a single value, that."""
     if not values:
         return ""
     low, middle, high = _quartiles(values, times)
     digits = 1 if times > 1 else 2
+    if len(values) == 1:
+        return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

@@ -40,6 +40,8 @@ class Work(nn.Module):
         inputs: arguments of the denoiser.
         condition: arguments from the text encoders' outputs, in place of those in `inputs`; not called without any.
         note: what was cut, empty where nothing was.
+        inner: its few blocks stand for inner ones, and every method's gradients flow back to the inputs. First layers,
+            whose inputs' gradients some methods need not have, would else count for far more than in the whole.
     """
 
     denoiser: Any
@@ -52,10 +54,12 @@ class Work(nn.Module):
         encoders: Sequence[nn.Module] = (),
         condition: Condition | None = None,
         note: str = "",
+        *,
+        inner: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser, self.encoders = denoiser, nn.ModuleList(encoders)
-        self.inputs, self.condition, self.note = inputs, condition, note
+        self.inputs, self.condition, self.note, self.inner = inputs, condition, note, inner
         self.tokens = _tokens(inputs) if self.encoders else None
 
     def forward(self) -> Tensor:
@@ -120,7 +124,7 @@ def sd15(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
 
 
 def sdxl(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
-    """SDXL at 1024 x 1024; small: fewer transformers, at 128 x 128."""
+    """SDXL at 1024 x 1024; small: fewer transformers, at 256 x 256."""
     unet = UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -128,12 +132,12 @@ def sdxl(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         transformer_layers_per_block=(1, 1, 2) if small else (1, 2, 10), attention_head_dim=(5, 10, 20),
         addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     )  # fmt: skip
-    inputs = _unet_inputs(unet, sizes.batch, 16 if small else 128)
+    inputs = _unet_inputs(unet, sizes.batch, 32 if small else 128)
     inputs["added_cond_kwargs"] = {
         "text_embeds": torch.randn(sizes.batch, 1280),
         "time_ids": torch.ones(sizes.batch, 6),
     }
-    note = "1 of 2 layers a block, 1 and 2 of 2 and 10 transformers a layer; 16x16 latents" if small else ""
+    note = "1 of 2 layers a block, 1 and 2 of 2 and 10 transformers a layer; 32x32 latents" if small else ""
     return Work(unet, inputs, [clip_l(-2), clip_g(-2)] if text else [], _sdxl_condition, note)
 
 
@@ -152,8 +156,8 @@ def sd35(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "timestep": torch.full((sizes.batch,), 500.0),
     }
     encoders = [clip_l(-2, projection=True), clip_g(-2)] if text else []
-    note = "2 of 24 blocks; 16x16 latents, 154 tokens of text" if small else ""
-    return Work(transformer, inputs, encoders, _sd3_condition, note)
+    note = "2 of 24 blocks, as inner ones; 16x16 latents, 154 tokens of text" if small else ""
+    return Work(transformer, inputs, encoders, _sd3_condition, note, inner=small)
 
 
 def flux(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
@@ -173,8 +177,8 @@ def flux(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float(),
         "txt_ids": torch.zeros(text_length, 3),
     }
-    note = "1 of 19 double and 1 of 38 single blocks; 16x16 latents, 64 tokens of text" if small else ""
-    return Work(transformer, inputs, [clip_l(-1)] if text else [], _pooled, note)
+    note = "1 of 19 double and 1 of 38 single blocks, as inner ones; 16x16 latents, 64 tokens of text" if small else ""
+    return Work(transformer, inputs, [clip_l(-1)] if text else [], _pooled, note, inner=small)
 
 
 class Stack(nn.Sequential):

@@ -34,6 +34,7 @@ class Scheme:
         size: bytes of a weight `(out, in)` and of what goes with it, whose scales may be of the dtype computed in, with
             its bytes.
         needs_cuda: whether its library has no code for a processor.
+        trains: whether gradients pass through its layers, which an adapter before them needs.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Scheme:
     config: Callable[[Library, torch.dtype], Any]
     size: Callable[[int, int, int], int]
     needs_cuda: bool = False
+    trains: bool = True
 
     def require(self, device: str) -> None:
         """Raise where it cannot be used.
@@ -60,6 +62,25 @@ class Scheme:
                 expected="a CUDA card, or one of " + ", ".join(others),
                 fix="choose one of these",
             )
+
+
+def refuse_for_training(way: Scheme, setting: str) -> None:
+    """Raise where nothing that comes before such layers could learn.
+
+    Args:
+        way: how the layers would be quantized.
+        setting: whose value that is.
+
+    Raises:
+        ConfigError: no gradient passes through them.
+    """
+    if not way.trains:
+        others = [name for name, scheme in SCHEMES.items() if scheme.trains]
+        raise ConfigError(
+            f"{setting} = {way.name!r} is for drawing alone: {way.package} has no gradient of its product",
+            expected=", ".join(others),
+            fix="use one of these; the adapter then draws on any of them",
+        )
 
 
 def require_installed(package: str, what: str) -> None:
@@ -155,6 +176,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             "torchao-int4", "torchao", "4 bits in groups of 32", _torchao("int4"),
             lambda out, columns, scale: out * columns // 2 + 2 * scale * out * columns // 32, needs_cuda=True,
+            trains=False,  # torch has no derivative of _weight_int4pack_mm
         ),
         Scheme(
             "torchao-float8", "torchao", "8 bits, floating", _torchao("float8"),

@@ -3,7 +3,8 @@
 Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels where there
 is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code runs the same
 functions without it, since an op in Python costs more to call than a small rotation to compute. For the same reason
-small rotations on a processor are one line, and left to torch's own backward, in which there is no Python.
+small rotations on a processor are one line, and left to torch's own backward, in which there is no Python; the compiler
+fuses the sum with what is beside it.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.oft_diffusion.block_rotate.default(x, delta, form=kernel_form())
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
         blocks = x.reshape(-1, *delta.shape[:2])
         return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view(x.shape)
+    if torch.compiler.is_compiling():
+        return torch.ops.oft_diffusion.block_rotate.default(x, delta, form=kernel_form())
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         rotated: Tensor = _Rotate.apply(x, delta)
         return rotated
@@ -62,8 +63,9 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Whether more Python, in backward too, would cost more than tuned products save (`benchmarks.rotate_forms`)."""
-    few = x.numel() < _SMALL and not (is_wide(x) and x.numel() >= 2 * _MANY_ROWS * x.shape[-1])
-    return few and not x.is_cuda and compute_dtype(x.device, x.dtype) == x.dtype
+    if x.is_cuda or x.numel() >= _SMALL or (is_wide(x) and x.numel() >= 2 * _MANY_ROWS * x.shape[-1]):
+        return False
+    return compute_dtype(x.device, x.dtype) == x.dtype
 
 
 class _Rotate(torch.autograd.Function):

@@ -46,22 +46,21 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas))
+    if is_small(x):
+        return _in_one_product(x, deltas) if differentiated else [block_rotate(x, delta) for delta in deltas]
     if torch.compiler.is_compiling():
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
-    if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
-        if is_small(x):
-            return _differentiable(x, list(deltas))
-        return list(_RotateShared.apply(x, *deltas))
-    return rotate_each(x, list(deltas))
+    return list(_RotateShared.apply(x, *deltas)) if differentiated else rotate_each(x, list(deltas))
 
 
-def _differentiable(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+def _in_one_product(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     """In torch's own operations: one product for all, and in backward two."""
     for delta in deltas:
         check(x, delta)
     shape, (count, size, _) = x.shape, deltas[0].shape
     blocks = x.reshape(-1, count, size)
-    turned = torch.bmm(blocks.transpose(0, 1), torch.cat(deltas, dim=2)).transpose(0, 1).split(size, dim=2)
+    turned = torch.bmm(blocks.transpose(0, 1), torch.cat(list(deltas), dim=2)).transpose(0, 1).split(size, dim=2)
     return [(blocks + own).view(shape) for own in turned]
 
 

@@ -17,7 +17,7 @@ from oft_diffusion.files import FILE_NAME, load_adapter_file
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
-from oft_diffusion.quantization import check_gguf, require_installed, whole_only
+from oft_diffusion.quantization import check_gguf, refuse_for_training, require_installed, scheme, whole_only
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -244,6 +244,12 @@ def _check_precision(config: TrainConfig) -> None:
 
 def _check_quantization(config: TrainConfig, base: Base) -> None:
     """Libraries are there, and can work on this machine; and the base is one whose parts are loaded one by one."""
+    learning = {"quantization": config.quantization}
+    if config.text_encoder:
+        learning["text_encoder_quantization"] = config.text_encoder_quantization
+    for setting, name in learning.items():
+        if name is not None:
+            refuse_for_training(scheme(name), setting)
     wanted = quantizing(config, base)
     if (wanted is not None or config.denoiser_file is not None) and base.single_file:
         raise whole_only(config.model)

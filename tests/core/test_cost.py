@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import OFTConfig as PeftOFTConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,16 +39,24 @@ def ours() -> tuple[Any, list[Tensor]]:
     return model, list(bank.parameters())
 
 
-def lora() -> tuple[Any, list[Tensor]]:
+def by_peft(config: PeftConfig) -> Any:
     model = unet()
-    inject_adapter_in_model(LoraConfig(r=16, target_modules=PROJECTIONS), model)
-    return model, []
+    inject_adapter_in_model(config, model)
+    return model
 
 
-def forward(model: Any, *, of_inputs: bool, autocast: bool) -> Callable[[], Tensor]:
+def lora() -> tuple[Any, list[Tensor]]:
+    return by_peft(LoraConfig(r=16, target_modules=PROJECTIONS)), []
+
+
+def peft_oft() -> tuple[Any, list[Tensor]]:
+    return by_peft(PeftOFTConfig(oft_block_size=32, target_modules=PROJECTIONS)), []
+
+
+def forward(model: Any, *, of_inputs: bool, autocast: bool = False, images: int = 1) -> Callable[[], Tensor]:
     """A training step's forward. Where nothing is trainable, gradients flow back to the inputs."""
-    x = torch.randn(1, 4, 16, 16, requires_grad=of_inputs)
-    text = torch.randn(1, 77, 64, requires_grad=of_inputs)
+    x = torch.randn(images, 4, 16, 16, requires_grad=of_inputs)
+    text = torch.randn(images, 77, 64, requires_grad=of_inputs)
 
     def call() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -61,7 +70,7 @@ def forward(model: Any, *, of_inputs: bool, autocast: bool) -> Callable[[], Tens
 def figures(request: pytest.FixtureRequest) -> dict[str, tuple[int, int]]:
     """Operations of a step, and bytes that its forward saves."""
     found = {}
-    for build in (plain, lora, ours):
+    for build in (plain, lora, peft_oft, ours):
         model, parameters = build()
         call = forward(model, of_inputs=build is plain, autocast=request.param)
         call().backward()  # what is built once
@@ -78,11 +87,37 @@ def test_operations_are_about_a_third_of_loras(figures: dict[str, tuple[int, int
     assert 100 < own - base <= 0.35 * (peft - base)
 
 
+def test_operations_are_a_tenth_of_pefts_oft(figures: dict[str, tuple[int, int]]) -> None:
+    base, peft, own = (figures[name][0] for name in ("plain", "peft_oft", "ours"))
+    assert own - base <= 0.10 * (peft - base)
+
+
+def test_drawing_adds_a_product_and_a_sum_to_each_layer() -> None:
+    model = unet()
+    draw = torch.no_grad()(forward(model, of_inputs=False))
+    base = leaf_operations(draw)
+    bank = inject_oft(model, OFTConfig(block_size=32))
+    bank.freeze("default")
+    draw()  # which builds D, once
+    assert leaf_operations(draw) - base <= 2 * len(bank.hooks)
+
+
 def test_what_is_saved_for_backward_is_near_loras(figures: dict[str, tuple[int, int]]) -> None:
     base, peft, own = (figures[name][1] for name in ("plain", "lora", "ours"))
     deltas = sum(2 * p.numel() for p in ours()[1]) * 4 * 32 / 31  # b x b of b (b - 1) / 2 numbers
     assert base < peft
     assert own - deltas < peft, "more than the inputs and D"
+
+
+def test_of_several_images_no_more_is_saved_than_of_lora() -> None:
+    """D, which does not grow with them, is less then than what LoRA keeps of each."""
+    saved = {}
+    for build in (lora, ours):
+        model, parameters = build()
+        saved[build.__name__] = saved_bytes(
+            forward(model, of_inputs=False, images=4), [*model.parameters(), *parameters]
+        )
+    assert saved["ours"] <= saved["lora"]
 
 
 WIDE = 256

@@ -41,6 +41,7 @@ def pretend() -> None:
         "triton_kernels": lambda: triton_rotate,
         "kernels_for": lambda x, deltas: triton_shared,
         "has_kernel": lambda x, size: True,
+        "is_small": lambda x: False,
     }
     for module in (block_rotate, rotate_shared, inlined):
         for name, value in changes.items():

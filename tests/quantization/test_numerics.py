@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, remove_oft, unmerge_oft
+from oft_diffusion import (
+    OFTConfig,
+    inject_oft,
+    load_oft_state_dict,
+    merge_oft,
+    oft_state_dict,
+    remove_oft,
+    rotation,
+    unmerge_oft,
+)
 from oft_diffusion.errors import TargetError
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pipeline import describe_base
@@ -18,7 +27,7 @@ from oft_diffusion.proof import fingerprint, weights_of
 from oft_diffusion.quantization import quantize_with_bitsandbytes, scheme
 from tests.core.reference import relative
 from tests.library.support import assert_one_sentence, excite
-from tests.quantization.backends import ON_A_PROCESSOR, contents, dequantized, quantized_layers
+from tests.quantization.backends import GGUF, ON_A_PROCESSOR, contents, dequantized, quantized_layers, write_gguf
 
 
 def inputs(dtype: torch.dtype, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,11 +45,20 @@ def answer(unet: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return out.detach(), grad, dx.float()
 
 
-@pytest.mark.thinned(3)
-@pytest.mark.parametrize("backend", ON_A_PROCESSOR)
-def test_as_on_the_dequantized_weights(backend: str, model: Path) -> None:
-    pipe = load_pipeline(model, torch.bfloat16, quantization=backend)
-    plain = copy.deepcopy(load_pipeline(model, torch.bfloat16).unet)
+# Of output, generators' gradient and input's: a few roundings of the dtype, 2^-9, 2^-11 and 2^-24.
+BOUNDS = {torch.bfloat16: (0.02, 0.03, 0.03), torch.float16: (0.003, 0.005, 0.005), torch.float32: (2e-6, 5e-6, 5e-6)}
+EIGHT_BITS = (0.05, 0.1, 0.1)  # LLM.int8 rounds inputs to these, too
+
+
+@pytest.mark.thinned(5)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", [*ON_A_PROCESSOR, GGUF])
+def test_as_on_the_dequantized_weights(backend: str, dtype: torch.dtype, model: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"quantization": backend}
+    if backend == GGUF:
+        own = {"denoiser_file": str(write_gguf(model, tmp_path / "unet.gguf"))}
+    pipe = load_pipeline(model, dtype, **own)
+    plain = copy.deepcopy(load_pipeline(model, dtype).unet)
     for name, weight in quantized_layers(pipe.unet).items():
         with torch.no_grad():
             plain.get_submodule(name).weight.copy_(weight.dequantized())
@@ -48,22 +66,29 @@ def test_as_on_the_dequantized_weights(backend: str, model: Path) -> None:
     for unet in (pipe.unet, plain):
         bank = inject_oft(unet.eval(), OFTConfig(block_size=16))
         excite(bank, norm=0.3)
-        found.append(answer(unet, torch.bfloat16))
-    # bfloat16 rounds by 2^-9; LLM.int8 rounds inputs to eight bits, too
-    bounds = (0.05, 0.1, 0.1) if backend == "int8" else (0.02, 0.03, 0.03)
-    for own, other, bound in zip(*found, bounds, strict=True):
-        assert relative(own, other) < bound
+        found.append(answer(unet, dtype))
+    for made, wanted, bound in zip(*found, EIGHT_BITS if backend == "int8" else BOUNDS[dtype], strict=True):
+        assert relative(made, wanted) < bound
 
 
-def test_rotations_are_built_in_float32_and_activations_stay_in_theirs(model: Path) -> None:
+def test_rotations_are_built_in_float32_and_activations_stay_in_theirs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unet = load_pipeline(model, torch.bfloat16, quantization="nf4").unet
     bank = inject_oft(unet, OFTConfig(block_size=16))
     excite(bank)
-    seen = set()
+    seen, built, build = set(), [], rotation.rotation_delta
+
+    def noting(packed: Tensor, config: OFTConfig) -> Tensor:
+        built.append(build(packed, config))
+        return built[-1]
+
+    monkeypatch.setattr(rotation, "rotation_delta", noting)
     for weight in quantized_layers(unet).values():
         weight.layer.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
     unet(*inputs(torch.bfloat16))
     assert seen == {torch.bfloat16}
+    assert {delta.dtype for delta in built} == {torch.float32}
     assert all(parameter.dtype == torch.float32 for parameter in bank.parameters())
 
 

@@ -43,10 +43,21 @@ def test_what_needs_a_card(model: Path, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_pipeline(model, quantization="torchao-int4")
     assert_one_sentence(error, "torchao-int4", "CUDA", "nf4")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="CUDA"):
-            preflight(settings("torchao-int4", model, pictures, tmp_path))
     scheme("torchao-int4").require("cuda:0")
+
+
+@pytest.mark.parametrize("part", ["quantization", "text_encoder_quantization"])
+def test_what_is_for_drawing_alone(part: str, model: Path, pictures: Path, tmp_path: Path) -> None:
+    """torchao's four bits: torch has no derivative of their product, as its form for processors shows."""
+    config = settings("nf4", model, pictures, tmp_path, **{part: "torchao-int4"})
+    with pytest.raises(ConfigError) as error:
+        preflight(config)
+    assert_one_sentence(error, part, "torchao-int4", "drawing", "nf4")
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.zeros(64, 64, dtype=torch.int32), 1)
+    x, scales = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True), torch.ones(2, 64, 2, dtype=torch.bfloat16)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        out.sum().backward()
 
 
 def test_a_name_that_is_none(model: Path) -> None:
