@@ -6,7 +6,8 @@ python -m benchmarks.quantized_merge --table    # the newest run as Markdown
 Of each attention layer of the pocket base a copy is quantized. Its dequantized weight W is changed, by a rotation of a
 given spectral norm of its generators, or by a LoRA of rank 16 whose B A is as large as that change, and quantized anew.
 Both directions are random. Lost is `|Q(W') - W'| / |W'|`, beside what quantizing loses of the float weight to begin
-with; and, since W' is only as good as what arrives of the change, `|Q(W') - W'| / |W' - W|`.
+with; and, since W' is only as good as what arrives of the change, `|Q(W') - W'| / |W' - W|`. The range is by how much
+the largest number of any group that shares a scale has grown.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def lost(weight: QuantizedWeight, wanted: Tensor) -> float:
     return float((weight.dequantized() - wanted).norm())
 
 
+def grown(base: Tensor, wanted: Tensor, name: str) -> float:
+    """Of all groups with one scale (NF4: 64 numbers of a row, or 32; int8: a row), the largest growth of its range."""
+    group = base.shape[1] if name == "int8" else (64 if base.shape[1] % 64 == 0 else 32)
+    before, after = (weight.reshape(-1, group).abs().amax(dim=1) for weight in (base, wanted))
+    return float((after / before).max())
+
+
 def measure() -> None:
     """Append one run."""
     unet = load_pipeline(pocket_path()).unet
@@ -85,33 +93,40 @@ def measure() -> None:
                             "quantization": name, "layer": layer, "norm": norm, "method": method,
                             "at_first": f"{begin:.5f}", "change": f"{change / float(base.norm()):.5f}",
                             "lost": f"{error / float(wanted.norm()):.5f}", "of_change": f"{error / change:.5f}",
+                            "range": f"{grown(base, wanted, name):.4f}",
                         }
                     )  # fmt: skip
     append(FILE, rows)
 
 
 def table() -> str:
-    """The newest run: medians over layers."""
+    """The newest run: medians over layers; in how many of them a rotation loses less of its change than a LoRA."""
     rows = load(FILE)
     if not rows:
         return "Not measured yet."
     newest = [row for row in rows if row["date"] == rows[-1]["date"] and row["commit"] == rows[-1]["commit"]]
-    lines = [
-        "| | norm | change | lost at first | lost by merging, ours | LoRA | of the change, ours | LoRA |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["norm", "change", "lost at first", "lost by merging, ours", "LoRA", "of the change, ours", "LoRA"]
+    heads += ["less than LoRA's in", "range, ours", "LoRA"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
 
     def median(way: str, norm: float, method: str, column: str) -> float:
         found = [row for row in newest if (row["quantization"], row["norm"], row["method"]) == (way, str(norm), method)]
         return statistics.median(float(row[column]) for row in found)
 
+    def won(way: str, norm: float) -> str:
+        of: dict[str, dict[str, float]] = {}
+        for row in newest:
+            if (row["quantization"], row["norm"]) == (way, str(norm)):
+                of.setdefault(row["layer"], {})[row["method"]] = float(row["of_change"])
+        return f"{sum(own['ours'] < own['LoRA'] for own in of.values())} of {len(of)}"
+
     for way in WAYS:
         for norm in NORMS:
             one = [median(way, norm, "ours", column) for column in ("change", "at_first")]
             both = [median(way, norm, m, column) for column in ("lost", "of_change") for m in ("ours", "LoRA")]
-            lines.append(
-                f"| `{way}` | {norm} | {one[0]:.2f} | " + " | ".join(f"{x:.3f}" for x in (one[1], *both)) + " |"
-            )
+            cells = [f"`{way}`", f"{norm}", f"{one[0]:.2f}", *(f"{x:.3f}" for x in (one[1], *both)), won(way, norm)]
+            cells += [f"{median(way, norm, method, 'range'):.2f}" for method in ("ours", "LoRA")]
+            lines.append(f"| {' | '.join(cells)} |")
     layers = len({row["layer"] for row in newest})
     last = newest[-1]
     about = f"torch {last['torch']}, commit {last['commit']}; {last['date']}"

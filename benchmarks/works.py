@@ -142,8 +142,8 @@ def sdxl(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
 
 
 def sd35(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
-    """Stable Diffusion 3.5 Medium at 1024 x 1024; small: two blocks, at 128 x 128. T5's hidden states are given."""
-    depth, side, t5 = (2, 16, TEXT_LENGTH) if small else (24, 128, T5_LENGTH["SD 3.5 Medium"])
+    """Stable Diffusion 3.5 Medium at 1024 x 1024; small: two blocks, at 256 x 256. T5's hidden states are given."""
+    depth, side, t5 = (2, 32, TEXT_LENGTH) if small else (24, 128, T5_LENGTH["SD 3.5 Medium"])
     transformer = SD3Transformer2DModel(
         sample_size=128, num_layers=depth, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
         caption_projection_dim=1536, pooled_projection_dim=2048, in_channels=16, out_channels=16, qk_norm="rms_norm",
@@ -156,13 +156,13 @@ def sd35(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "timestep": torch.full((sizes.batch,), 500.0),
     }
     encoders = [clip_l(-2, projection=True), clip_g(-2)] if text else []
-    note = "2 of 24 blocks, as inner ones; 16x16 latents, 154 tokens of text" if small else ""
+    note = "2 of 24 blocks, as inner ones; 32x32 latents, 154 tokens of text" if small else ""
     return Work(transformer, inputs, encoders, _sd3_condition, note, inner=small)
 
 
 def flux(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
-    """Flux.1 dev at 1024 x 1024; small: one block of each kind, at 128 x 128. T5's hidden states are given."""
-    side = 8 if small else 64
+    """Flux.1 dev at 1024 x 1024; small: one block of each kind, at 256 x 256. T5's hidden states are given."""
+    side = 16 if small else 64
     transformer = FluxTransformer2DModel(
         num_layers=1 if small else 19, num_single_layers=1 if small else 38, guidance_embeds=True
     )
@@ -177,7 +177,7 @@ def flux(sizes: Sizes, *, text: bool = False, small: bool = False) -> Work:
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float(),
         "txt_ids": torch.zeros(text_length, 3),
     }
-    note = "1 of 19 double and 1 of 38 single blocks, as inner ones; 16x16 latents, 64 tokens of text" if small else ""
+    note = "1 of 19 double and 1 of 38 single blocks, as inner ones; 32x32 latents, 64 tokens of text" if small else ""
     return Work(transformer, inputs, [clip_l(-1)] if text else [], _pooled, note, inner=small)
 
 

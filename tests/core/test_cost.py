@@ -163,6 +163,19 @@ def test_nothing_as_large_as_a_weight_is_ever_allocated(parametrisation: Any, tm
     assert largest_allocation(lambda: unmerge_oft(kept)) < A_WEIGHT
 
 
+def test_a_convolution_is_loaded_and_merged_block_by_block(tmp_path: Path) -> None:
+    conv = torch.nn.Conv2d(WIDE, WIDE, 3, bias=False).requires_grad_(False)
+    model = torch.nn.Sequential(conv)
+    inject_oft(model, OFTConfig(8, targets="0"))
+    save_file(oft_state_dict(model), tmp_path / "oft.safetensors")
+    acts: list[Callable[[], object]] = [
+        lambda: load_oft_state_dict(model, load_file(tmp_path / "oft.safetensors")),
+        lambda: merge_oft(model, keep_base=False),
+    ]
+    for act in acts:
+        assert 0 < largest_allocation(act) < 4 * conv.weight.numel()
+
+
 def test_a_rotated_weight_would_be_seen() -> None:
     model, turn = Wide(), torch.eye(WIDE)
     assert largest_allocation(lambda: model.to_q(torch.randn(4, WIDE)) @ model.to_q.weight) < A_WEIGHT
