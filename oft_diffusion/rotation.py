@@ -112,11 +112,6 @@ class _CayleyDelta(torch.autograd.Function):
         return torch.baddbmm(half, half, turned, alpha=0.5)
 
 
-def _diagonals(blocks: Tensor) -> Tensor:
-    """Of contiguous blocks, `(r, b)`: a view."""
-    return blocks.view(len(blocks), -1)[:, :: blocks.shape[-1] + 1]
-
-
 def _by_solving(q: Tensor) -> Tensor:
     system = (-q).contiguous()
     system.view(len(q), -1)[:, :: q.shape[-1] + 1].fill_(1.0)  # I - Q: Q has zeros there
@@ -145,15 +140,13 @@ def _double_into(out: Tensor, q: Tensor, scratch: Tensor) -> bool:
     for doubling in range(1, _DOUBLINGS):
         norm = float(torch.linalg.vector_norm(power, dim=(1, 2)).max())
         enough = norm * norm < torch.finfo(q.dtype).eps / 4  # the rest is R (power^2), and R's norm is 1
-        if not enough:
-            if doubling > 1 and not norm < 0.7:
-                return False
-            torch.bmm(power, power, out=squared)
-        _diagonals(power).add_(1.0)
         if enough:
-            torch.bmm(power, total, out=out).mul_(2.0)
+            torch.baddbmm(total, power, total, out=out).mul_(2.0)
             return True
-        torch.bmm(power, total, out=doubled)
+        if doubling > 1 and not norm < 0.7:
+            return False
+        torch.baddbmm(total, power, total, out=doubled)
+        torch.bmm(power, power, out=squared)
         power, squared, total, doubled = squared, power, doubled, total
     return False
 
