@@ -383,7 +383,7 @@ def test_aims_stand_beside_what_was_reached() -> None:
     assert not any("weight-centric" in line for line in aims)  # not measured
     slow = [row(OURS, 1.6, 2.6, 1.6) if r["method"] == OURS else r for r in ROWS]
     assert any(line.startswith("| training step") and line.endswith("| no |") for line in table(slow).splitlines())
-    near = [row(OURS, 1.47, 2.51, 1.49) if r["method"] == OURS else r for r in ROWS]
+    near = [row(OURS, 1.47, 2.55, 1.49) if r["method"] == OURS else r for r in ROWS]
     [line] = [line for line in table(near).splitlines() if line.startswith("| training step, of PEFT LoRA's |")]
     assert line.endswith("| yes, within the spread |")
     assert table([]) == "No figures have been taken yet."
