@@ -286,6 +286,10 @@ def plots(rows: Sequence[Row], folder: Path) -> list[Path]:
             for method, points in line.items():
                 axes.plot(*zip(*points, strict=True), marker="o", label=method)
             axes.set(xlabel=word, ylabel="overhead, ms", xscale="log", title=f"{STACK}: adapter alone")
+            axes.set_ylim(bottom=0.0)
+            sizes = sorted({int(x) for points in line.values() for x, _ in points})
+            axes.set_xticks(sizes, labels=map(str, sizes))
+            axes.minorticks_off()
             axes.legend()
             written.append(_save(figure, folder / f"speed_{size}_{number}.png"))
     return written

@@ -205,6 +205,20 @@ def test_on_a_processor_small_generators_take_products_and_large_ones_a_solve(no
     assert (delta.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * max(1.0, norm)
 
 
+def test_many_blocks_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part takes as many powers as it needs; one that needs a solve sends all there."""
+    q = unpack(0.02 * random_packed(7, 8, 0))
+    q[3] *= 10.0
+    expected = torch.linalg.solve(torch.eye(8, dtype=q.dtype) - q, 2 * q)
+    monkeypatch.setattr(rotation, "_AT_A_TIME", 3 * 8 * 8)
+    found = rotation._by_doubling(q)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    q[6] *= 1000.0
+    assert rotation._by_doubling(q) is None
+    torch.testing.assert_close(cayley_delta(q), torch.linalg.solve(torch.eye(8, dtype=q.dtype) - q, 2 * q))
+
+
 def test_what_is_not_finite_stays_so() -> None:
     q = torch.full((2, 8, 8), torch.nan)
     assert rotation._by_doubling(q) is None
