@@ -45,7 +45,9 @@ def open_app(page: Any, url: str) -> None:
     for end in ("requestfinished", "requestfailed"):
         page.on(end, lambda request: page.asked.pop(request, None))
     page.goto(url)
-    _wait_until_settled(page, ("/heartbeat/",))
+    page.wait_for_selector("#generate")
+    page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
+    wait_until_settled(page)
 
 
 def reload(page: Any, *, working: bool = False) -> None:
@@ -58,13 +60,19 @@ def reload(page: Any, *, working: bool = False) -> None:
     page.leaving = True
     page.asked.clear()
     page.reload()
-    _wait_until_settled(page, ("/heartbeat/", "/queue/data") if working else ("/heartbeat/",))
+    page.wait_for_selector("#generate")
+    page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
+    wait_until_settled(page, ("/heartbeat/", "/queue/data") if working else ("/heartbeat/",))
     page.leaving = False
 
 
-def _wait_until_settled(page: Any, endless: tuple[str, ...]) -> None:
-    page.wait_for_selector("#generate")
-    page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
+def wait_until_settled(page: Any, endless: tuple[str, ...] = ("/heartbeat/",)) -> None:
+    """Wait until nothing that the page asked for is still to come: an answer would replace what was typed meanwhile.
+
+    Args:
+        page: which `open_app` has opened.
+        endless: parts of addresses whose answers have no end.
+    """
     quiet_since = time.monotonic()
     while time.monotonic() - quiet_since < _QUIET:
         page.wait_for_timeout(50)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text, until
+from tests.helpers.app_page import choose, draw, go_to, opened_part, quick, reload, text, until, wait_until_settled
 from tests.library.support import Maker
 from tests.peers.peft_oft import write_peft
 
@@ -34,6 +34,7 @@ def test_adapters_are_shown_renamed_handed_out_taken_in_and_deleted(opened: Any,
     opened_part(page, "Name, trigger and cover")
     for field, value in (("name", "back"), ("own-trigger", "sks"), ("own-class", "mug")):  # which comes in late
         page.wait_for_function(f"document.querySelector('#{field} input, #{field} textarea')?.value === '{value}'")
+    wait_until_settled(page)  # the file that was taken in and the card that was clicked each have the fields filled
     text(page, "name").fill("<b onclick='x'>bold</b>")
     text(page, "own-trigger").fill("zwx")
     page.locator("#label").click()
