@@ -46,12 +46,12 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas))
-    if is_small(x):
-        return _in_one_product(x, deltas) if differentiated else [block_rotate(x, delta) for delta in deltas]
-    if torch.compiler.is_compiling():
+    small = is_small(x)
+    if torch.compiler.is_compiling() and not small:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
-    return list(_RotateShared.apply(x, *deltas)) if differentiated else rotate_each(x, list(deltas))
+    if torch.is_grad_enabled() and (x.requires_grad or any(delta.requires_grad for delta in deltas)):
+        return _in_one_product(x, deltas) if small else list(_RotateShared.apply(x, *deltas))
+    return rotate_each(x, list(deltas))
 
 
 def _in_one_product(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:

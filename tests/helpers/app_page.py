@@ -45,9 +45,7 @@ def open_app(page: Any, url: str) -> None:
     for end in ("requestfinished", "requestfailed"):
         page.on(end, lambda request: page.asked.pop(request, None))
     page.goto(url)
-    page.wait_for_selector("#generate")
-    page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
-    wait_until_settled(page)
+    _wait_until_ready(page, ("/heartbeat/",))
 
 
 def reload(page: Any, *, working: bool = False) -> None:
@@ -60,10 +58,14 @@ def reload(page: Any, *, working: bool = False) -> None:
     page.leaving = True
     page.asked.clear()
     page.reload()
+    _wait_until_ready(page, ("/heartbeat/", "/queue/data") if working else ("/heartbeat/",))
+    page.leaving = False
+
+
+def _wait_until_ready(page: Any, endless: tuple[str, ...]) -> None:
     page.wait_for_selector("#generate")
     page.wait_for_function("localStorage.getItem('oft-diffusion-person')")
-    wait_until_settled(page, ("/heartbeat/", "/queue/data") if working else ("/heartbeat/",))
-    page.leaving = False
+    wait_until_settled(page, endless)
 
 
 def wait_until_settled(page: Any, endless: tuple[str, ...] = ("/heartbeat/",)) -> None:
