@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.methods import METHODS, Adapted
@@ -31,6 +32,7 @@ from oft_diffusion.evaluation import Row, looks_of
 from oft_diffusion.evaluation.looks import instance_images
 from oft_diffusion.evaluation.measure import draw_rows, prompt_sets
 from oft_diffusion.hooks import bank_of
+from oft_diffusion.merge import live_weights
 from oft_diffusion.pocket import SUBJECTS, pocket_path, subjects_path
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.targets import choose_block_size, find_targets
@@ -227,6 +229,22 @@ def validated(learner: Learner, config: TrainConfig, count: int) -> list[float]:
     return [float(loss) for loss in torch.stack(found).mean(dim=0)]
 
 
+@torch.no_grad()
+def changed_weights(learner: Learner) -> dict[str, Tensor]:
+    """The adapted layers' weights as merging would have them, `(out, in)` by "component.layer"."""
+    found: dict[str, Tensor] = {}
+    for part in learner.adapted:
+        component = learner.family.module(part)
+        for live in live_weights(component):
+            found[f"{part}.{live.layer}"] = live.rotated(live.weight).contiguous()
+        for name, layer in component.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                found[f"{part}.{name}"] = layer.get_base_layer().weight.detach().clone()
+                layer.unmerge()
+    return found
+
+
 class Bench:
     """Runs, one after another, and what several of them need, which is made once and kept in a folder.
 
@@ -298,7 +316,15 @@ class Bench:
         peak = str(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else ""
         shown = {} if timed else self._shown(learner, config, seen)
         shares = {} if timed else shares_of([*base, *self._draw(task, config, family, on=True)])
+        if task.purpose == "final" and task.quantization == NONE:
+            save_file(changed_weights(learner), self.weights_file(task.method, task.subject, task.seed))
         return self._row(task, config, learner, shown | shares, {"seconds": f"{seconds:.6g}", "peak_bytes": peak})
+
+    def weights_file(self, method: str, subject: str, seed: int) -> Path:
+        """What a run of the comparison made of the unquantized base's weights, for `benchmarks.quantized_merge`."""
+        path = self.folder / "weights" / f"{method}-{subject}-{seed}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _draw(self, task: Task, config: TrainConfig, family: Family, *, on: bool) -> list[Row]:
         classifier, group = load_classifier(self.device), f"{task.subject}/{task.seed}"
