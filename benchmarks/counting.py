@@ -43,12 +43,13 @@ def _is(event: FunctionEvent, apart_from: set[str]) -> bool:
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes of the storages that a forward keeps for its backward, each once, those of parameters aside."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    kept: dict[int, Tensor] = {}  # held, so that no storage takes its place
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        storage = tensor.untyped_storage()._cdata  # tensors without numbers have no address
+        if storage not in known:
+            kept[storage] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
