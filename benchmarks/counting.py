@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -41,21 +42,31 @@ def _is(event: FunctionEvent, apart_from: set[str]) -> bool:
     return event.name.startswith("aten::") and event.name not in apart_from
 
 
+class _Kept:
+    """A tensor for as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the storages that a forward keeps for its backward, each once, those of parameters aside."""
-    known = {parameter.untyped_storage()._cdata for parameter in parameters}
-    kept: dict[int, Tensor] = {}  # held, so that no storage takes its place
+    """Bytes of the storages that a forward keeps for its backward, each once, those of parameters aside.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata  # tensors without numbers have no address
-        if storage not in known:
-            kept[storage] = tensor
-        return tensor
+    What a part of the graph keeps that is gone with it before the forward's end, of a detached result, is not counted.
+    """
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}  # of tensors without numbers, too
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def pack(tensor: Tensor) -> _Kept:
+        one = _Kept(tensor)
+        kept.add(one)
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
         result = forward()
+    storages = {one.tensor.untyped_storage()._cdata: one.tensor.untyped_storage() for one in kept}
     del result
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
 
 
 def peak_allocated(call: Callable[[], object]) -> int:

@@ -1,13 +1,16 @@
 """What merging into a quantized base loses, rotations beside LoRA's: benchmarks/data/quantized_merge.csv.
 
-python -m benchmarks.quantized_merge            # measures and appends
-python -m benchmarks.quantized_merge --table    # the newest run as Markdown
+python -m benchmarks.quantized_merge --trained FOLDER  # measures and appends; without FOLDER, random changes alone
+python -m benchmarks.quantized_merge --table           # the newest run as Markdown
 
 Of each attention layer of the pocket base a copy is quantized. Its dequantized weight W is changed, by a rotation of a
 given spectral norm of its generators, or by a LoRA of rank 16 whose B A is as large as that change, and quantized anew.
-Both directions are random. Lost is `|Q(W') - W'| / |W'|`, beside what quantizing loses of the float weight to begin
-with; and, since W' is only as good as what arrives of the change, `|Q(W') - W'| / |W' - W|`. The range is by how much
-the largest number of any group that shares a scale has grown.
+Both directions are random. FOLDER has what runs of `benchmarks.quantized_training` made of the base's own weights, a
+rotation and a LoRA of rank 16 that learned the same subject, each with a change of its own size.
+
+Lost is `|Q(W') - W'| / |W'|`, beside what quantizing loses of the float weight to begin with; and, since W' is only as
+good as what arrives of the change, `|Q(W') - W'| / |W' - W|`. The range is by how much the largest number of any group
+that shares a scale has grown.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.methods import LORA, OURS
 from benchmarks.records import DATA, append, load
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.pocket import pocket_path
@@ -30,6 +37,7 @@ from oft_diffusion.targets import find_targets
 FILE = DATA / "quantized_merge.csv"
 WAYS = ("nf4", "int8")
 NORMS = (0.1, 0.3, 0.56)
+TRAINED = "trained"  # in place of a norm
 BLOCK_SIZE, RANK = 32, 16
 
 
@@ -71,32 +79,62 @@ def grown(base: Tensor, wanted: Tensor, name: str) -> float:
     return float((after / before).max())
 
 
-def measure() -> None:
+def trained_pairs(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
+    """Weights by method and layer of each subject and seed that both methods have learned.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    found = [
+        {"ours": load_file(path), "LoRA": load_file(other)}
+        for path in sorted(folder.glob(f"{OURS}-*.safetensors"))
+        if (other := path.with_name(path.name.replace(OURS, LORA, 1))).exists()
+    ]
+    if not found:
+        raise SystemExit(f"{folder} has no weights of {OURS} and {LORA}: run benchmarks.quantized_training first")
+    return found
+
+
+def measure(trained: Path | None = None) -> None:
     """Append one run."""
     unet = load_pipeline(pocket_path()).unet
     layers: dict[str, nn.Module] = {target.name: target.module for target in find_targets(unet, "attention")}
-    rows = []
+    pairs = trained_pairs(trained) if trained else []
+    rows: list[dict[str, str]] = []
     for name in WAYS:
         for index, (layer, module) in enumerate(layers.items()):
             assert isinstance(module, nn.Linear)
-            first = quantized(module, scheme(name))
-            base = first.dequantized()
-            begin = float((base - module.weight.detach()).norm() / module.weight.detach().norm())
+            base = quantized(module, scheme(name)).dequantized()
             for norm in NORMS:
                 draw = torch.Generator().manual_seed(index)
                 turned = rotated(base, norm, draw)
-                change = float((turned - base).norm())
-                for method, wanted in (("ours", turned), ("LoRA", with_lora(base, change, draw))):
-                    error = lost(quantized(module, scheme(name)), wanted)
-                    rows.append(
-                        {
-                            "quantization": name, "layer": layer, "norm": norm, "method": method,
-                            "at_first": f"{begin:.5f}", "change": f"{change / float(base.norm()):.5f}",
-                            "lost": f"{error / float(wanted.norm()):.5f}", "of_change": f"{error / change:.5f}",
-                            "range": f"{grown(base, wanted, name):.4f}",
-                        }
-                    )  # fmt: skip
+                changed = {"ours": turned, "LoRA": with_lora(base, float((turned - base).norm()), draw)}
+                rows += _rows(module, name, base, changed, {"layer": layer, "norm": str(norm)})
+            for number, pair in enumerate(pairs):
+                changed = {method: own[f"unet.{layer}"] for method, own in pair.items()}
+                about = {"layer": f"{layer}, {number}", "norm": TRAINED}
+                rows += _rows(module, name, module.weight.detach(), changed, about)
     append(FILE, rows)
+
+
+def _rows(
+    layer: nn.Linear, name: str, base: Tensor, changed: Mapping[str, Tensor], about: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """What quantizing each changed weight of a layer loses, by method."""
+    weight = layer.weight.detach()
+    begin = float((quantized(layer, scheme(name)).dequantized() - weight).norm() / weight.norm())
+    rows = []
+    for method, wanted in changed.items():
+        error, change = lost(quantized(layer, scheme(name)), wanted), float((wanted - base).norm())
+        rows.append(
+            {
+                "quantization": name, **about, "method": method,
+                "at_first": f"{begin:.5f}", "change": f"{change / float(base.norm()):.5f}",
+                "lost": f"{error / float(wanted.norm()):.5f}", "of_change": f"{error / change:.5f}",
+                "range": f"{grown(base, wanted, name):.4f}",
+            }
+        )  # fmt: skip
+    return rows
 
 
 def table() -> str:
@@ -105,40 +143,39 @@ def table() -> str:
     if not rows:
         return "Not measured yet."
     newest = [row for row in rows if row["date"] == rows[-1]["date"] and row["commit"] == rows[-1]["commit"]]
-    heads = ["norm", "change", "lost at first", "lost by merging, ours", "LoRA", "of the change, ours", "LoRA"]
-    heads += ["less than LoRA's in", "range, ours", "LoRA"]
+    heads = ["norm", "lost at first", "change, ours", "LoRA", "lost by merging, ours", "LoRA"]
+    heads += ["of the change, ours", "LoRA", "less than LoRA's in", "range, ours", "LoRA"]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-
-    def median(way: str, norm: float, method: str, column: str) -> float:
-        found = [row for row in newest if (row["quantization"], row["norm"], row["method"]) == (way, str(norm), method)]
-        return statistics.median(float(row[column]) for row in found)
-
-    def won(way: str, norm: float) -> str:
-        of: dict[str, dict[str, float]] = {}
-        for row in newest:
-            if (row["quantization"], row["norm"]) == (way, str(norm)):
-                of.setdefault(row["layer"], {})[row["method"]] = float(row["of_change"])
-        return f"{sum(own['ours'] < own['LoRA'] for own in of.values())} of {len(of)}"
-
     for way in WAYS:
-        for norm in NORMS:
-            one = [median(way, norm, "ours", column) for column in ("change", "at_first")]
-            both = [median(way, norm, m, column) for column in ("lost", "of_change") for m in ("ours", "LoRA")]
-            cells = [f"`{way}`", f"{norm}", f"{one[0]:.2f}", *(f"{x:.3f}" for x in (one[1], *both)), won(way, norm)]
-            cells += [f"{median(way, norm, method, 'range'):.2f}" for method in ("ours", "LoRA")]
+        for norm in dict.fromkeys(row["norm"] for row in newest):
+            own = [row for row in newest if (row["quantization"], row["norm"]) == (way, norm)]
+            by = {method: {row["layer"]: row for row in own if row["method"] == method} for method in ("ours", "LoRA")}
+            cells = [f"`{way}`", norm, _median(by["ours"], "at_first", 3)]
+            for column, places in (("change", 2), ("lost", 3), ("of_change", 3), ("range", 2)):
+                cells += [_median(rows, column, places) for rows in by.values()]
+            less = sum(
+                float(row["of_change"]) < float(by["LoRA"][layer]["of_change"]) for layer, row in by["ours"].items()
+            )
+            cells.insert(-2, f"{less} of {len(by['ours'])}")
             lines.append(f"| {' | '.join(cells)} |")
-    layers = len({row["layer"] for row in newest})
+    layers = len({row["layer"] for row in newest if row["norm"] != TRAINED})
     last = newest[-1]
     about = f"torch {last['torch']}, commit {last['commit']}; {last['date']}"
     lines += ["", f"Medians over {layers} layers of the pocket base; {about}."]
     return "\n".join(lines)
 
 
+def _median(rows: Mapping[str, Mapping[str, str]], column: str, places: int) -> str:
+    return f"{statistics.median(float(row[column]) for row in rows.values()):.{places}f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the newest run, measure nothing")
-    if not parser.parse_args().table:
-        measure()
+    parser.add_argument("--trained", type=Path, metavar="FOLDER", help="weights that trained adapters made of the base")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options.trained)
     print(table())
 
 

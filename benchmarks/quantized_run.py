@@ -237,11 +237,11 @@ def changed_weights(learner: Learner) -> dict[str, Tensor]:
         component = learner.family.module(part)
         for live in live_weights(component):
             found[f"{part}.{live.layer}"] = live.rotated(live.weight).contiguous()
-        for name, layer in component.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                found[f"{part}.{name}"] = layer.get_base_layer().weight.detach().clone()
-                layer.unmerge()
+        tuned: list[tuple[str, Any]] = [(n, m) for n, m in component.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in tuned:
+            layer.merge()
+            found[f"{part}.{name}"] = layer.get_base_layer().weight.detach().clone()
+            layer.unmerge()
     return found
 
 
