@@ -46,7 +46,7 @@ class _Kept:
     """A tensor for as long as the graph holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # an output would hold its own node, and that this
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:

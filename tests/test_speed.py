@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import (
     build_forms,
+    full_counts,
     fused_linear,
     methods,
     quantized_merge,
@@ -448,6 +449,7 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
     ("page", "made"),
     [
         ("benchmark_tables.md", lambda: table(records.load(speed.FILE))),
+        ("benchmarks.md", lambda: full_counts.table(records.load(full_counts.FILE))),
         ("benchmarks.md", stages.table),
         ("benchmarks.md", build_forms.table),
         ("benchmarks.md", rotate_forms.table),

@@ -188,6 +188,16 @@ def test_a_parameter_is_not_counted_as_saved_and_an_input_is() -> None:
     assert saved_bytes(lambda: layer(x), []) >= 7 * 100 * 4
 
 
+def test_what_is_gone_before_the_forward_ends_is_not_counted_as_saved() -> None:
+    x, weight = torch.randn(8, 4), torch.nn.Parameter(torch.randn(4, 4))
+
+    def call() -> Tensor:
+        size = (weight * 2.0).exp().sum().detach()  # of this graph nothing is left
+        return (x @ weight / size).sum()
+
+    assert saved_bytes(call, [weight]) == 4 * (x.numel() + 1)  # for the product, and by what it is divided
+
+
 def test_operations_inside_a_custom_operator_are_counted() -> None:
     x, y = torch.randn(4, 4), torch.randn(4, 4)
     assert leaf_operations(lambda: x @ y + y) == 2
