@@ -97,12 +97,12 @@ def trained_pairs(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
 
 def measure(trained: Path | None = None) -> None:
     """Append one run."""
-    unet = load_pipeline(pocket_path()).unet
-    layers: dict[str, nn.Module] = {target.name: target.module for target in find_targets(unet, "attention")}
+    pipe = load_pipeline(pocket_path())
+    attention = [(target.name, target.module) for target in find_targets(pipe.unet, "attention")]
     pairs = trained_pairs(trained) if trained else []
     rows: list[dict[str, str]] = []
     for name in WAYS:
-        for index, (layer, module) in enumerate(layers.items()):
+        for index, (layer, module) in enumerate(attention):
             assert isinstance(module, nn.Linear)
             base = quantized(module, scheme(name)).dequantized()
             for norm in NORMS:
@@ -110,8 +110,11 @@ def measure(trained: Path | None = None) -> None:
                 turned = rotated(base, norm, draw)
                 changed = {"ours": turned, "LoRA": with_lora(base, float((turned - base).norm()), draw)}
                 rows += _rows(module, name, base, changed, {"layer": layer, "norm": str(norm)})
-            for number, pair in enumerate(pairs):
-                changed = {method: own[f"unet.{layer}"] for method, own in pair.items()}
+        for number, pair in enumerate(pairs):
+            for layer in pair["ours"]:
+                part, _, path = layer.partition(".")
+                module = getattr(pipe, part).get_submodule(path)
+                changed = {method: own[layer] for method, own in pair.items()}
                 about = {"layer": f"{layer}, {number}", "norm": TRAINED}
                 rows += _rows(module, name, module.weight.detach(), changed, about)
     append(FILE, rows)
@@ -158,10 +161,9 @@ def table() -> str:
             )
             cells.insert(-2, f"{less} of {len(by['ours'])}")
             lines.append(f"| {' | '.join(cells)} |")
-    layers = len({row["layer"] for row in newest if row["norm"] != TRAINED})
     last = newest[-1]
     about = f"torch {last['torch']}, commit {last['commit']}; {last['date']}"
-    lines += ["", f"Medians over {layers} layers of the pocket base; {about}."]
+    lines += ["", f"Medians over layers of the pocket base; {about}."]
     return "\n".join(lines)
 
 

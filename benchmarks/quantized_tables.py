@@ -114,7 +114,10 @@ def _costs(done: Sequence[Row]) -> list[str]:
         peak = f"{max(peaks):.1f}" if peaks else ""
         lines.append(f"| `{base}` | {method} | {own[-1]['adapter']} | {own[-1]['parameters']} | {times} | {peak} |")
     header = ["| base | method | adapter | parameters | ms a step | peak memory, MiB |", "|---|---|---|---|---|---|"]
-    return header + lines + ["", f"{hardware}; no times of runs that ran beside others."] if lines else []
+    about = (
+        f"{hardware}; no times of runs that ran beside others. Peak on a processor: of a step, above base and adapter."
+    )
+    return [*header, *lines, "", about] if lines else []
 
 
 def _searched(done: Sequence[Row]) -> list[str]:

@@ -15,10 +15,14 @@ from torch import Tensor
 from benchmarks import quantized_run
 from benchmarks.methods import LORA, OURS, PEFT_OFT
 from benchmarks.pocket_subjects import FINAL
-from benchmarks.quantized_run import COLUMNS, Bench, Learner, Task
+from benchmarks.quantized_learner import Learner, learn
+from benchmarks.quantized_merge import trained_pairs
+from benchmarks.quantized_run import COLUMNS, NONE, Bench, Task
 from benchmarks.quantized_tables import best, table
 from benchmarks.quantized_training import METHODS, Queue, _parser
 from benchmarks.records import append, load
+from oft_diffusion.load import load_pipeline
+from oft_diffusion.pocket import pocket_path
 
 TASK = Task("final", "nf4", OURS, FINAL[0], 0, 9e-3, 3e-4)
 SMALL: dict[str, Any] = {
@@ -35,7 +39,7 @@ def _of_the_base(learner: Learner) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_methods_begin_alike_and_train_adapters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn, apart = quantized_run.learn, []
+    apart = []
 
     def watched(learner: Learner, *rest: Any) -> Any:
         batch = learner.batches.at(0)
@@ -72,6 +76,25 @@ def test_methods_begin_alike_and_train_adapters_alone(tmp_path: Path, monkeypatc
     text = table(load(tmp_path / "data.csv"))
     assert all(f"| `nf4` | {method} | 1 | 0." in text or f"| `nf4` | {method} | 1 | 1." in text for method in METHODS)
     assert f"- failed: final, nf4, {LORA}, {FINAL[0]}, 1, 0.009, 0.0003: no" in text
+
+
+@pytest.mark.slow
+def test_a_run_of_times_has_a_peak_and_one_of_the_base_leaves_its_weights(tmp_path: Path) -> None:
+    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=False, timed=2, validation=1)
+    timed = bench.run(replace(TASK, purpose="times"))
+    assert int(timed["peak_bytes"]) > 3 * 4 * int(timed["parameters"])  # gradients and two moments, and activations
+    assert timed["hit"] == timed["validation_loss"] == ""
+    for method in (OURS, LORA):
+        bench.run(replace(TASK, quantization=NONE, method=method))
+    [pair] = trained_pairs(tmp_path / "weights")
+    pipe = load_pipeline(pocket_path())
+    assert pair["ours"].keys() == pair["LoRA"].keys()
+    for layer in pair["ours"]:
+        part, _, path = layer.partition(".")
+        base = getattr(pipe, part).get_submodule(path).weight
+        ours, lora = (pair[method][layer] for method in ("ours", "LoRA"))
+        assert min((ours - base).norm(), (lora - base).norm()) > 1e-5 * base.norm()
+        torch.testing.assert_close(ours.norm(dim=1), base.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
 def _row(**cells: object) -> dict[str, str]:

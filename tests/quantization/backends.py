@@ -18,15 +18,20 @@ from tests.helpers.tiny_sd import RESOLUTION
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_PROCESSOR = tuple(name for name, way in SCHEMES.items() if not way.needs_cuda)
 GGUF = "gguf"
-BACKENDS = (*(name for name, way in SCHEMES.items() if way.trains and (DEVICE == "cuda" or not way.needs_cuda)), GGUF)
+GGUF_4_BITS = f"{GGUF} Q4_0"  # a file of another kind than the usual one
+BACKENDS = (
+    *(name for name, way in SCHEMES.items() if way.trains and (DEVICE == "cuda" or not way.needs_cuda)),
+    GGUF,
+    GGUF_4_BITS,
+)
 STEPS = ("train", "save", "load", "merge", "unmerge")
 
 
 def settings(backend: str, model: Path, pictures: Path, folder: Path, **knobs: Any) -> TrainConfig:
     """A few steps on the tiny base, denoiser and text encoder quantized and adapted."""
     own: dict[str, Any] = {"quantization": backend, "text_encoder_quantization": backend}
-    if backend == GGUF:
-        own = {"denoiser_file": str(write_gguf(model, folder / "unet.gguf"))}
+    if backend.startswith(GGUF):
+        own = {"denoiser_file": str(write_gguf(model, folder / "unet.gguf", *backend.split()[1:]))}
     small: dict[str, Any] = {
         "model": str(model), "instance_dir": str(pictures), "trigger": "sks", "class_word": "mug",
         "output_dir": str(folder / "run"), "resolution": RESOLUTION, "block_size": 16, "steps": 4,
