@@ -29,7 +29,6 @@ class Scheme:
     Attributes:
         name: as settings spell it.
         package: what it needs, as Python imports it.
-        about: in a few words.
         config: by library and dtype to compute in, the config to load a component with.
         size: bytes of a weight `(out, in)` and of what goes with it, whose scales may be of the dtype computed in, with
             its bytes.
@@ -39,7 +38,6 @@ class Scheme:
 
     name: str
     package: str
-    about: str
     config: Callable[[Library, torch.dtype], Any]
     size: Callable[[int, int, int], int]
     needs_cuda: bool = False
@@ -164,26 +162,26 @@ def _bytes_and_row_scales(out: int, columns: int, scale: int) -> int:
 SCHEMES: dict[str, Scheme] = {
     found.name: found
     for found in (
-        Scheme("nf4", "bitsandbytes", "4 bits, scales quantized too (QLoRA's)", _nf4, _nf4_size),
+        Scheme("nf4", "bitsandbytes", _nf4, _nf4_size),
         Scheme(
-            "int8", "bitsandbytes", "8 bits, outliers apart (LLM.int8)", _int8,
+            "int8", "bitsandbytes", _int8,
             lambda out, columns, _: _bytes_and_row_scales(out, columns, 4),
         ),
         Scheme(
-            "torchao-int8", "torchao", "8 bits", _torchao("int8"),
+            "torchao-int8", "torchao", _torchao("int8"),
             lambda out, columns, _: _bytes_and_row_scales(out, columns, 5),  # and a zero point
         ),
         Scheme(
-            "torchao-int4", "torchao", "4 bits in groups of 32", _torchao("int4"),
+            "torchao-int4", "torchao", _torchao("int4"),
             lambda out, columns, scale: out * columns // 2 + 2 * scale * out * columns // 32, needs_cuda=True,
             trains=False,  # torch has no derivative of _weight_int4pack_mm
         ),
         Scheme(
-            "torchao-float8", "torchao", "8 bits, floating", _torchao("float8"),
+            "torchao-float8", "torchao", _torchao("float8"),
             lambda out, columns, _: _bytes_and_row_scales(out, columns, 4),
         ),
-        Scheme("quanto-int8", "optimum.quanto", "8 bits", _quanto("int8"), _bytes_and_row_scales),
-        Scheme("quanto-float8", "optimum.quanto", "8 bits, floating", _quanto("float8"), _bytes_and_row_scales),
+        Scheme("quanto-int8", "optimum.quanto", _quanto("int8"), _bytes_and_row_scales),
+        Scheme("quanto-float8", "optimum.quanto", _quanto("float8"), _bytes_and_row_scales),
     )
 }  # fmt: skip
 
