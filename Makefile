@@ -68,12 +68,7 @@ bench: install  ## speed and memory beside LoRA and others, on this processor: u
 	@$(PYTHON) -m benchmarks.speed --table
 
 bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: meant for 20 minutes
-	$(QUIET) $(PYTHON) -m benchmarks.speed --device cuda --minutes 12
-	-$(QUIET) $(PYTHON) -m benchmarks.rotate_bandwidth
-	-$(QUIET) $(PYTHON) -m benchmarks.stages --device cuda
-	-$(QUIET) $(PYTHON) -m benchmarks.build_forms --device cuda
-	-$(QUIET) $(PYTHON) -m benchmarks.fused_linear
-	-$(QUIET) $(PYTHON) -m benchmarks.card_memory --minutes 2
+	-$(PYTHON) -m benchmarks.on_card
 	@$(PYTHON) -m benchmarks.speed --table
 
 test-gpu: install  ## the tests that need a CUDA card, and the quantized bases on it

@@ -32,7 +32,7 @@ SHAPES = {
     "Flux.1, batch 4": (18432, 3072),
     "Flux.1, out of a single block": (4608, 15360),
 }
-SIZES = (16, 32, 64)
+SIZES = (8, 16, 32, 64, 128)
 
 
 def measure(device: str, rounds: int) -> None:
@@ -43,7 +43,7 @@ def measure(device: str, rounds: int) -> None:
         raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_TRITON=0")
     for shape, (n, columns) in SHAPES.items():
         rows = []
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x, grad = (torch.randn(n, columns, device=device).to(dtype) for _ in range(2))
             for size in SIZES:
                 delta = torch.zeros(columns // size, size, size, device="cuda", dtype=dtype)
@@ -94,4 +94,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, table, rounds=5, devices=["cuda"])
+    run(__doc__, measure, table, rounds=3, devices=["cuda"])

@@ -55,10 +55,16 @@ def measure(setup: Setup, device: str, out: Path, deadline: float, rounds: int |
     """
     load_before = os.getloadavg()[0]
     stand = _Stand(setup, device, deadline, rounds or setup.rounds)
-    # One code object serves every block of every method: by default dynamo would fall back to eager, and say nothing.
-    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
-        (stand.build if setup.kind == "build" else stand.compare)()
-    stand.append_to(out, f"{load_before:.1f}")
+    try:
+        # One code object serves every block of every method: by default dynamo falls back to eager, and says nothing.
+        with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+            (stand.build if setup.kind == "build" else stand.compare)()
+    except OutOfTimeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, such as a base that does not fit: others go on
+        note_stop(setup, device, out, told("the base", error))
+    else:
+        stand.append_to(out, f"{load_before:.1f}")
 
 
 def note_stop(setup: Setup, device: str, out: Path, reason: str) -> None:
@@ -196,6 +202,8 @@ def make_work(setup: Setup, device: str) -> Work:
         quantize_with_bitsandbytes(work.denoiser, way, torch.float32 if device == "cpu" else torch.bfloat16)
         with torch.no_grad():
             work()  # LLM.int8's layers move their bytes at their first call, which copies of them could not share
+        if all(parameter.is_floating_point() for parameter in work.denoiser.parameters()):
+            raise RuntimeError(f"{setup.quantization} has quantized nothing")
     return work
 
 

@@ -102,37 +102,36 @@ CPU: list[Setup] = [
     replace(_CPU_MAIN, compiled=True, methods=_COMPILED, kind="inference"),
 ]
 
-_GPU_TRAIN = Setup("SDXL", dtype="bfloat16", rounds=12)
 _GPU_MAIN = (BASE, TRITON, LORA, PEFT_OFT, WEIGHT_CENTRIC)
 _GPU_FEW = (BASE, TRITON, LORA, PEFT_OFT)
 _GPU_LIVE = (BASE, TRITON, LORA)
-_GPU = [
-    Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=10),
-    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", rounds=8),
-    Setup("Flux.1", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=6),
-]
+_SDXL = Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", rounds=8)
+_SD15 = Setup("SD 1.5", methods=_GPU_MAIN, dtype="bfloat16", sizes=Sizes(batch=4), rounds=8)
+_SD35 = replace(_SDXL, work="SD 3.5 Medium")
+_FLUX = Setup("Flux.1", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=6)
+_FAMILIES = (_SDXL, _SD15, _SD35, _FLUX)
 _LARGE = Sizes(tokens=4096, width=1280, layers=16)
-CUDA: list[Setup] = [
-    _GPU_TRAIN,
-    replace(_GPU_TRAIN, kind="inference", methods=_INFERENCE, rounds=8),
-    *_GPU,
-    replace(_GPU_TRAIN, methods=_GPU_FEW, compiled=True, rounds=10),
-    Setup("SDXL", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", compiled=True, rounds=10),
-    *(replace(setup, methods=_GPU_FEW, compiled=True) for setup in _GPU),
-    *(Setup("SD 3.5 Medium", methods=_GPU_FEW, dtype="bfloat16", quantization=name, rounds=8) for name in _QUANTIZED),
-    Setup("Flux.1", methods=_GPU_FEW, dtype="bfloat16", quantization="nf4", checkpointing=True, rounds=6),
-    Setup("Flux.1", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", rounds=6),
-    Setup("Flux.1", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", compiled=True, rounds=6),
-    Setup("SD 3.5 Medium", kind="inference", methods=_GPU_LIVE, dtype="bfloat16", rounds=8),
+CUDA: list[Setup] = [  # first what the aims ask for, of every family; all methods, which take longest, last
+    *_FAMILIES,
+    *(replace(setup, methods=_GPU_FEW, compiled=True) for setup in _FAMILIES),
+    replace(_SDXL, kind="inference", methods=_GPU_LIVE),
+    replace(_SDXL, kind="inference", methods=_GPU_LIVE, compiled=True),
+    *(replace(_SD35, methods=_GPU_FEW, quantization=name) for name in _QUANTIZED),
+    replace(_FLUX, methods=_GPU_FEW, quantization="nf4"),
     Setup("SDXL", kind="build", methods=BUILDS),
-    Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", checkpointing=True, rounds=8),
-    Setup("SDXL", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
+    replace(_SDXL, checkpointing=True),
+    replace(_SDXL, text=True),
+    replace(_SD35, kind="inference", methods=_GPU_LIVE),
+    replace(_FLUX, kind="inference", methods=_GPU_LIVE, checkpointing=False),
+    replace(_FLUX, kind="inference", methods=_GPU_LIVE, checkpointing=False, compiled=True),
+    replace(_SD35, text=True),
     *_scaling(
-        Setup(STACK, methods=(*_SCALED, TRITON), dtype="bfloat16", sizes=_LARGE),
+        Setup(STACK, methods=(*_SCALED, TRITON), dtype="bfloat16", sizes=_LARGE, rounds=8),
         tokens=(1024, 16384),
         widths=(640, 2560),
     ),
-    Setup("SD 3.5 Medium", methods=_GPU_MAIN, dtype="bfloat16", text=True, rounds=8),
-    Setup("SD 1.5", methods=_GPU_MAIN, dtype="float32", rounds=8),
+    replace(_SD15, dtype="float32", sizes=_USUAL),
+    replace(_SDXL, methods=tuple(METHODS)),
+    replace(_SDXL, kind="inference", methods=_INFERENCE),
 ]
 SETUPS: dict[str, list[Setup]] = {"cpu": CPU, "cuda": CUDA}

@@ -361,6 +361,7 @@ def _of_bitsandbytes(layer: nn.Linear, way: Scheme, dtype: torch.dtype) -> nn.Mo
     kept = {name: value for name, value in vars(made.weight).items() if name != "data"}
     if way.name == "nf4":
         kept["blocksize"] = _block_of(layer.in_features)
-    made.weight = type(made.weight)(layer.weight.data, requires_grad=False, **kept).to(layer.weight.device)
+    # From the processor: of weights that lie on a card already, `Int8Params.to` quantizes none.
+    made.weight = type(made.weight)(layer.weight.data.cpu(), requires_grad=False, **kept).to(layer.weight.device)
     made.bias = layer.bias
     return made.requires_grad_(False).train(layer.training)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from benchmarks import (
     full_counts,
     fused_linear,
     methods,
+    on_card,
     quantized_merge,
     records,
     rotate_bandwidth,
@@ -285,6 +288,47 @@ def test_nothing_is_written_where_time_is_up(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(speed.OutOfTimeError):
         speed.measure(setup, "cpu", tmp_path / "speed.csv", time.monotonic() - 1)
     assert not (tmp_path / "speed.csv").exists()
+
+
+def test_a_setup_without_a_base_gives_its_reason_and_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = speed.make_work
+
+    def broken(setup: Setup, device: str) -> Work:
+        if setup.block_size == 16:
+            raise RuntimeError("no room")
+        return make(setup, device)
+
+    monkeypatch.setattr(speed, "make_work", broken)
+    setups = [Setup(STACK, methods=(BASE, OURS), sizes=TINY, block_size=size) for size in (16, 32)]
+    speed.run(setups, "cpu", tmp_path / "speed.csv", minutes=1, rounds=3)
+    found = [(row["block_size"], row["method"], row["reason"], bool(row["seconds"])) for row in
+             records.load(tmp_path / "speed.csv")]  # fmt: skip
+    assert found == [
+        ("16", BASE, "RuntimeError: no room", False), ("16", OURS, "RuntimeError: no room", False),
+        ("32", BASE, "", True), ("32", OURS, "", True),
+    ]  # fmt: skip
+
+
+def test_measurements_of_a_card_go_on_behind_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
+
+    monkeypatch.setattr(on_card.subprocess, "run", run)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "speed.csv").write_text("a\n1\n")
+    monkeypatch.setattr(on_card, "DATA", tmp_path / "data")
+    assert on_card.measure(tuple(on_card.PARTS), 9, tmp_path / "out") == ["rotate_bandwidth"]
+    assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "9"]
+    assert [command[0] for command in ran[1:3]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
+    assert all(importlib.util.find_spec(command[0]) for command in ran)
+    assert (tmp_path / "out" / "speed.csv").read_text() == "a\n1\n"
 
 
 def test_a_method_that_cannot_be_built_or_warmed_up_gives_its_reason(

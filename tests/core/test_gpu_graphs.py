@@ -1,4 +1,4 @@
-"""CUDA graphs (`mode="reduce-overhead"`): recorded once, they follow strengths and hot swaps, which write in place."""
+"""CUDA graphs: recorded once, they follow strengths and hot swaps, which write in place. Building D never waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from oft_diffusion import load_oft_state_dict, oft_state_dict
+from oft_diffusion import OFTConfig, load_oft_state_dict, oft_state_dict
+from oft_diffusion.rotation import packed_size, rotation_delta
 from tests.core.reference import relative, unet_inputs
 from tests.core.test_compile import adapted
 from tests.library.support import excite
@@ -54,3 +55,32 @@ def test_a_recorded_graph_follows_strengths_and_swaps(monkeypatch: pytest.Monkey
     bank.refresh()
     assert relative(graphed(), eager()) < 1e-3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("parametrisation", ["cayley", "cayley_neumann"])
+def test_building_d_and_its_gradient_never_waits_and_can_be_recorded(parametrisation: Any) -> None:
+    config = OFTConfig(block_size=32, parametrisation=parametrisation)
+    packed = (0.02 * torch.randn(40, packed_size(32), device="cuda")).requires_grad_()
+
+    def build() -> tuple[Tensor, Tensor]:
+        delta = rotation_delta(packed, config)
+        [gradient] = torch.autograd.grad(delta, packed, delta.detach())
+        return delta.detach(), gradient
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):  # where libraries make their workspaces, which would wait
+        for _ in range(3):
+            build()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        build()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = build()
+    with torch.no_grad():
+        packed.mul_(3.0)
+    graph.replay()
+    torch.testing.assert_close(recorded, build())
