@@ -320,7 +320,7 @@ def test_measurements_of_a_card_go_on_behind_one_that_fails(
         ran.append(command[2:])
         return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
 
-    monkeypatch.setattr(on_card.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "speed.csv").write_text("a\n1\n")
     monkeypatch.setattr(on_card, "DATA", tmp_path / "data")
