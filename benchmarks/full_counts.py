@@ -148,26 +148,27 @@ def _above_unless_checkpointed(method: str) -> Figure:
     return lambda step: None if step.checkpointing else step.ratio(method, "peak", above_base=True)
 
 
-AIMS: list[tuple[str, float, Figure]] = [
+# With what is aimed at, or None.
+RATIOS: list[tuple[str, float | None, Figure]] = [
     ("bytes saved, of PEFT LoRA's", 1.00, lambda step: step.ratio(LORA, "saved_bytes")),
     ("peak above the weights, of PEFT LoRA's", 1.00, lambda step: step.ratio(LORA, "peak")),
-    ("peak without adapter and moments, of PEFT LoRA's", 1.00, lambda step: step.ratio(LORA, "step_bytes")),
-    ("peak, of PEFT LoRA's with equal parameters", 1.00, lambda step: step.ratio(EQUAL_LORA, "peak")),
+    ("peak without adapter and moments, of PEFT LoRA's", None, lambda step: step.ratio(LORA, "step_bytes")),
+    ("peak, of PEFT LoRA's with equal parameters", None, lambda step: step.ratio(EQUAL_LORA, "peak")),
     ("peak above the base's, of weight-centric OFT's", 1 / 3, _above_unless_checkpointed(WEIGHT_CENTRIC)),
     ("peak above the base's, of weight-centric OFT's with a dense R", 1 / 3, _above_unless_checkpointed(DENSE)),
 ]  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: the aims by model, then megabytes and operations of every method."""
+    """Markdown: ratios by model, with aims, then megabytes and operations of every method."""
     if not rows:
         return "Nothing is counted yet."
     found = steps(rows)
     names = [step.model + ", checkpointed" * step.checkpointing for step in found]
     lines = [f"| | at most | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    for words, bound, figure in AIMS:
+    for words, bound, figure in RATIOS:
         cells = [_reached(figure(step), bound) for step in found]
-        lines.append(f"| {words} | {bound:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {words} | {'' if bound is None else f'{bound:.2f}'} | {' | '.join(cells)} |")
     lines += ["", f"| peak above the weights, MB (operations) | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for method in COUNTED:
         cells = [_cell(step, method) for step in found]
@@ -180,8 +181,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", *reasons, "", f"{about}{last['commit']}; {last['date']}."])
 
 
-def _reached(value: float | None, bound: float) -> str:
-    return "" if value is None else f"{value:.3f}" + ", missed" * (value > bound)
+def _reached(value: float | None, bound: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" + ", missed" * (bound is not None and value > bound)
 
 
 def _cell(step: Step, method: str) -> str:
