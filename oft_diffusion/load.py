@@ -19,7 +19,8 @@ from torch import nn
 
 from oft_diffusion.autocast import computes_in_bfloat16
 from oft_diffusion.errors import ConfigError, first_line
-from oft_diffusion.quantization import Library, Quantizing, Scheme, load_gguf, scheme, whole_only
+from oft_diffusion.gguf_file import load_gguf, one_denoiser, refuse_two
+from oft_diffusion.quantization import Library, Quantizing, check_saved, scheme, whole_only
 from oft_diffusion.text_encoders import most_clip_skip
 
 _DENOISERS = ("unet", "transformer", "prior")
@@ -63,6 +64,7 @@ def load_pipeline(
             quantization is missing, or has no code for the device.
     """
     local = Path(model)
+    refuse_two(quantization, denoiser_file)
     try:
         if local.suffix == ".safetensors" and local.is_file():
             if any(asked is not None for asked in (quantization, text_encoder_quantization, denoiser_file)):
@@ -211,13 +213,17 @@ def _from_folder(
         kind = str(index.get("_class_name"))
         _refuse_picture_models(getattr(diffusers, kind, None), str(model))
         how |= left_out(kind, index)
+        configs = {path.parent.name: json.loads(path.read_text("utf-8")) for path in local.glob("*/config.json")}
+        check_saved(str(model), configs, _wanted(index, quantization), device)
     quantizing = None
     if any(quantization) or denoiser_file is not None:
         index = DiffusionPipeline.load_config(model)
         quantizing = _quantizing(index, quantization, dtype, device)
         how |= quantizing.options() if quantizing is not None else {}
         if denoiser_file is not None:
-            part = next(name for name in index if name.startswith(_DENOISERS))
+            part, *others = (name for name in index if name.startswith(_DENOISERS) and index[name][0] == "diffusers")
+            if others:
+                raise one_denoiser(str(model), 1 + len(others))
             how[part] = load_gguf(Path(denoiser_file), index[part][1], model, part, dtype)
     try:
         pipe = AutoPipelineForText2Image.from_pretrained(model, **how)
@@ -234,18 +240,25 @@ def _quantizing(
     index: Mapping[str, Any], names: tuple[str | None, str | None], dtype: torch.dtype, device: str
 ) -> Quantizing | None:
     """By a pipeline's model_index.json: of diffusers' models the denoisers, of transformers' the text encoders."""
-    ways: dict[str, Scheme] = {}
-    libraries: dict[str, Library] = {}
+    wanted = _wanted(index, names)
+    libraries: dict[str, Library] = {part: index[part][0] for part in wanted}
+    ways = {part: scheme(name) for part, name in wanted.items()}
+    return Quantizing(ways, libraries, dtype, device) if ways else None
+
+
+def _wanted(index: Mapping[str, Any], names: tuple[str | None, str | None]) -> dict[str, str]:
+    """How each component is to be quantized, by name; those that are to be."""
+    found = {}
     for part, told in index.items():
         library, kind = told if isinstance(told, list) and len(told) == 2 else (None, None)
-        own: Library | None = None
+        name = None
         if library == "diffusers" and part.startswith(_DENOISERS):
-            own, name = "diffusers", names[0]
+            name = names[0]
         elif library == "transformers" and part.startswith("text_encoder"):
-            own, name = "transformers", names[1]
-        if own is not None and kind and name is not None:
-            ways[part], libraries[part] = scheme(name), own
-    return Quantizing(ways, libraries, dtype, device) if ways else None
+            name = names[1]
+        if kind and name is not None:
+            found[part] = name
+    return found
 
 
 def _from_file(path: Path, dtype: torch.dtype, config_dir: str | Path | None) -> Any:

@@ -288,6 +288,12 @@ def _weights(model: nn.Module, names: Collection[str]) -> dict[str, Weight]:
 def _weight(name: str, layer: nn.Module) -> Weight:
     quantized = quantized_weight(layer)
     if quantized is not None:
+        if quantized.weight.is_meta:
+            raise TargetError(
+                f"layer {name} ({type(layer).__name__}) is quantized and offloaded, where its weight cannot be written",
+                expected="a quantized layer whose weight is in memory",
+                fix="merge before offloading, or keep the adapter live",
+            )
         return quantized
     weight = stored(layer, "weight")
     if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 4):

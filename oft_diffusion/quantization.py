@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
@@ -15,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from oft_diffusion.errors import ConfigError, first_line
+from oft_diffusion.errors import ConfigError
 
 Library = Literal["diffusers", "transformers"]
 _DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto"}
@@ -240,6 +238,35 @@ class Quantizing:
         return self.schemes[part].package == "bitsandbytes" and not self.device.startswith("cuda")
 
 
+def check_saved(model: str, configs: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, str], device: str) -> None:
+    """Look at components that a folder holds quantized already.
+
+    Args:
+        model: whose they are.
+        configs: what their config.json say, by component.
+        wanted: how components are to be quantized, by component.
+        device: as torch spells it.
+
+    Raises:
+        ConfigError: one is to be quantized once more, or is of bitsandbytes, and this is no card.
+    """
+    saved = {part: own for part, config in configs.items() if (own := config.get("quantization_config"))}
+    for part, told in saved.items():
+        library = told.get("quant_method", "another library")
+        if part in wanted:
+            raise ConfigError(
+                f"{part} of {model} was saved quantized by {library}, and would be quantized again as {wanted[part]!r}",
+                expected="one of the two",
+                fix="leave the setting out, or load the model as it was before",
+            )
+        if library == "bitsandbytes" and not device.startswith("cuda"):
+            raise ConfigError(
+                f"{part} of {model} was saved quantized by bitsandbytes, which diffusers loads on CUDA cards only",
+                expected=f"on {device!r} the model as it was before",
+                fix="load that with quantization = 'nf4' or 'int8', which quantize it here",
+            )
+
+
 def whole_only(model: str) -> ConfigError:
     """The error for a single checkpoint file, which is loaded as it is."""
     return ConfigError(
@@ -249,79 +276,11 @@ def whole_only(model: str) -> ConfigError:
     )
 
 
-def load_gguf(path: Path, kind: str, configs: str | Path, part: str, dtype: torch.dtype) -> Any:
-    """A denoiser with the weights of a GGUF file.
-
-    Args:
-        path: the file.
-        kind: its class, of diffusers.
-        configs: the pipeline's folder or hub id, for the denoiser's config.
-        part: its name there.
-        dtype: to compute in.
-
-    Raises:
-        ConfigError: it is no GGUF file, gguf is not installed, or diffusers cannot load it.
-    """
-    check_gguf(path)
-    model: Any = getattr(diffusers, kind)
-    try:
-        config = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
-        return model.from_single_file(
-            str(path), quantization_config=config, config=str(configs), subfolder=part, torch_dtype=dtype
-        )
-    except Exception as error:  # diffusers, gguf and numpy each have their own
-        raise ConfigError(
-            f"diffusers cannot load {path} as a {kind} ({first_line(error)})",
-            expected="a GGUF file of the same architecture as the model's denoiser",
-            fix="get the file that belongs to this model, or leave denoiser_file out",
-        ) from error
-
-
-def check_gguf(path: Path) -> None:
-    """Refuse what cannot be read as GGUF.
-
-    Raises:
-        ConfigError: there is no such file, it is another kind, or gguf is not installed.
-    """
-    if not path.is_file() or _first_bytes(path) != b"GGUF":
-        raise ConfigError(
-            f"denoiser_file = {str(path)!r} is no GGUF file",
-            expected="a file of quantized weights as llama.cpp and ComfyUI-GGUF have them (*.gguf)",
-            fix="correct the path",
-        )
-    require_installed("gguf", f"denoiser_file = {str(path)!r}")
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
-
-
-def gguf_bytes(path: Path, dtype: torch.dtype) -> int:
-    """Of all tensors in a GGUF file once it is loaded: what is not quantized is cast to the dtype computed in."""
-    import gguf
-
-    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-    tensors = gguf.GGUFReader(path).tensors
-    return sum(int(t.n_elements) * dtype.itemsize if t.tensor_type in plain else int(t.n_bytes) for t in tensors)
-
-
 def eight_bit_adamw() -> Any:
     """The class of bitsandbytes' AdamW with moments in 8 bits."""
     from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit
-
-
-def gguf_digest(path: Path) -> str:
-    """Of a GGUF file, its size, and bytes from all over it: told in milliseconds."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for place in range(0, size, max(1, size // 256)):
-            file.seek(place)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def quantize_with_bitsandbytes(module: nn.Module, way: Scheme, dtype: torch.dtype) -> None:

@@ -73,6 +73,7 @@ LAYERS: dict[str, Layer] = {
         f"{_ADAPTER} prediction proof disk metadata files formats images", f"torch PIL {_HUGGING_FACE}"
     ),
     "oft_diffusion/quantization.py": Layer("errors", f"torch transformers {_QUANTIZERS}"),
+    "oft_diffusion/gguf_file.py": Layer("errors quantization", "torch diffusers gguf", name="quantization"),
     "oft_diffusion/load.py": Layer("errors autocast text_encoders quantization", "torch diffusers huggingface_hub"),
     "oft_diffusion/skeleton.py": Layer("errors", "torch diffusers transformers huggingface_hub"),
     "oft_diffusion/generate.py": Layer(

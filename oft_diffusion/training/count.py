@@ -11,8 +11,9 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from oft_diffusion.gguf_file import gguf_bytes
 from oft_diffusion.inject import inject_oft
-from oft_diffusion.quantization import Scheme, gguf_bytes
+from oft_diffusion.quantization import Scheme
 from oft_diffusion.rotation import packed_size
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -85,6 +86,8 @@ def count(config: TrainConfig, base: Base) -> Counts:
         dtype = torch.float32 if name == "vae" else DTYPES[config.mixed_precision]
         if name in base.denoisers and config.denoiser_file is not None:
             weights[name] = gguf_bytes(Path(config.denoiser_file), dtype)
+        elif "quantization_config" in base.parts.get(name, {}):  # it was saved so, and lies in memory as in its files
+            weights[name] = sum(path.stat().st_size for path in (base.weights / name).glob("*.safetensors"))
         else:
             weights[name] = _bytes_loaded(module, dtype, base, way)
         if name in settings:

@@ -14,10 +14,11 @@ from oft_diffusion.disk import is_writable
 from oft_diffusion.errors import ConfigError, OFTError, TrainingError
 from oft_diffusion.evaluation import Looks, looks_of
 from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.gguf_file import check_gguf, one_denoiser
 from oft_diffusion.images import read_picture
 from oft_diffusion.pocket.classifier import load_classifier
 from oft_diffusion.pocket.vocabulary import is_pocket_tokenizer
-from oft_diffusion.quantization import check_gguf, refuse_for_training, require_installed, scheme, whole_only
+from oft_diffusion.quantization import check_saved, refuse_for_training, require_installed, scheme, whole_only
 from oft_diffusion.targets import choose_block_size, find_targets
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
@@ -256,11 +257,10 @@ def _check_quantization(config: TrainConfig, base: Base) -> None:
     if config.denoiser_file is not None:
         check_gguf(Path(config.denoiser_file))
         if base.experts:
-            raise ConfigError(
-                f"{config.model} has {len(base.experts)} denoisers, and denoiser_file is one",
-                expected="a model with one denoiser",
-                fix="leave denoiser_file out",
-            )
+            raise one_denoiser(config.model, len(base.experts))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ways = {part: way.name for part, way in wanted.schemes.items()} if wanted is not None else {}
+    check_saved(config.model, base.parts, ways, device)
 
 
 def _check_optimizer(config: TrainConfig) -> None:

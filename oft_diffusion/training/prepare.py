@@ -19,8 +19,9 @@ from oft_diffusion.bank import OFTBank
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.errors import TrainingError
 from oft_diffusion.files import FILE_NAME, load_adapter_file
+from oft_diffusion.gguf_file import gguf_digest
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
-from oft_diffusion.quantization import eight_bit_adamw, gguf_digest
+from oft_diffusion.quantization import eight_bit_adamw
 from oft_diffusion.quantized import send
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base

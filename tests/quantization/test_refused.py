@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from oft_diffusion import inject_oft
 from oft_diffusion.config import OFTConfig
@@ -14,7 +17,7 @@ from oft_diffusion.errors import ConfigError, TargetError, TrainingError
 from oft_diffusion.formats.live import live_components
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.merge import merge_oft
-from oft_diffusion.quantization import INSTALL, SCHEMES, scheme
+from oft_diffusion.quantization import INSTALL, SCHEMES, quantize_with_bitsandbytes, scheme
 from oft_diffusion.training import TrainConfig, train
 from oft_diffusion.training.count import count
 from oft_diffusion.training.find import find_base
@@ -96,6 +99,60 @@ def test_both_a_file_and_quantization(model: Path, pictures: Path, tmp_path: Pat
     with pytest.raises(ConfigError) as error:
         preflight(settings("nf4", model, pictures, tmp_path, denoiser_file=str(file)))
     assert_one_sentence(error, "denoiser_file", "quantization")
+
+
+def test_a_file_and_quantization_outside_of_training(model: Path, tmp_path: Path) -> None:
+    file = write_gguf(model, tmp_path / "unet.gguf")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(model, quantization="torchao-int8", denoiser_file=file)
+    assert_one_sentence(error, "denoiser_file", "torchao-int8")
+
+
+@pytest.fixture
+def saved_quantized(model: Path, tmp_path: Path) -> Path:
+    """A folder whose UNet says that it was saved in NF4, as such repositories on the hub do."""
+    folder = tmp_path / "saved"
+    shutil.copytree(model, folder)
+    file = folder / "unet" / "config.json"
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": told}))
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cards load it")
+def test_a_base_saved_in_nf4_on_a_processor(saved_quantized: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(saved_quantized)
+    assert_one_sentence(error, "unet", "bitsandbytes", "CUDA")
+    with pytest.raises(ConfigError) as error:
+        preflight(settings("nf4", saved_quantized, pictures, tmp_path, quantization=None))
+    assert_one_sentence(error, "unet", "bitsandbytes", "CUDA")
+
+
+def test_a_base_saved_quantized_is_not_quantized_again(saved_quantized: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(saved_quantized, quantization="quanto-int8")
+    assert_one_sentence(error, "unet", "bitsandbytes", "quanto-int8")
+    with pytest.raises(ConfigError) as error:
+        preflight(settings("quanto-int8", saved_quantized, pictures, tmp_path, text_encoder_quantization=None))
+    assert_one_sentence(error, "unet", "bitsandbytes", "quanto-int8")
+
+
+def test_a_base_saved_quantized_is_counted_by_its_files(saved_quantized: Path, pictures: Path, tmp_path: Path) -> None:
+    config = settings("nf4", saved_quantized, pictures, tmp_path, quantization=None, text_encoder_quantization=None)
+    file = saved_quantized / "unet" / "diffusion_pytorch_model.safetensors"
+    assert count(config, find_base(config.model, None)).parts["unet"] == file.stat().st_size
+
+
+@pytest.mark.parametrize("backend", ["nf4", "int8"])
+def test_merging_into_a_quantized_layer_that_is_offloaded(backend: str) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).requires_grad_(False)
+    quantize_with_bitsandbytes(layers, scheme(backend), torch.float32)
+    cpu_offload(layers, execution_device=torch.device("cpu"))
+    excite(inject_oft(layers, OFTConfig(block_size=8, targets=r"\d")))
+    with pytest.raises(TargetError) as error:
+        merge_oft(layers)
+    assert_one_sentence(error, "offloaded", "Linear")
 
 
 def test_another_gguf_than_the_run_began_with(model: Path, pictures: Path, tmp_path: Path) -> None:

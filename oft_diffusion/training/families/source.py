@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from oft_diffusion.errors import TrainingError, first_line
+from oft_diffusion.gguf_file import load_gguf
 from oft_diffusion.load import left_out, refuse_hollow
-from oft_diffusion.quantization import Quantizing, load_gguf
+from oft_diffusion.quantization import Quantizing
 from oft_diffusion.skeleton import component_skeleton
 from oft_diffusion.training.base import Base
 
