@@ -11,10 +11,10 @@ folder: each begins by taking back all claims, and the two would do the same run
 `benchmarks.quantized_run` says.
 
 Our learning rate, block size and epsilon are those of train_scripts/configs/pocket.toml, which were searched for us
-(benchmarks/pocket_recipe.py), as were its steps, its decay, its targets and the text encoder's share of the rate, which all
-methods have here. Theirs are searched on the base as it is, by default LoRA's with AdamW's usual epsilon as well as that
-one: the best is the one with most hits that are faithful too, and of equals that of the lower validation loss. The table
-lists what was tried.
+(benchmarks/pocket_recipe.py), as were its steps, its decay, its targets and the text encoder's share of the rate, which
+all methods have here. Theirs are searched on the base as it is, by default LoRA's with AdamW's usual epsilon as well as
+that one: the best is the one with most hits that are faithful too, and of equals that of the lower validation loss. The
+table lists what was tried.
 """
 
 from __future__ import annotations

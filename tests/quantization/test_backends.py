@@ -99,9 +99,16 @@ def test_save(trained: Trained) -> None:
     assert file.metadata.training["quantization"] == trained.config.quantization
 
 
-@pytest.mark.parametrize("quantized", [True, False], ids=["onto the same", "onto the base itself"])
-def test_load(trained: Trained, quantized: bool, recwarn: pytest.WarningsRecorder) -> None:
-    pipe = loaded(trained, quantized=quantized)
+@pytest.mark.parametrize("onto", ["the same", "another", "the base itself"])
+def test_load(trained: Trained, onto: str, recwarn: pytest.WarningsRecorder) -> None:
+    if onto == "another":
+        here = [name for name in ON_A_PROCESSOR if name != trained.backend]
+        other = here[BACKENDS.index(trained.backend) % len(here)]
+        pipe = load_pipeline(
+            trained.config.model, torch.bfloat16, DEVICE, quantization=other, text_encoder_quantization=other
+        )
+    else:
+        pipe = loaded(trained, quantized=onto == "the same")
     base = draw(pipe)
     name = load_oft_weights(pipe, trained.result.adapter).name
     assert not [w for w in recwarn if "another base" in str(w.message)]

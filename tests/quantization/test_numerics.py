@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from oft_diffusion import (
     OFTConfig,
@@ -118,6 +120,40 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(self.first(x))
         return out
+
+
+class _Wide(TorchDispatchMode):
+    """Notes what makes float32 tensors of so many numbers."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        self.made += [str(func) for t in tensors if t.dtype == torch.float32 and t.numel() >= self.numel]
+        return found
+
+
+@pytest.mark.parametrize("rows", [300, 40_000], ids=["small", "large"])  # of which rotations take other ways
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_activation_is_cast_up(autocast: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    model, x = Model().bfloat16(), torch.randn(rows, 16, dtype=torch.bfloat16)
+    bank = inject_oft(model.requires_grad_(False), OFTConfig(block_size=8, targets="layer"))
+    excite(bank)
+    with _Wide(x.numel()) as wide:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            answer = model(x.requires_grad_())
+        answer.backward(answer.detach())
+    assert wide.made == []
+    assert all(float(p.grad.abs().max()) > 0 for p in bank.parameters() if p.grad is not None)
+    assert x.grad is not None
+    with _Wide(x.numel()) as wide:
+        x.detach().float()
+    assert wide.made == ["aten._to_copy.default"], "a cast would be seen"
 
 
 def test_no_weight_is_read(tmp_path: Path) -> None:
