@@ -18,9 +18,10 @@ from oft_diffusion.formats.live import live_components
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.merge import merge_oft
 from oft_diffusion.quantization import INSTALL, SCHEMES, quantize_with_bitsandbytes, scheme
-from oft_diffusion.training import TrainConfig, train
+from oft_diffusion.training import TrainConfig, estimate, train
 from oft_diffusion.training.count import count
 from oft_diffusion.training.find import find_base
+from oft_diffusion.training.memory import LiveStorages
 from oft_diffusion.training.preflight import preflight
 from oft_diffusion.training.prepare import load_family
 from tests.library.support import assert_one_sentence, excite
@@ -201,3 +202,19 @@ def test_bytes_are_counted_as_they_are_loaded(backend: str, model: Path, picture
     family = load_family(config, base, torch.device("cpu"))
     held = sum(bytes_held(family.module(name)) for name in base.modules)
     assert count(config, base).base_bytes == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on cards the allocator is asked")
+@pytest.mark.parametrize("backend", ["nf4", "int8"])
+def test_the_estimate_of_a_step_is_what_the_step_holds(
+    backend: str, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    config = settings(backend, model, pictures, tmp_path, validation_prompts=[], checkpoint_every=0, steps=2)
+    found = estimate(config).memory
+    with train(config, progress=False) as run:
+        steps = iter(run)
+        next(steps)  # which makes the moments
+        with LiveStorages("cpu") as alive:
+            next(steps)
+    gradients = found.adapter
+    assert alive.most == pytest.approx(found.activations + gradients, rel=0.01)
