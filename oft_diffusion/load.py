@@ -213,7 +213,7 @@ def _from_folder(
         kind = str(index.get("_class_name"))
         _refuse_picture_models(getattr(diffusers, kind, None), str(model))
         how |= left_out(kind, index)
-        configs = {path.parent.name: json.loads(path.read_text("utf-8")) for path in local.glob("*/config.json")}
+        configs = _configs(local, without_denoisers=denoiser_file is not None)
         check_saved(str(model), configs, _wanted(index, quantization), device)
     quantizing = None
     if any(quantization) or denoiser_file is not None:
@@ -234,6 +234,16 @@ def _from_folder(
     if quantizing is not None:
         quantizing.finish(pipe)
     return pipe
+
+
+def _configs(folder: Path, *, without_denoisers: bool) -> dict[str, dict[str, Any]]:
+    """What the components that are loaded from a folder say of themselves, by name."""
+    files = {path.parent.name: path for path in folder.glob("*/config.json")}
+    return {
+        part: json.loads(path.read_text(encoding="utf-8"))
+        for part, path in files.items()
+        if not (without_denoisers and part.startswith(_DENOISERS))
+    }
 
 
 def _quantizing(

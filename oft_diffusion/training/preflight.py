@@ -260,7 +260,8 @@ def _check_quantization(config: TrainConfig, base: Base) -> None:
             raise one_denoiser(config.model, len(base.experts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = {part: way.name for part, way in wanted.schemes.items()} if wanted is not None else {}
-    check_saved(config.model, base.parts, ways, device)
+    loaded = {part: own for part, own in base.parts.items() if not (config.denoiser_file and part in base.denoisers)}
+    check_saved(config.model, loaded, ways, device)
 
 
 def _check_optimizer(config: TrainConfig) -> None:
