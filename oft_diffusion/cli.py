@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     for knob, part in (("quantization", "denoiser"), ("text-encoder-quantization", "text encoders")):
         generate.add_argument(f"--{knob}", metavar="NAME", help=f"of the {part}: nf4, int8, ... (docs/quantization.md)")
     generate.add_argument("--denoiser-file", metavar="FILE", help="GGUF file in place of the model's own denoiser")
+    generate.add_argument(
+        "--offload", action="store_true", help="keep on the card only what works at the moment: less memory, more time"
+    )
     generate.add_argument("--grid", action="store_true", help="write one more PNG with all pictures")
 
     info = verbs.add_parser("info", help="what an adapter file is, ours or another tool's")
@@ -179,6 +182,7 @@ def _generate(options: argparse.Namespace) -> int:
     pipe = load_pipeline(
         model, dtype, options.device, config_dir=options.config_dir, quantization=options.quantization,
         text_encoder_quantization=options.text_encoder_quantization, denoiser_file=options.denoiser_file,
+        offload=options.offload,
     )  # fmt: skip
     for path, strength in adapters:
         adapter = load_oft_weights(pipe, path, strength=strength)

@@ -44,6 +44,7 @@ def load_pipeline(
     quantization: str | None = None,
     text_encoder_quantization: str | None = None,
     denoiser_file: str | Path | None = None,
+    offload: bool = False,
 ) -> DiffusionPipeline:
     """A pipeline in that precision on that device.
 
@@ -57,6 +58,8 @@ def load_pipeline(
         quantization: of the denoiser, a name of `quantization.SCHEMES`; of a folder or a hub id only.
         text_encoder_quantization: of the text encoders, likewise.
         denoiser_file: a GGUF file with the denoiser's weights, in place of the model's; likewise.
+        offload: keep components in the processor's memory, and each on the device while it works (diffusers'
+            `enable_model_cpu_offload`).
 
     Raises:
         ConfigError: there is no such folder, it is no pipeline that draws from a prompt alone, it holds pickled weights
@@ -65,6 +68,12 @@ def load_pipeline(
     """
     local = Path(model)
     refuse_two(quantization, denoiser_file)
+    if offload and device.partition(":")[0] == "cpu":
+        raise ConfigError(
+            f"offload keeps what does not work off a card, and this is {device!r}",
+            expected="a card, such as 'cuda'",
+            fix="leave offload out",
+        )
     try:
         if local.suffix == ".safetensors" and local.is_file():
             if any(asked is not None for asked in (quantization, text_encoder_quantization, denoiser_file)):
@@ -86,7 +95,10 @@ def load_pipeline(
     _refuse_missing_encoders(pipe, str(model))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(device)
+        if not offload:
+            return pipe.to(device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"the pipeline cannot be moved to {device!r} ({first_line(error)})",

@@ -39,6 +39,19 @@ def test_an_adapter_moves_a_half_precision_picture(model_folder, mug):
     assert np.array_equal(pixels(generate(pipe, PROMPT, [1], steps=2)), base)
 
 
+def test_offloading_is_diffusers_and_needs_a_card(model_folder, monkeypatch):
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(model_folder, offload=True)
+    assert_one_sentence(error, "offload", "cpu")
+    asked = []
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "enable_model_cpu_offload", lambda self, device: asked.append(device), raising=True
+    )
+    pipe = load_pipeline(model_folder, torch.bfloat16, "cuda:1", offload=True)
+    assert asked == ["cuda:1"]
+    assert pipe.unet.device.type == "cpu"
+
+
 def _cut(path):
     path.write_bytes(path.read_bytes()[:200])
 
