@@ -131,7 +131,7 @@ CUDA: list[Setup] = [  # first what the aims ask for, of every family; all metho
         widths=(640, 2560),
     ),
     replace(_SD15, dtype="float32", sizes=_USUAL),
-    replace(_SDXL, methods=tuple(METHODS)),
-    replace(_SDXL, kind="inference", methods=_INFERENCE),
+    replace(_SDXL, methods=tuple(METHODS), sizes=Sizes(batch=2)),
+    replace(_SDXL, kind="inference", methods=_INFERENCE, sizes=Sizes(batch=2)),
 ]
 SETUPS: dict[str, list[Setup]] = {"cpu": CPU, "cuda": CUDA}
