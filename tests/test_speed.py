@@ -438,7 +438,7 @@ def test_what_has_no_figure_is_told() -> None:
     missing = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in unmeasured(ROWS).splitlines()[2:]}
     [where, methods] = missing["SDXL (train, bfloat16, batch 1, b = 32)"]
     assert where == "a card"
-    assert "full finetuning" in methods
+    assert WEIGHT_CENTRIC in methods
     assert not {BASE, OURS, LORA, BOFT} & set(methods.removesuffix(" |").split("; "))  # BOFT has a reason
     assert missing["SD 1.5 (train, float32, batch 1, small, b = 32)"] == ["a processor", "all |"]
     assert len(unmeasured([]).splitlines()) == 2 + sum(map(len, SETUPS.values()))
