@@ -22,6 +22,8 @@ from benchmarks import (
     methods,
     on_card,
     quantized_merge,
+    quantized_tables,
+    quantized_training,
     records,
     rotate_bandwidth,
     rotate_forms,
@@ -500,6 +502,7 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
         ("benchmarks.md", rotate_bandwidth.table),
         ("benchmarks.md", fused_linear.table),
         ("quantization.md", quantized_merge.table),
+        ("quantization.md", lambda: quantized_tables.table(records.load(quantized_training.FILE))),
     ],
 )
 def test_the_pages_show_what_the_data_says(page: str, made: Any) -> None:
