@@ -29,14 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.counting import NOT_WORK, saved_bytes
 from benchmarks.methods import BASE, DENSE, EQUAL_LORA, LORA, METHODS, OURS, TRITON, WEIGHT_CENTRIC
 from benchmarks.records import DATA, append, load
-from benchmarks.step_memory import fused_attention
+from benchmarks.step_memory import FAMILIES, fused_attention
 from benchmarks.turns import told
 from benchmarks.works import WORKS, Sizes
 from oft_diffusion.hooks import bank_of
 from oft_diffusion.training.memory import LiveStorages
 
 FILE = DATA / "full_counts.csv"
-MODELS = ("SD 1.5", "SDXL", "SD 3.5 Medium", "Flux.1")
 COUNTED = tuple(method for method in METHODS if method != TRITON)
 BLOCK_SIZE = 32
 _COPIES = {"aten::clone", "aten::_to_copy"}  # which `NOT_WORK` leaves to the copy that they make
@@ -92,7 +91,7 @@ def counts(model: str, method: str, *, checkpointing: bool) -> dict[str, int]:
 
 def measure(methods: Sequence[str]) -> None:
     """Append a row for each model, with checkpointing and without, and method."""
-    for model, checkpointing in product(MODELS, (False, True)):
+    for model, checkpointing in product(FAMILIES, (False, True)):
         rows = []
         for method in methods:
             found: dict[str, Any] = dict.fromkeys(_FIGURES, "") | {"reason": ""}

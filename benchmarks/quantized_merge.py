@@ -104,35 +104,40 @@ def measure(trained: Path | None = None) -> None:
     for name in WAYS:
         for index, (layer, module) in enumerate(attention):
             assert isinstance(module, nn.Linear)
-            base = quantized(module, scheme(name)).dequantized()
+            base, begin = _at_first(module, name)
             for norm in NORMS:
                 draw = torch.Generator().manual_seed(index)
                 turned = rotated(base, norm, draw)
                 changed = {"ours": turned, "LoRA": with_lora(base, float((turned - base).norm()), draw)}
-                rows += _rows(module, name, base, changed, {"layer": layer, "norm": str(norm)})
+                about = {"layer": layer, "norm": str(norm), "at_first": begin}
+                rows += _rows(module, name, base, changed, about)
         for number, pair in enumerate(pairs):
             for layer in pair["ours"]:
                 part, _, path = layer.partition(".")
                 module = getattr(pipe, part).get_submodule(path)
                 changed = {method: own[layer] for method, own in pair.items()}
-                about = {"layer": f"{layer}, {number}", "norm": TRAINED}
+                about = {"layer": f"{layer}, {number}", "norm": TRAINED, "at_first": _at_first(module, name)[1]}
                 rows += _rows(module, name, module.weight.detach(), changed, about)
     append(FILE, rows)
+
+
+def _at_first(layer: nn.Linear, name: str) -> tuple[Tensor, str]:
+    """A layer's dequantized weight, and what quantizing lost of it, as rows have it."""
+    weight, base = layer.weight.detach(), quantized(layer, scheme(name)).dequantized()
+    return base, f"{float((base - weight).norm() / weight.norm()):.5f}"
 
 
 def _rows(
     layer: nn.Linear, name: str, base: Tensor, changed: Mapping[str, Tensor], about: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """What quantizing each changed weight of a layer loses, by method."""
-    weight = layer.weight.detach()
-    begin = float((quantized(layer, scheme(name)).dequantized() - weight).norm() / weight.norm())
     rows = []
     for method, wanted in changed.items():
         error, change = lost(quantized(layer, scheme(name)), wanted), float((wanted - base).norm())
         rows.append(
             {
-                "quantization": name, **about, "method": method,
-                "at_first": f"{begin:.5f}", "change": f"{change / float(base.norm()):.5f}",
+                "quantization": name, "layer": about["layer"], "norm": about["norm"], "method": method,
+                "at_first": about["at_first"], "change": f"{change / float(base.norm()):.5f}",
                 "lost": f"{error / float(wanted.norm()):.5f}", "of_change": f"{error / change:.5f}",
                 "range": f"{grown(base, wanted, name):.4f}",
             }
