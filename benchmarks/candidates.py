@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.counting import kernels_of, leaf_operations, peak_allocated, saved_bytes
-from benchmarks.methods import BASE, FULL, METHODS, OURS, TRITON, disturb, triton_switched
+from benchmarks.methods import BASE, FULL, METHODS, NATIVE, OURS, TRITON, disturb, kernels_switched
 from benchmarks.speed_setups import Setup
 from benchmarks.works import Work
 from oft_diffusion import OFTConfig
@@ -112,7 +112,8 @@ class Candidate:
 
     def kernels(self) -> AbstractContextManager[None]:
         """What every call is made in, and what is not timed."""
-        return triton_switched(on=self.method == TRITON) if self.method in (OURS, TRITON) else nullcontext()
+        own = self.method in (OURS, TRITON, NATIVE)
+        return kernels_switched(on=self.method != OURS) if own else nullcontext()
 
     def _all(self, verb: str) -> Callable[[], None]:
         calls = [getattr(adapted, verb) for adapted in self.adapted]
@@ -138,7 +139,8 @@ class Candidate:
         step, worked = (self.train, self.gradients) if training else (self.sample, self.sample)
         found: dict[str, float] = {"peak_bytes": self._peak(step)}
         if not self.setup.compiled:
-            found["operations"] = leaf_operations(worked)
+            if self.method != NATIVE:  # a profiler does not see what C does
+                found["operations"] = leaf_operations(worked)
             if training:
                 found["saved_bytes"] = saved_bytes(self.loss, [*self.work.parameters(), *self.trained])
         if self.device.type == "cuda":

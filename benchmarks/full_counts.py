@@ -5,7 +5,7 @@ python -m benchmarks.full_counts --table    # the newest counts as Markdown, fro
 
 SD 1.5, SDXL, SD 3.5 Medium and Flux.1 are gone through on the device "meta", which has shapes and no numbers: forward
 and backward in float32, of one picture, with attention as a card's fused kernels have it (`step_memory`). This package
-runs in plain PyTorch, its Triton kernels need numbers. Counted are:
+runs in plain PyTorch, its kernels need numbers. Counted are:
 
 - operations that the dispatcher is given and that are a pass over data (`counting.NOT_WORK`).
   `counting.leaf_operations` looks below it, and counts a product with a scalar, of which LoRA has two a layer, as two;
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.counting import NOT_WORK, saved_bytes
-from benchmarks.methods import BASE, DENSE, EQUAL_LORA, LORA, METHODS, OURS, TRITON, WEIGHT_CENTRIC
+from benchmarks.methods import BASE, DENSE, EQUAL_LORA, LORA, METHODS, NATIVE, OURS, TRITON, WEIGHT_CENTRIC
 from benchmarks.records import DATA, append, load
 from benchmarks.step_memory import FAMILIES, fused_attention
 from benchmarks.turns import told
@@ -36,7 +36,7 @@ from oft_diffusion.hooks import bank_of
 from oft_diffusion.training.memory import LiveStorages
 
 FILE = DATA / "full_counts.csv"
-COUNTED = tuple(method for method in METHODS if method != TRITON)
+COUNTED = tuple(method for method in METHODS if method not in (TRITON, NATIVE))
 BLOCK_SIZE = 32
 _COPIES = {"aten::clone", "aten::_to_copy"}  # which `NOT_WORK` leaves to the copy that they make
 _MOMENTS = 2  # of AdamW, of each number that is trained

@@ -130,7 +130,7 @@ def measure(device: str, rounds: int) -> None:
         RuntimeError: the candidate computes something else.
     """
     if triton_kernels() is None:
-        raise SystemExit("no kernels to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_TRITON=0")
+        raise SystemExit("no kernels to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_KERNELS=0")
     from benchmarks.fused_kernel import Config, configs_for, fused_linears
 
     for name, size in SIZES.items():

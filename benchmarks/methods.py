@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from benchmarks.weight_centric import rotate_weight
 from oft_diffusion import OFTConfig, inject_oft, merge_oft, oft_state_dict, unmerge_oft
 from oft_diffusion.inject import load_oft_state_dict
+from oft_diffusion.kernels import processor
 from oft_diffusion.kernels.block_rotate import triton_kernels
 
-BASE, OURS, TRITON = "base", "ours", "ours, Triton kernels"
+# Ours in plain PyTorch, and as it comes: with its kernels for cards, or for processors.
+BASE, OURS, TRITON, NATIVE = "base", "ours", "ours, Triton kernels", "ours, C kernels"
 LORA, EQUAL_LORA, DORA = "PEFT LoRA", "PEFT LoRA, equal parameters", "PEFT DoRA"
 PEFT_OFT, BOFT, LYCORIS = "PEFT OFT", "PEFT BOFT", "LyCORIS diag-oft"
 WEIGHT_CENTRIC, DENSE, FULL = "weight-centric OFT", "weight-centric OFT, dense R", "full finetuning"
@@ -102,29 +104,42 @@ def ours(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
 
 
 def ours_in_triton(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
-    """This package with its kernels for CUDA cards; `triton_switched` turns them off around each call of `OURS`."""
-    if not torch.cuda.is_available() or next(model.parameters()).device.type != "cuda":
+    """This package with its kernels for CUDA cards; `kernels_switched` turns them off around each call of `OURS`."""
+    if next(model.parameters()).device.type != "cuda":
         raise UnsupportedError("the kernels need a CUDA card")
-    with triton_switched(on=True):
+    with kernels_switched(on=True):
         if triton_kernels() is None:
             raise UnsupportedError("the kernels need Triton and a C compiler")
     return ours(model, names, block_size)
 
 
+def ours_in_c(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
+    """This package with its kernels for processors, likewise."""
+    if next(model.parameters()).device.type != "cpu":
+        raise UnsupportedError("the kernels are for processors")
+    with kernels_switched(on=True):
+        if processor.library() is None:
+            raise UnsupportedError("the kernels need Linux and a C compiler")
+    return ours(model, names, block_size)
+
+
 @contextmanager
-def triton_switched(*, on: bool) -> Iterator[None]:
-    """Whether this package takes its Triton kernels, inside. It asks the environment once, so it is made to forget."""
-    before = os.environ.get("OFT_DIFFUSION_TRITON")
-    os.environ["OFT_DIFFUSION_TRITON"] = "1" if on else "0"
-    triton_kernels.cache_clear()
-    triton_kernels()  # not amid what is timed
+def kernels_switched(*, on: bool) -> Iterator[None]:
+    """Whether this package takes its kernels, inside. It asks the environment once, so it is made to forget."""
+    before = os.environ.get("OFT_DIFFUSION_KERNELS")
+    os.environ["OFT_DIFFUSION_KERNELS"] = "1" if on else "0"
+    found = (triton_kernels, processor.library)
+    for one in found:
+        one.cache_clear()
+        one()  # not amid what is timed
     try:
         yield
     finally:
-        os.environ.pop("OFT_DIFFUSION_TRITON")
+        os.environ.pop("OFT_DIFFUSION_KERNELS")
         if before is not None:
-            os.environ["OFT_DIFFUSION_TRITON"] = before
-        triton_kernels.cache_clear()
+            os.environ["OFT_DIFFUSION_KERNELS"] = before
+        for one in found:
+            one.cache_clear()
 
 
 def lora(model: nn.Module, names: Sequence[str], block_size: int) -> Adapted:
@@ -266,6 +281,7 @@ METHODS: dict[str, Method] = {
     BASE: Method(base),
     OURS: Method(ours),
     TRITON: Method(ours_in_triton),
+    NATIVE: Method(ours_in_c),
     LORA: Method(lora),
     EQUAL_LORA: Method(equal_lora),
     DORA: Method(dora),

@@ -40,7 +40,7 @@ def measure(device: str, rounds: int) -> None:
     from triton.testing import do_bench_cudagraph
 
     if triton_kernels() is None:
-        raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_TRITON=0")
+        raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_KERNELS=0")
     for shape, (n, columns) in SHAPES.items():
         rows = []
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.methods import BASE, FULL, LORA, METHODS, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
+from benchmarks.methods import BASE, FULL, LORA, METHODS, NATIVE, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.works import Sizes
 
 _USUAL = Sizes()
@@ -71,9 +71,9 @@ class Setup:
 
 
 _INFERENCE = tuple(name for name in METHODS if name != FULL)
-_MAIN = (BASE, OURS, LORA, PEFT_OFT)
-_COMPILED = (BASE, OURS, LORA)
-_SCALED = (*_MAIN, WEIGHT_CENTRIC)
+_MAIN = (BASE, OURS, NATIVE, LORA, PEFT_OFT)
+_COMPILED = (BASE, OURS, NATIVE, LORA)
+_SCALED = (BASE, OURS, LORA, PEFT_OFT, WEIGHT_CENTRIC)
 _QUANTIZED: tuple[Literal["nf4", "int8"], ...] = ("nf4", "int8")
 
 
@@ -92,7 +92,7 @@ CPU: list[Setup] = [
     replace(_CPU_MAIN, sizes=Sizes(batch=4), rounds=8),
     *(replace(_CPU_MAIN, quantization=name, rounds=8) for name in _QUANTIZED),
     Setup("SD 1.5", kind="build", methods=BUILDS, rounds=7),
-    *_scaling(Setup(STACK, methods=_SCALED, rounds=8), tokens=(64, 1024), widths=(320, 1280)),
+    *_scaling(Setup(STACK, methods=(*_SCALED, NATIVE), rounds=8), tokens=(64, 1024), widths=(320, 1280)),
     replace(_CPU_MAIN, checkpointing=True),
     replace(_CPU_MAIN, text=True),
     replace(_CPU_MAIN, dtype="bfloat16"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import BASE, DENSE, LORA, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
+from benchmarks.methods import BASE, DENSE, LORA, NATIVE, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.records import load
 from benchmarks.rotate_bandwidth import FILE as BANDWIDTH
 from benchmarks.speed_setups import KINDS, SETUPS, STACK, Setup
@@ -198,10 +198,16 @@ def _quotient(a: float | None, b: float | None) -> Sequence[float]:
 AIMS = [
     Aim("adapter operations, of PEFT LoRA's", 0.35, _above("operations", OURS, LORA), device="cpu"),
     Aim("adapter operations, of PEFT OFT's", 0.10, _above("operations", OURS, PEFT_OFT), device="cpu"),
-    Aim("bytes saved for backward, of PEFT LoRA's", 1.00, _whole("saved_bytes", OURS, LORA), device="cpu"),
-    Aim("training step, of PEFT LoRA's", 0.97, _ratio(OURS, LORA), device="cpu"),
-    Aim("training step, of PEFT OFT's", 0.85, _ratio(OURS, PEFT_OFT), device="cpu"),
-    Aim("live sampling step, of the base's", 1.05, _ratio(OURS, BASE), "live", "cpu"),
+    *(
+        Aim(f"{words}{', in C' if own == NATIVE else ''}", bound, figure(own), kind, "cpu")
+        for own in (OURS, NATIVE)
+        for words, bound, kind, figure in (
+            ("bytes saved for backward, of PEFT LoRA's", 1.00, "train", lambda own: _whole("saved_bytes", own, LORA)),
+            ("training step, of PEFT LoRA's", 0.97, "train", lambda own: _ratio(own, LORA)),
+            ("training step, of PEFT OFT's", 0.85, "train", lambda own: _ratio(own, PEFT_OFT)),
+            ("live sampling step, of the base's", 1.05, "live", lambda own: _ratio(own, BASE)),
+        )
+    ),
     Aim("live sampling step, of the base's", 1.05, _ratio(OURS, BASE), "live", "cuda"),
     Aim("live sampling step, of the base's, by Triton", 1.05, _ratio(TRITON, BASE), "live", "cuda"),
     *(

@@ -48,12 +48,20 @@ class LayerHook:
         module.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
-        x = self._input(args)
+        x: Tensor = args[0] if args else self._input(args)
+        # What follows runs for every layer in every step, where Python costs as much as a small rotation.
+        if not torch.compiler.is_compiling() and self.ready is not None and self.shared is not None:
+            deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
+            if deltas and (rotated := self.shared.ready_for(self, x, deltas[0])) is not None:
+                self.fired = True
+                return (rotated, *args[1:])
         deltas = self._deltas_for(x)
         if deltas and isinstance(module, nn.Conv2d):
             x = _rotate_channels(x, deltas)
         elif self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
             x = self.shared.rotate(self, x, deltas[0])
+        elif len(deltas) == 1 and x.dtype == deltas[0].dtype:
+            x = block_rotate(x, deltas[0])
         elif deltas:
             x = _rotate(x, deltas)
         return (x, *args[1:])
@@ -81,19 +89,23 @@ class LayerHook:
 
     def _deltas_for(self, x: Tensor) -> Deltas:
         """The slot's deltas, in the device of what they are to rotate, and in the dtype that the layer computes in."""
+        grad = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             self.fired = True
-            if self.bank.between_forwards and torch.is_grad_enabled():
+            if grad and self.bank.between_forwards:
                 self.bank.refuse_lone_call(self.site)
-        deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
+        deltas = self.grad_deltas if grad else self.eval_deltas
         if deltas is None:
             deltas = self.bank.fresh_deltas(self.site)
-        if deltas and deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
+        if not deltas:
+            return deltas
+        if deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
             deltas = self._deltas_of_some_rows(deltas, x)
-        if deltas:
-            placement = x.device, compute_dtype(x.device, x.dtype) or x.dtype
-            if any((delta.device, delta.dtype) != placement for delta in deltas):
-                return self.bank.fit_deltas(self, deltas, placement)
+        device = x.device
+        dtype = compute_dtype(device, x.dtype) or x.dtype
+        for delta in deltas:
+            if delta.dtype != dtype or delta.device != device:
+                return self.bank.fit_deltas(self, deltas, (device, dtype))
         return deltas
 
     def _deltas_of_some_rows(self, deltas: Deltas, x: Tensor) -> Deltas:

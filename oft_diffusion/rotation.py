@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterError
+from oft_diffusion.kernels import processor
 
 
 def packed_size(block_size: int) -> int:
@@ -33,6 +34,11 @@ def block_size_of(packed: int) -> int | None:
 
 def unpack(packed: Tensor) -> Tensor:
     """Packed generators `(r, b(b-1)/2)` to skew-symmetric `Q (r, b, b)`: upper = packed, lower = -packed."""
+    q: Tensor = _Unpack.apply(packed, _block_size(packed))
+    return q
+
+
+def _block_size(packed: Tensor) -> int:
     block_size = block_size_of(packed.shape[-1])
     if block_size is None:
         raise AdapterError(
@@ -40,8 +46,7 @@ def unpack(packed: Tensor) -> Tensor:
             expected="b(b-1)/2 entries, for example 496 for b = 32",
             fix="check that the tensor is a packed OFT generator",
         )
-    q: Tensor = _Unpack.apply(packed, block_size)
-    return q
+    return block_size
 
 
 class _Unpack(torch.autograd.Function):
@@ -107,9 +112,33 @@ class _CayleyDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (delta,) = ctx.saved_tensors
-        turned = delta.transpose(-2, -1)
-        half = torch.baddbmm(grad, turned, grad, beta=2.0)
-        return torch.baddbmm(half, half, turned, alpha=0.5)
+        return _cayley_grad(delta, grad)
+
+
+def _cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
+    turned = delta.transpose(-2, -1)
+    half = torch.baddbmm(grad, turned, grad, beta=2.0)
+    return torch.baddbmm(half, half, turned, alpha=0.5)
+
+
+class _PackedCayleyDelta(torch.autograd.Function):
+    """`cayley_delta(unpack(packed))` and its gradient, block by block in a processor's cache (`processor.c`)."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, block_size: int) -> Tensor:
+        delta = processor.cayley_delta(packed, block_size)
+        if delta is None:
+            delta = _by_solving(unpack(packed))
+        ctx.save_for_backward(delta)
+        return delta
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (delta,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be derived once more
+            skew = _cayley_grad(delta, grad)
+            return pack(skew - skew.transpose(1, 2)), None
+        return processor.cayley_grad(delta, grad), None
 
 
 def _by_solving(q: Tensor) -> Tensor:
@@ -183,8 +212,13 @@ def rotation_delta(packed: Tensor, config: OFTConfig) -> Tensor:
 
     `packed` is the effective generator: `config.scaled` is the caller's business (`effective_generator`).
     """
+    block_size = _block_size(packed)
+    exact = config.parametrisation == "cayley"
+    if exact and not torch.compiler.is_compiling() and processor.fits(packed, block_size):
+        delta: Tensor = _PackedCayleyDelta.apply(packed, block_size)
+        return delta
     q = unpack(packed)
-    if config.parametrisation == "cayley":
+    if exact:
         return cayley_delta(q)
     series = cayley_neumann_delta if config.parametrisation == "cayley_neumann" else cayley_series_delta
     return series(q, config.neumann_order)

@@ -40,14 +40,25 @@ class SharedInput:
 
     def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
         """What `block_rotate(x, delta)` gives, for one of the layers."""
-        ready, hook.ready = hook.ready, None
+        ready = hook.ready
         if ready is None:
             return self._for_all(hook, x, delta)
+        if (rotated := self.ready_for(hook, x, delta)) is not None:
+            return rotated
+        hook.ready = None
         if ready.made_of is not x or ready.version != _version(x):
             self.give_up()
-        elif ready.by is delta and ready.rotated.requires_grad == _needs_grad(x, delta):
-            return ready.rotated
         return block_rotate(as_computed(x), delta)
+
+    def ready_for(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
+        """What is ready, handed out once; None where it is of another input or delta, or of another grad mode."""
+        ready = hook.ready
+        if ready is None or ready.made_of is not x or ready.by is not delta or ready.version != _version(x):
+            return None
+        if ready.rotated.requires_grad != _needs_grad(x, delta):
+            return None
+        hook.ready = None
+        return ready.rotated
 
     def give_up(self) -> None:
         """Let each of the layers rotate its input by itself from now on."""
@@ -55,28 +66,26 @@ class SharedInput:
             hook.shared = hook.ready = None
 
     def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
-        waiting = [
-            (other, own) for other in self.hooks if other is not hook and (own := _alike(other, delta)) is not None
-        ]
+        waiting: list[tuple[LayerHook, Tensor]] = []
         unlike = [delta]  # layers that share a generator have one delta
-        for _, own in waiting:
-            if not any(own is known for known in unlike):
+        grad, lies = torch.is_grad_enabled(), (delta.shape, delta.dtype, delta.device)
+        for other in self.hooks:
+            deltas = other.grad_deltas if grad else other.eval_deltas
+            if other is hook or not deltas or len(deltas) > 1:
+                continue
+            [own] = deltas
+            if own is not delta and (own.shape, own.dtype, own.device) != lies:
+                continue
+            waiting.append((other, own))
+            if not any(own is known for known in unlike):  # by `id` a compiler would have a graph for each layer
                 unlike.append(own)
-        computed = as_computed(x)  # once for all of them
+        computed = x if x.dtype == delta.dtype else as_computed(x)  # once for all of them
         made = [block_rotate(computed, delta)] if len(unlike) == 1 else block_rotate_shared(computed, unlike)
+        version = _version(x)
         for other, own in waiting:
             [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
-            other.ready = Ready(x, own, rotated, _version(x))
+            other.ready = Ready(x, own, rotated, version)
         return made[0]
-
-
-def _alike(hook: LayerHook, delta: Tensor) -> Tensor | None:
-    """Another layer's delta, where it has one, and one of the same shape, dtype and device."""
-    deltas = hook.grad_deltas if torch.is_grad_enabled() else hook.eval_deltas
-    if deltas is None or len(deltas) != 1 or deltas[0].shape != delta.shape:
-        return None
-    [own] = deltas
-    return own if own.dtype == delta.dtype and own.device == delta.device else None
 
 
 def _needs_grad(x: Tensor, delta: Tensor) -> bool:

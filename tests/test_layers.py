@@ -27,7 +27,7 @@ _HUGGING_FACE = "diffusers transformers accelerate huggingface_hub safetensors"
 _CORE = f"torch numpy PIL tqdm {_HUGGING_FACE}"
 
 _QUANTIZERS = "bitsandbytes torchao optimum gguf diffusers"
-_MATHS = "errors config rotation autocast quantized kernels architectures text_encoders targets"
+_MATHS = "errors config autocast kernels rotation quantized architectures text_encoders targets"
 _ADAPTER = f"{_MATHS} plan deltas bank inject merge"
 _LIBRARY = (
     f"{_ADAPTER} prediction proof disk metadata files formats arithmetic images pipeline quantization load skeleton "
@@ -39,10 +39,10 @@ _EVERYTHING = f"{_LIBRARY} training pocket evaluation cli"
 LAYERS: dict[str, Layer] = {
     "oft_diffusion/errors.py": Layer("", ""),
     "oft_diffusion/config.py": Layer("errors", ""),
-    "oft_diffusion/rotation.py": Layer("errors config", "torch"),
     "oft_diffusion/autocast.py": Layer("", "torch"),
+    "oft_diffusion/kernels/": Layer("autocast", "torch triton"),
+    "oft_diffusion/rotation.py": Layer("errors config kernels", "torch"),
     "oft_diffusion/quantized.py": Layer("errors", f"torch {_QUANTIZERS}"),
-    "oft_diffusion/kernels/": Layer("errors config rotation autocast", "torch triton"),
     "oft_diffusion/architectures.py": Layer("", ""),
     "oft_diffusion/text_encoders.py": Layer("architectures", ""),
     "oft_diffusion/prediction.py": Layer("", ""),

@@ -42,6 +42,7 @@ from benchmarks.methods import (
     LORA,
     LYCORIS,
     METHODS,
+    NATIVE,
     OURS,
     PEFT_OFT,
     TRITON,
@@ -117,7 +118,8 @@ def test_all_methods_adapt_the_same_layers() -> None:
     ins, outs = sum(layer.in_features for layer in layers), sum(layer.out_features for layer in layers)
     rank = equal_rank(model, names, 32)
     wanted = {
-        BASE: 0, OURS: ins * 31 / 2, PEFT_OFT: ins * 31 / 2, WEIGHT_CENTRIC: ins * 31 / 2, DENSE: ins * 31 / 2,
+        BASE: 0, OURS: ins * 31 / 2, NATIVE: ins * 31 / 2, PEFT_OFT: ins * 31 / 2, WEIGHT_CENTRIC: ins * 31 / 2,
+        DENSE: ins * 31 / 2,
         LORA: 16 * (ins + outs), EQUAL_LORA: rank * (ins + outs), DORA: 16 * (ins + outs) + outs,
         BOFT: 16 * ins + outs, FULL: sum(p.numel() for p in model.parameters()),
         LYCORIS: sum(min(32, layer.out_features // 32) * layer.out_features for layer in layers),

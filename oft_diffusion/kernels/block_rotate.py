@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.autocast import compute_dtype, without_autocast
+from oft_diffusion.kernels import processor
 
 T = TypeVar("T")
 OPS = torch.library.Library("oft_diffusion", "DEF")
@@ -49,6 +50,8 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
+    if by_processor(x, delta):
+        return processor.rotated(x, (delta,))[0]
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
         blocks = x.reshape(-1, *delta.shape[:2])
@@ -66,6 +69,19 @@ def is_small(x: Tensor) -> bool:
     if x.is_cuda or x.numel() >= _SMALL or (is_wide(x) and x.numel() >= 2 * _MANY_ROWS * x.shape[-1]):
         return False
     return compute_dtype(x.device, x.dtype) == x.dtype
+
+
+def by_processor(x: Tensor, *deltas: Tensor) -> bool:
+    """Whether eager code has this done by `processor.c`; compiled code fuses small rotations with what is beside them.
+
+    Raises:
+        RuntimeError: what it would be given does not fit.
+    """
+    if torch.compiler.is_compiling() or deltas[0].dim() != 3 or not processor.fits(x, deltas[0].shape[-1]):
+        return False
+    for delta in deltas:
+        check(x, delta)
+    return True
 
 
 class _Rotate(torch.autograd.Function):
@@ -182,6 +198,22 @@ def blocks_first(x: Tensor, count: int, size: int) -> Tensor:
     return x.reshape(-1, count, size).transpose(0, 1)
 
 
+@torch.library.impl(OPS, "block_rotate", "CPU")
+def rotate_on_processor(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
+    """The op on a processor: in C where that fits."""
+    return processor.rotate(x, (delta,))[0] if by_processor(x, delta) else rotate_in_torch(x, delta)
+
+
+@torch.library.impl(OPS, "block_rotate_delta_grad", "CPU")
+def delta_grad_on_processor(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    """`dD` on a processor: in C where that fits."""
+    if len(shape) == 3 and processor.fits(x, shape[-1]):
+        _, found = processor.gradients(x, (x.new_empty(shape),), (grad,), of_x=False)
+        assert found is not None
+        return found[0]
+    return delta_grad_in_torch(x, grad, shape)
+
+
 @torch.library.impl(OPS, "block_rotate", "CUDA")
 def rotate_on_gpu(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
     """The op on CUDA tensors: the kernel where it fits."""
@@ -203,13 +235,13 @@ def delta_grad_on_gpu(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """`oft_diffusion.kernels.triton_rotate`; None without Triton, or where `OFT_DIFFUSION_TRITON=0` is set.
+    """`oft_diffusion.kernels.triton_rotate`; None without Triton, or where `OFT_DIFFUSION_KERNELS=0` is set.
 
     Triton compiles a launcher in C at a kernel's first use, and raises where there is no compiler; a GPU's owner who
     only draws pictures often has none, and the pure-torch form serves.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    refused = os.environ.get("OFT_DIFFUSION_TRITON") == "0"
+    refused = os.environ.get("OFT_DIFFUSION_KERNELS") == "0"
     if refused or not compiler or importlib.util.find_spec("triton") is None:
         return None
     from oft_diffusion.kernels import triton_rotate

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oft_diffusion.kernels import processor
 from oft_diffusion.kernels.block_rotate import (
     OPS,
     TAGS,
     block_rotate,
     blocks_first,
+    by_processor,
     check,
     is_small,
     is_wide,
@@ -46,6 +48,8 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
+    if by_processor(x, *deltas):
+        return list(processor.rotated(x, deltas))
     small = is_small(x)
     if torch.compiler.is_compiling() and not small:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
@@ -101,13 +105,16 @@ def separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: boo
 
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """dx, and every dD, `(r, b, b)`: what is asked for of these."""
+    if by_processor(x, *deltas):
+        own, each = processor.gradients(x, deltas, grads, of_x=dx, of_deltas=ddelta)
+        return [*([] if own is None else [own]), *(each or [])]
     kernels = kernels_for(x, deltas)
     if kernels is None:
         return grads_in_torch(x, deltas, grads, dx, ddelta)
     found = [kernels.input_grad(x, deltas, grads)] if dx else []
     if ddelta:
         blocks, size = deltas[0].shape[:2]
-        found += kernels.delta_grads(x, grads, blocks, size).split(size, dim=2)
+        found += kernels.delta_grads(x, grads, blocks, size)
     return found
 
 

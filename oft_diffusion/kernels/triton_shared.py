@@ -86,8 +86,10 @@ def _rotate(read: Sequence[Tensor], deltas: Sequence[Tensor], written: Sequence[
     )  # fmt: skip
 
 
-def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int, tile: Tile | None = None) -> Tensor:
-    """Every dD side by side, `(r, b, layers b)`, added up as `triton_rotate.delta_grad` does.
+def delta_grads(
+    x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int, tile: Tile | None = None
+) -> list[Tensor]:
+    """Every dD, `(r, b, b)`, side by side in memory, added up as `triton_rotate.delta_grad` does.
 
     Args:
         x: the input, `(..., r * b)`.
@@ -99,7 +101,7 @@ def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int
     block_size = int(block_size)
     shape = (blocks, block_size, len(grads) * block_size)
     if not x.numel():
-        return x.new_zeros(shape)
+        return list(x.new_zeros(shape).split(block_size, dim=2))
     grads = [grad.contiguous() for grad in grads]
     key = key_of(f"delta_grads {block_size} {ordered()}", x, *grads) if tile is None else None
     tile = tile or tile_of("delta_grad", block_size, x.dtype)
@@ -108,7 +110,7 @@ def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int
     parts, part = parts_of(rows, tile)
     out = sums(x, parts, shape)
     if again(key, (x, *_three(grads), out)):
-        return summed(out, x)
+        return list(summed(out, x).split(block_size, dim=2))
     lie = rows_of(x, 1)
     launch(
         _delta_grads_kernel,
@@ -120,7 +122,7 @@ def delta_grads(x: Tensor, grads: Sequence[Tensor], blocks: int, block_size: int
         ATOMIC=parts > len(out), PRECISION=precision(x), UPCAST=upcast(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return summed(out, x)
+    return list(summed(out, x).split(block_size, dim=2))
 
 
 def narrow(block_size: int, tile: Tile) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oft_diffusion.kernels import processor
 from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
 
 # Against float64. The interpreter cuts bfloat16 off where a card rounds: by up to 2^-7 of a value.
@@ -19,12 +20,16 @@ EVERY = [(size, name) for size in SIZES for name in DTYPES]
 GROUPS, BLOCKS = 2, 3  # an odd number of blocks: the last tile of a pair of narrow blocks is half empty
 
 
-@pytest.fixture(params=["small", "large"], autouse=True)
-def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test of a file that imports this: small rotations left to torch's backward, and our own for all."""
+@pytest.fixture(params=["in C", "small", "large"], autouse=True)
+def every_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of a file that imports this: in C where that fits; by torch, small rotations left to its backward, or
+    our own for all.
+    """
     # By its path: the package has a function of the same name.
     dispatch = importlib.import_module("oft_diffusion.kernels.block_rotate")
     with pytest.MonkeyPatch.context() as patch:
+        if request.param != "in C":
+            patch.setattr(processor, "library", lambda: None)
         if request.param == "large":
             patch.setattr(dispatch, "_SMALL", 0)
         yield
@@ -194,10 +199,14 @@ def check_shared(shared: Any, size: int, name: str, device: str, count: int) -> 
     assert error(dx, expected) < TOLERANCE[name]
     small = tiled("delta_grad", size, dtype, rows=16, steps=2)
     wanted = torch.cat([delta_gradient(x, g, 1, size)[0] for g in grads], dim=2)
-    for found in (shared.delta_grads(x, grads, BLOCKS, size, small), shared.delta_grads(x, grads, BLOCKS, size)):
+
+    def delta_grads(*tile: Tile) -> Tensor:
+        return torch.cat(shared.delta_grads(x, grads, BLOCKS, size, *tile), dim=2)
+
+    for found in (delta_grads(small), delta_grads()):
         assert (found.shape, found.dtype) == (wanted.shape, dtype)
         assert error(found, wanted) < TOLERANCE[name]
     with deterministic():
-        first, second = (shared.delta_grads(x, grads, BLOCKS, size, small) for _ in range(2))
+        first, second = (delta_grads(small) for _ in range(2))
     assert torch.equal(first, second)
     assert error(first, wanted) < TOLERANCE[name]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oft_diffusion.kernels import block_rotate
 from oft_diffusion.rotation import cayley_delta, unpack
 from tests.core.reference import SEEDS, random_packed, relative
-from tests.core.rotate_cases import both_ways as both_ways  # around every test
+from tests.core.rotate_cases import every_way as every_way  # around every test
 
 LEADING = st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (0,)])
 BLOCKS, SIZES = st.integers(1, 5), st.sampled_from([2, 3, 8, 16])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.counting import largest_allocation, leaf_operations, saved_bytes
+from benchmarks.methods import kernels_switched
 from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, unmerge_oft
+from oft_diffusion.kernels import processor
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -66,19 +69,27 @@ def forward(model: Any, *, of_inputs: bool, autocast: bool = False, images: int 
     return call
 
 
+@pytest.fixture
+def plain_torch() -> Iterator[None]:
+    with kernels_switched(on=False):
+        yield
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "autocast"])
 def figures(request: pytest.FixtureRequest) -> dict[str, tuple[int, int]]:
-    """Operations of a step, and bytes that its forward saves."""
-    found = {}
-    for build in (plain, lora, peft_oft, ours):
-        model, parameters = build()
-        call = forward(model, of_inputs=build is plain, autocast=request.param)
-        call().backward()  # what is built once
-        for parameter in (*model.parameters(), *parameters):
-            parameter.grad = None  # as a step has it, which makes LoRA's and ours anew
-        saved = saved_bytes(call, [*model.parameters(), *parameters])
-        found[build.__name__] = leaf_operations(lambda call=call: call().backward()), saved  # type: ignore[misc]
-    return found
+    """Operations of a step, and bytes that its forward saves; ours in plain PyTorch, where all of them are seen."""
+    with kernels_switched(on=False):
+        return {build.__name__: counted(build, autocast=request.param) for build in (plain, lora, peft_oft, ours)}
+
+
+def counted(build: Callable[[], tuple[Any, list[Tensor]]], *, autocast: bool = False) -> tuple[int, int]:
+    model, parameters = build()
+    call = forward(model, of_inputs=build is plain, autocast=autocast)
+    call().backward()  # what is built once
+    for parameter in (*model.parameters(), *parameters):
+        parameter.grad = None  # as a step has it, which makes LoRA's and ours anew
+    saved = saved_bytes(call, [*model.parameters(), *parameters])
+    return leaf_operations(lambda: call().backward()), saved
 
 
 def test_operations_are_about_a_third_of_loras(figures: dict[str, tuple[int, int]]) -> None:
@@ -92,7 +103,28 @@ def test_operations_are_a_tenth_of_pefts_oft(figures: dict[str, tuple[int, int]]
     assert own - base <= 0.10 * (peft - base)
 
 
-def test_drawing_adds_a_product_and_a_sum_to_each_layer() -> None:
+@pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
+def test_in_c_a_rotation_is_one_call_and_so_is_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly an operation of torch's is left beside them, and no more is saved."""
+    (base, _), (own, saved) = counted(plain), counted(ours)
+    with kernels_switched(on=False):
+        assert saved <= counted(ours)[1]
+    model, _ = ours()
+    calls, real = [], processor.library()
+
+    class Noticed:
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(real, name)
+
+    monkeypatch.setattr(processor, "_library", Noticed)
+    forward(model, of_inputs=False)().backward()
+    inputs = 16 * 5  # of an attention q, k and v's one, or q's, k's and v's; and out's
+    assert Counter(calls) == {"oft_build": 1, "oft_rotate": inputs, "oft_backward": inputs, "oft_unbuild": 1}
+    assert own - base < inputs
+
+
+def test_drawing_adds_a_product_and_a_sum_to_each_layer(plain_torch: None) -> None:
     model = unet()
     draw = torch.no_grad()(forward(model, of_inputs=False))
     base = leaf_operations(draw)

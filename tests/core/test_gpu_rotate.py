@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", autouse=True)
 def ops() -> Iterator[Any]:
-    os.environ.pop("OFT_DIFFUSION_TRITON", None)
+    os.environ.pop("OFT_DIFFUSION_KERNELS", None)
     triton_kernels.cache_clear()
     kernels = triton_kernels()
     if kernels is None:
@@ -73,7 +73,7 @@ def test_offsets_beyond_32_bits(ops: Any) -> None:
 
 
 @pytest.mark.parametrize(("size", "name"), cases.EVERY)
-def test_both_ways_of_adding_up(ops: Any, size: int, name: str) -> None:
+def test_every_way_of_adding_up(ops: Any, size: int, name: str) -> None:
     cases.check_determinism(ops, size, name, "cuda", rows=5000)
 
 
@@ -107,7 +107,7 @@ def test_what_was_launched_once_is_launched_again_without_triton(
                 ops.rotate(x, delta), ops.rotate(grad, delta.transpose(1, 2)),
                 ops.delta_grad(x, grad, list(delta.shape)), *triton_shared.rotate(x, [delta, delta * 2]),
                 triton_shared.input_grad(x, [delta, delta * 2], [grad, x]),
-                triton_shared.delta_grads(x, [grad, x], *delta.shape[:2]),
+                *triton_shared.delta_grads(x, [grad, x], *delta.shape[:2]),
             ]  # fmt: skip
 
     def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:

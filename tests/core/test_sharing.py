@@ -13,7 +13,7 @@ from oft_diffusion import OFTConfig, inject_oft, sharing
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from tests.core.reference import relative
-from tests.core.rotate_cases import both_ways as both_ways  # around every test
+from tests.core.rotate_cases import every_way as every_way  # around every test
 from tests.helpers import tiny_denoisers as tiny
 from tests.library.support import excite
 

@@ -86,7 +86,7 @@ def test_offsets_beyond_32_bits(ops: Any) -> None:
 @pytest.mark.thinned(2)
 @needs_triton
 @pytest.mark.parametrize(("size", "name"), [(8, "float32"), (32, "bfloat16"), (16, "float16")])
-def test_both_ways_of_adding_up(ops: Any, size: int, name: str) -> None:
+def test_every_way_of_adding_up(ops: Any, size: int, name: str) -> None:
     gradient = cases.check_determinism(ops, size, name, "cpu")
     seen = []
     allocate = torch.Tensor.new_zeros
@@ -139,14 +139,14 @@ def test_cuda_has_kernels_of_its_own() -> None:
 @pytest.mark.parametrize("lack", ["triton", "compiler", "permission"])
 def test_without_triton_or_a_compiler_the_pure_torch_form_serves(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.delenv("OFT_DIFFUSION_TRITON", raising=False)
+    monkeypatch.delenv("OFT_DIFFUSION_KERNELS", raising=False)
     if lack == "triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     elif lack == "compiler":
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
     else:
-        monkeypatch.setenv("OFT_DIFFUSION_TRITON", "0")
+        monkeypatch.setenv("OFT_DIFFUSION_KERNELS", "0")
     dispatch.triton_kernels.cache_clear()
     try:
         assert dispatch.triton_kernels() is None
@@ -158,7 +158,7 @@ def test_without_triton_or_a_compiler_the_pure_torch_form_serves(lack: str, monk
 
 @needs_triton
 def test_kernels_are_taken_where_they_can_be(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OFT_DIFFUSION_TRITON", raising=False)
+    monkeypatch.delenv("OFT_DIFFUSION_KERNELS", raising=False)
     monkeypatch.setenv("CC", "cc")
     dispatch.triton_kernels.cache_clear()
     try:

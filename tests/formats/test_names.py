@@ -302,7 +302,7 @@ def test_adapters_for_z_image_and_sana_are_not_fused() -> None:
         assert set(write_names(real_components(name), "transformer", [layer], "comfy")) == {f"diffusion_model.{layer}"}
 
 
-def test_text_model_is_optional_both_ways() -> None:
+def test_text_model_is_optional_every_way() -> None:
     for name, part in (("SDXL", "text_encoder"), ("SDXL", "text_encoder_2")):
         about = real_components(name)
         [live] = [layer for layer in about[part].layers if layer.endswith("layers.3.mlp.fc2")]

@@ -1,0 +1,260 @@
+"""The rotations and their Cayley transform on a processor, float32: what `processor.c` computes.
+
+The products are small, and torch's cost more to call than to compute. The machine's own compiler makes a library of the
+C at first use (seconds) and keeps it in the user's cache; where there is none, or it fails, the pure-torch forms serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import operator
+import os
+import platform
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = (8, 16, 32, 64, 128)  # of blocks
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_PLAIN = (Tensor, nn.Parameter)  # with memory of their own
+_address, _contiguous = Tensor.data_ptr, Tensor.contiguous
+_requires_grad = operator.attrgetter("requires_grad")
+_POINTERS = [struct.Struct(f"{count}P") for count in range(17)]  # by how many there are
+_PER_THREAD = 2**17  # multiplications, below which another thread costs more than it saves
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_addresses, _sizes = ctypes.c_char_p, (_long, _long, _int, _int, _int)
+_SIGNATURES = {
+    "oft_rotate": (_pointer, _long, _addresses, _addresses, *_sizes),
+    "oft_backward": (_pointer, _long, _addresses, _addresses, _pointer, _addresses, *_sizes),
+    "oft_build": (_pointer, _pointer, _long, ctypes.c_float, _int, _int),
+    "oft_unbuild": (_pointer, _pointer, _pointer, _long, _int, _int),
+}
+
+
+def fits(x: Tensor, size: int) -> bool:
+    """Whether x can be rotated here by blocks of that size, or blocks be built here of generators like x."""
+    plain = type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu
+    return plain and size in SIZES and library() is not None and not _is_watched()
+
+
+def _is_watched() -> bool:
+    """Whether something looks at torch's operations, to trace, transform or count them, and would not see these."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._get_tracing_state() is not None
+
+
+def rotated(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`x + x blockdiag(D)` for each D, differentiable.
+
+    Args:
+        x: `(..., r * b)`, which `fits`; read where it lies, where its rows are equally far apart.
+        deltas: `(r, b, b)` each, float32.
+
+    Returns:
+        x's shape each, contiguous.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, deltas))):
+        made: Sequence[Tensor] = _Rotate.apply(x, *deltas)
+        return made
+    return rotate(x, deltas)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *deltas)
+        return tuple(rotate(x, deltas))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *deltas = ctx.saved_tensors
+        given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
+        if torch.is_grad_enabled():  # to be derived once more
+            return tuple(_gradients_in_torch(x, deltas, given))
+        of_x, *of_deltas = ctx.needs_input_grad
+        dx, ddeltas = gradients(x, deltas, given, of_x=of_x, of_deltas=True in of_deltas)
+        each: Sequence[Tensor | None] = [None] * len(deltas) if ddeltas is None else ddeltas
+        return (dx, *each)
+
+
+def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    blocks, size = deltas[0].shape[:2]
+    own, others = x.reshape(-1, blocks, size), [grad.reshape(-1, blocks, size) for grad in grads]
+    turned = [torch.einsum("nri,rji->nrj", g, d).reshape(x.shape) for g, d in zip(others, deltas, strict=True)]
+    return [torch.stack([*grads, *turned]).sum(0), *(torch.einsum("nri,nrj->rij", own, g) for g in others)]
+
+
+# In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
+
+
+def rotate(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """What `rotated` gives, without gradients."""
+    stride = x.shape[-1]
+    if not x.is_contiguous():
+        x, stride = _in_rows(x)
+    deltas = [*map(_contiguous, deltas)]
+    made = [*map(x.new_empty, [x.shape] * len(deltas))]
+    if numbers := x.numel():
+        blocks, size, _ = deltas[0].shape
+        pack = _POINTERS[len(deltas)].pack
+        threads = min(torch.get_num_threads(), numbers * size * len(deltas) // _PER_THREAD) or 1
+        _library().oft_rotate(
+            x.data_ptr(), stride, pack(*map(_address, deltas)), pack(*map(_address, made)),
+            numbers // (blocks * size), blocks, len(deltas), threads, size,
+        )  # fmt: skip
+    return made
+
+
+def gradients(
+    x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor], *, of_x: bool = True, of_deltas: bool = True
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """dx, the sum of `g + g blockdiag(D)^T` over the layers, and every dD; what is not asked for is None.
+
+    Args:
+        x: as `rotated` takes it.
+        deltas: likewise.
+        grads: of what it returned, x's shape and dtype.
+        of_x: whether dx is asked for.
+        of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
+    """
+    stride = x.shape[-1]
+    if not x.is_contiguous():
+        x, stride = _in_rows(x)
+    deltas, grads = [*map(_contiguous, deltas)], [*map(_contiguous, grads)]
+    numbers = x.numel()
+    make = torch.empty_like if numbers else torch.zeros_like
+    dx, ddeltas = make(x) if of_x else None, [*map(make, deltas)] if of_deltas else None
+    if numbers:
+        blocks, size, _ = deltas[0].shape
+        pack = _POINTERS[len(deltas)].pack
+        threads = min(torch.get_num_threads(), numbers * size * len(deltas) // _PER_THREAD) or 1
+        _library().oft_backward(
+            x.data_ptr(), stride, pack(*map(_address, deltas)), pack(*map(_address, grads)),
+            None if dx is None else dx.data_ptr(), None if ddeltas is None else pack(*map(_address, ddeltas)),
+            numbers // (blocks * size), blocks, len(deltas), threads, size,
+        )  # fmt: skip
+    return dx, ddeltas
+
+
+def cayley_delta(packed: Tensor, size: int) -> Tensor | None:
+    """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`; None where one is too large for that, or not finite.
+
+    As `rotation._by_doubling`: the series is carried on until what is left out is below rounding.
+    """
+    packed = packed.contiguous()
+    delta = packed.new_empty(len(packed), size, size)
+    done = _library().oft_build(
+        packed.data_ptr(), delta.data_ptr(), len(packed), torch.finfo(torch.float32).eps,
+        _threads(len(packed), size, 4), size,
+    )  # fmt: skip
+    return delta if done else None
+
+
+def cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of generators, `(r, b(b-1)/2)`, of D's: `rotation._CayleyDelta`, packed."""
+    grad, delta, size = grad.contiguous(), delta.contiguous(), delta.shape[-1]
+    packed = delta.new_empty(len(delta), size * (size - 1) // 2)
+    _library().oft_unbuild(
+        delta.data_ptr(), grad.data_ptr(), packed.data_ptr(), len(delta), _threads(len(delta), size, 2), size
+    )
+    return packed
+
+
+def _in_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x, or a copy where its rows are not equally far apart; and how many numbers that is."""
+    width = x.shape[-1]
+    if not x.is_contiguous() and x.dim() > 1 and x.stride(-1) == 1:
+        step = x.stride(-2)
+        apart = [step]
+        for length in reversed(x.shape[1:-1]):
+            apart.append(apart[-1] * length)
+        if step >= width and list(x.stride()[:-1]) == apart[::-1]:
+            return x, step
+    return x.contiguous(), width
+
+
+def _threads(blocks: int, size: int, products: int) -> int:
+    """As many as so many products of b x b are worth."""
+    return min(torch.get_num_threads(), products * blocks * size**3 // _PER_THREAD) or 1
+
+
+# -- the library -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What the C has been compiled to; None without a compiler that can, or where `OFT_DIFFUSION_KERNELS=0` is set."""
+    if os.environ.get("OFT_DIFFUSION_KERNELS") == "0" or platform.system() != "Linux":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        return None
+    try:
+        found = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    for name, types in _SIGNATURES.items():
+        getattr(found, name).argtypes = types
+        getattr(found, name).restype = _int if name == "oft_build" else None
+    return found
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, made where there is none yet for this text, this compiler and this processor.
+
+    Raises:
+        OSError: nowhere to write, or no such compiler.
+        SubprocessError: the compiler refuses.
+    """
+    version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, timeout=60).stdout
+    known = b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()])
+    name = f"processor-{hashlib.sha256(known).hexdigest()[:16]}.so"
+    folder = _cache()
+    if not (folder / name).exists():
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            out = Path(made) / name
+            command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(out)]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            out.replace(folder / name)
+    return folder / name
+
+
+def _cache() -> Path:
+    """A folder of the user's own: what lies in it is run.
+
+    Raises:
+        OSError: it cannot be made, or others may write into it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "oft_diffusion"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _processor() -> str:
+    """What `-march=native` means: a home may be shared by machines that differ."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))

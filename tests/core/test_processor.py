@@ -1,0 +1,272 @@
+"""The rotations in C: against their definition in float64, and what a machine without a compiler gets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from oft_diffusion import OFTConfig, rotation
+from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
+from oft_diffusion.kernels.block_rotate import by_processor
+from tests.core import rotate_cases as cases
+from tests.core.reference import random_packed, relative
+
+BLOCKS = 3
+needs_kernels = pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def each(size: int, count: int, blocks: int = BLOCKS) -> list[Tensor]:
+    one = cases.deltas(size, torch.float32, "cpu", groups=1, blocks=blocks)[0]
+    return [one * (1 + i) for i in range(count)]
+
+
+def derivatives(x: Tensor, deltas: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The definition, in float64."""
+    dx = sum(cases.rotated(g, d[None].transpose(-1, -2)) for g, d in zip(grads, deltas, strict=True))
+    assert isinstance(dx, Tensor)
+    return dx, [cases.delta_gradient(x, g, 1, deltas[0].shape[-1])[0] for g in grads]
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", processor.SIZES)
+@pytest.mark.parametrize("rows", [1, 13, 77, 1100])
+def test_every_size_count_and_tail(size: int, count: int, rows: int) -> None:
+    x, deltas = cases.draw(rows, BLOCKS * size, seed=2, device="cpu"), each(size, count)
+    grads = [cases.draw(*x.shape, seed=3 + i, device="cpu") for i in range(count)]
+    made = processor.rotate(x, deltas)
+    dx, ddeltas = processor.gradients(x, deltas, grads)
+    assert dx is not None
+    assert ddeltas is not None
+    expected, expected_deltas = derivatives(x, deltas, grads)
+    for out, delta in zip(made, deltas, strict=True):
+        assert (out.shape, out.is_contiguous()) == (x.shape, True)
+        assert cases.error(out, cases.rotated(x, delta[None])) < 5e-7
+        assert cases.error(out, x) > 0.3
+    assert cases.error(dx, expected) < 5e-7
+    for found, wanted in zip(ddeltas, expected_deltas, strict=True):
+        assert cases.error(found, wanted) < 1e-6
+
+
+@needs_kernels
+def test_what_near_the_identity_would_be_rounded_away_is_kept() -> None:
+    """The product is summed before x is added: a rotation by 1e-6 moves x by that, to more than a digit."""
+    x, delta = cases.draw(40, 96, seed=0, device="cpu"), each(32, 1)[0] * 1e-6
+    moved = processor.rotate(x, [delta])[0].double() - x.double()
+    exact = cases.rotated(x, delta[None]) - x.double()
+    assert float((moved - exact).abs().max()) <= 0.5 * torch.finfo(torch.float32).eps * float(x.abs().max())
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [8, 32])
+def test_strides(size: int) -> None:
+    x = cases.draw(4, 6, BLOCKS * size, seed=5, device="cpu")
+    deltas, grad = each(size, 2), cases.draw(4, 6, BLOCKS * size, seed=6, device="cpu")
+    expected, (dx, ddeltas) = processor.rotate(x, deltas), processor.gradients(x, deltas, [grad, grad])
+    assert dx is not None
+    assert ddeltas is not None
+    for (name, one), other in zip(cases.lying(x).items(), reversed(cases.lying(grad).values()), strict=True):
+        for found, wanted in zip(processor.rotate(one, deltas), expected, strict=True):
+            assert torch.equal(found, wanted), name
+        other_dx, others = processor.gradients(one, deltas, [other, grad])
+        assert other_dx is not None
+        assert torch.equal(other_dx, dx), name
+        assert all(torch.equal(a, b) for a, b in zip(others or [], ddeltas, strict=True)), name
+    expanded = x[:1].expand(4, -1, -1)
+    assert torch.equal(processor.rotate(expanded, deltas)[0][3], expected[0][0])
+    turned = [delta.transpose(1, 2).contiguous().transpose(1, 2) for delta in deltas]
+    assert torch.equal(processor.rotate(x, turned)[1], expected[1])
+    single = x[0, 0]
+    assert torch.equal(processor.rotate(single, deltas)[0], expected[0][0, 0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(0, 48), (4, 0, 48)])
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    x, deltas = torch.empty(shape, requires_grad=True), [d.requires_grad_() for d in each(16, 2)]
+    made = processor.rotated(x, deltas)
+    assert [out.shape for out in made] == [shape, shape]
+    dx, *ddeltas = torch.autograd.grad(made, [x, *deltas], made)
+    assert dx.shape == shape
+    assert all(torch.equal(found, torch.zeros_like(found)) for found in ddeltas)
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit(one_thread: None) -> None:
+    x, deltas = cases.draw(1100, 96, seed=0, device="cpu"), each(32, 3)
+    packed = random_packed(50, 32, 0).float()
+
+    def all_of_it() -> list[Tensor]:
+        dx, ddeltas = processor.gradients(x, deltas, processor.rotate(x, deltas))
+        delta = processor.cayley_delta(packed, 32)
+        assert dx is not None
+        assert ddeltas is not None
+        assert delta is not None
+        return [dx, *ddeltas, delta, processor.cayley_grad(delta, delta)]
+
+    alone = all_of_it()
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(alone, all_of_it(), strict=True))
+
+
+@needs_kernels
+def test_it_is_what_eager_code_takes_and_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, (first, second) = cases.draw(5, 96, seed=0, device="cpu"), each(32, 2)
+    taken: list[int] = []
+    real = processor.rotate
+    monkeypatch.setattr(processor, "rotate", lambda x, deltas: taken.append(len(deltas)) or real(x, deltas))  # type: ignore[func-returns-value]
+    block_rotate(x, first)
+    block_rotate_shared(x, [first, second])
+    torch.ops.oft_diffusion.block_rotate(x, first)
+    assert taken == [1, 2, 1]
+    block_rotate(x.double(), first.double())
+    block_rotate(x.bfloat16(), first.bfloat16())
+    block_rotate(x[:, :72], each(24, 1)[0])  # no size of the C's
+    block_rotate(torch.empty(5, 96, device="meta"), first.to("meta"))
+    fake = FakeTensorMode()
+    assert not by_processor(fake.from_tensor(x), fake.from_tensor(first))
+    assert taken == [1, 2, 1]
+
+
+@needs_kernels
+def test_what_looks_at_operations_sees_them() -> None:
+    """Traced as a constant, a rotation would be of one input for ever."""
+    x, (delta,) = cases.draw(5, 96, seed=0, device="cpu"), each(32, 1)
+    expected = block_rotate(2 * x, delta)
+    for traced in (
+        torch.jit.trace(block_rotate, (x, delta), check_trace=False),
+        make_fx(block_rotate)(x, delta),
+        make_fx(block_rotate, tracing_mode="fake")(x, delta),
+    ):
+        torch.testing.assert_close(traced(2 * x, delta), expected)
+    torch.testing.assert_close(torch.func.vmap(block_rotate, (0, None))(torch.stack([x, 2 * x]), delta)[1], expected)
+    with FlopCounterMode(display=False) as counter:
+        block_rotate(x, delta)
+    assert counter.get_total_flops() == 2 * x.numel() * 32
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_and_their_derivatives(count: int) -> None:
+    """By autograd, an output that nobody used among them; once more derived, by torch's own operations."""
+    x = cases.draw(7, 48, seed=0, device="cpu").requires_grad_()
+    deltas = [delta.requires_grad_() for delta in each(16, count)]
+    weights = [cases.draw(7, 48, seed=5 + i, device="cpu") for i in range(count)]
+
+    def loss(x: Tensor, deltas: list[Tensor], turn: bool) -> Tensor:
+        made = processor.rotated(x, deltas) if turn else [cases_rotated(x, delta) for delta in deltas]
+        return torch.stack([(out * w).square().sum() for out, w in zip(made, weights, strict=True)]).sum()
+
+    def cases_rotated(x: Tensor, delta: Tensor) -> Tensor:
+        return x + x @ torch.block_diag(*delta)
+
+    wide = [x.detach().double().requires_grad_(), *(delta.detach().double().requires_grad_() for delta in deltas)]
+    first = torch.autograd.grad(loss(x, deltas, True), [x, *deltas], create_graph=True)
+    wanted = torch.autograd.grad(loss(wide[0], wide[1:], False), wide, create_graph=True)
+    for found, expected in zip(first, wanted, strict=True):
+        assert relative(found.double(), expected) < 1e-6
+    second = torch.autograd.grad(first[0].square().sum(), [x, *deltas])
+    for found, expected in zip(second, torch.autograd.grad(wanted[0].square().sum(), wide), strict=True):
+        assert relative(found.double(), expected) < 1e-5
+    made = processor.rotated(x, deltas)
+    [dx] = torch.autograd.grad(made[-1].sum(), x)
+    assert relative(dx.double(), torch.autograd.grad(cases_rotated(wide[0], wide[-1]).sum(), wide[0])[0]) < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", processor.SIZES)
+@pytest.mark.parametrize("norm", [1e-3, 0.3, 0.6])
+def test_building_d_and_its_gradient(size: int, norm: float) -> None:
+    packed = random_packed(9, size, 1, norm).float()
+    made = processor.cayley_delta(packed, size)
+    assert made is not None
+    wide = packed.double().requires_grad_()
+    exact = rotation.cayley_delta(rotation.unpack(wide))
+    assert relative(made.double(), exact.detach()) < 3e-7
+    grad = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+    [wanted] = torch.autograd.grad(exact, wide, grad.double())
+    assert relative(processor.cayley_grad(made, grad).double(), wanted) < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("of", [3.0, float("nan"), float("inf")])
+def test_a_block_that_the_series_does_not_suit_is_solved(of: float) -> None:
+    packed = random_packed(4, 16, 1).float()
+    packed[2] *= of / float(torch.linalg.matrix_norm(rotation.unpack(packed[2:3]), 2))
+    assert processor.cayley_delta(packed, 16) is None
+    made = rotation.rotation_delta(packed, OFTConfig(16))
+    wanted = rotation._by_solving(rotation.unpack(packed))
+    assert torch.equal(made.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    if of < 10:
+        assert rotation.orthogonality_error(made) < 1e-5
+
+
+def asked(environment: dict[str, str]) -> str:
+    """Whether a new process has the library, and what it makes of a rotation either way."""
+    code = (
+        "import torch; from oft_diffusion.kernels import block_rotate, processor; x, d = torch.ones(2, 8), "
+        "torch.ones(1, 8, 8); print(processor.library() is not None, block_rotate(x, d).sum().item())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    assert not run.stderr
+    return run.stdout.strip()
+
+
+@needs_kernels
+def test_the_library_is_compiled_once_and_without_it_torch_does(tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert asked(cache) == "True 144.0"
+    [made] = (tmp_path / "oft_diffusion").iterdir()
+    assert not stat.S_IMODE(made.parent.stat().st_mode) & 0o077
+    written = made.stat().st_mtime_ns
+    assert asked(cache) == "True 144.0"
+    assert made.stat().st_mtime_ns == written
+    assert asked(cache | {"OFT_DIFFUSION_KERNELS": "0"}) == "False 144.0"
+    made.parent.chmod(0o777)  # where others could have put it
+    assert asked(cache) == "False 144.0"
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "true"])
+def test_a_compiler_that_cannot_is_no_error(compiler: str, tmp_path: Path) -> None:
+    """One that refuses, none, and one that says that all is well and writes nothing."""
+    assert asked({"XDG_CACHE_HOME": str(tmp_path), "CC": compiler}) == "False 144.0"
+    left = tmp_path / "oft_diffusion"
+    assert not left.exists() or not list(left.iterdir())
+
+
+@needs_kernels
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert asked({"XDG_CACHE_HOME": str(tmp_path / "file")}) == "False 144.0"
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover"), ()])
+def test_the_text_compiles_without_a_warning(flags: tuple[str, ...], tmp_path: Path) -> None:
+    strict = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", *processor._FLAGS, *flags)
+    subprocess.run(["gcc", *strict, str(processor._SOURCE), "-o", str(tmp_path / "made.so")], check=True)
