@@ -18,6 +18,7 @@ from oft_diffusion.errors import AdapterError
 from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, reset_compiler
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
+from oft_diffusion.sharing import prepare
 
 
 class OFTBank(AdapterChoice):
@@ -175,12 +176,13 @@ class OFTBank(AdapterChoice):
                 hook.grad_deltas, hook.eval_deltas = by_site.get(site, ()), None
             else:
                 hook.eval_deltas = by_site.get(site, ())
+        self._prepare()
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
         if self._trainable():
             for hook in self.hooks.values():
-                hook.eval_deltas = None
+                hook.eval_deltas = hook.prepared = None
                 if self._in_grad_forward:
                     hook.grad_deltas = for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
@@ -285,7 +287,7 @@ class OFTBank(AdapterChoice):
 
     def _clear_slots(self) -> None:
         for hook in self.hooks.values():
-            hook.grad_deltas = hook.eval_deltas = None
+            hook.grad_deltas = hook.eval_deltas = hook.prepared = None
 
     def _placed(self, device: torch.device | None, dtype: torch.dtype | None) -> Placement:
         """Where a forward is, by its input; where that does not tell, as the last one was."""
@@ -312,6 +314,11 @@ class OFTBank(AdapterChoice):
         for site, hook in self.hooks.items():
             hook.grad_deltas = hook.eval_deltas = by_site.get(site, ())
         self.between_forwards = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if not torch.compiler.is_compiling():
+            prepare(self.hooks.values(), grad=self._in_grad_forward)
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from oft_diffusion.autocast import as_computed, compute_dtype
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels import block_rotate, processor
 from oft_diffusion.offload import stored
 from oft_diffusion.plan import Place, layer_of
+from oft_diffusion.sharing import Prepared, Ready, SharedInput, hand_out
 
 if TYPE_CHECKING:
     from oft_diffusion.bank import OFTBank
-    from oft_diffusion.sharing import Ready, SharedInput
 
 Deltas = tuple[Tensor, ...]
 
@@ -42,6 +42,7 @@ class LayerHook:
         self.fired = False
         self.shared: SharedInput | None = None  # with the layers that read the same input
         self.ready: Ready | None = None
+        self.prepared: Prepared | None = None
 
     def register(self, module: nn.Module) -> None:
         """Hang this hook on its layer."""
@@ -49,22 +50,38 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
         x: Tensor = args[0] if args else self._input(args)
-        # What follows runs for every layer in every step, where Python costs as much as a small rotation.
-        if not torch.compiler.is_compiling() and self.ready is not None and self.shared is not None:
-            deltas = self.grad_deltas if torch.is_grad_enabled() else self.eval_deltas
-            if deltas and (rotated := self.shared.ready_for(self, x, deltas[0])) is not None:
-                self.fired = True
-                return (rotated, *args[1:])
+        if not torch.compiler.is_compiling() and (rotated := self._at_once(module, x)) is not None:
+            return (rotated, *args[1:])
         deltas = self._deltas_for(x)
         if deltas and isinstance(module, nn.Conv2d):
             x = _rotate_channels(x, deltas)
         elif self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
             x = self.shared.rotate(self, x, deltas[0])
-        elif len(deltas) == 1 and x.dtype == deltas[0].dtype:
-            x = block_rotate(x, deltas[0])
         elif deltas:
             x = _rotate(x, deltas)
         return (x, *args[1:])
+
+    def _at_once(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What is ready, or prepared for; else None.
+
+        For most layers this is all that runs in a step, where so much Python costs as much as a small rotation.
+        """
+        grad = torch.is_grad_enabled()
+        slot = self.grad_deltas if grad else self.eval_deltas
+        if not slot:
+            return None
+        rotated: Tensor | None = None
+        if self.ready is not None:
+            rotated = self.shared.ready_for(self, x, slot[0]) if self.shared is not None else None
+        elif (own := self.prepared) is not None and own.slot is slot and _is_plain(module, x, own.plan):
+            if grad and self.bank.between_forwards:
+                return None
+            made = processor.rotated(x, own.plan)
+            if own.others:
+                hand_out(own.others, x, own.plan, made)
+            rotated = made[0]
+        self.fired = self.fired or rotated is not None
+        return rotated
 
     def _input(self, args: tuple[Any, ...]) -> Tensor:
         if not args:
@@ -122,7 +139,7 @@ class LayerHook:
 
     def __getstate__(self) -> dict[str, Any]:
         # Deltas are derived, and those of a training forward are part of a graph, which cannot be copied.
-        return dict(self.__dict__, grad_deltas=None, eval_deltas=None, ready=None)
+        return dict(self.__dict__, grad_deltas=None, eval_deltas=None, ready=None, prepared=None)
 
 
 class OutputHook(LayerHook):
@@ -182,6 +199,12 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 HOOKS: dict[Place, type[LayerHook]] = {"input": LayerHook, "patches": PatchHook, "output": OutputHook}
+
+
+def _is_plain(module: nn.Module, x: Tensor, plan: processor.Plan) -> bool:
+    """Whether the layer rotates its input's last axis, in its own dtype, and the plan is for that."""
+    fits = x.shape[-1] == plan.width and processor.fits(x, plan.size) and not isinstance(module, nn.Conv2d)
+    return fits and not torch.is_autocast_enabled("cpu")
 
 
 def _rotate(x: Tensor, deltas: Deltas) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oft_diffusion.autocast import as_computed
-from oft_diffusion.kernels import block_rotate, block_rotate_shared
+from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
 
 if TYPE_CHECKING:
     from oft_diffusion.hooks import LayerHook
@@ -22,6 +22,42 @@ class Ready(NamedTuple):
     by: Tensor
     rotated: Tensor
     version: int
+
+
+class Prepared(NamedTuple):
+    """The rotations of an input that a processor's kernel does: of which slot, and the other layers that read it."""
+
+    slot: tuple[Tensor, ...]
+    plan: processor.Plan
+    others: Sequence[LayerHook]
+
+
+def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
+    """Look beforehand at what is to be rotated by what: in one loop that takes a third of the time of so many moments.
+
+    Args:
+        hooks: all of a component, whose slots are filled.
+        grad: which of the two.
+    """
+    for hook in hooks:
+        group = [hook] if hook.shared is None else hook.shared.hooks
+        slots = [other.grad_deltas if grad else other.eval_deltas for other in group]
+        hook.prepared = None
+        if group[0] is hook and slots[0] and all(slot and len(slot) == 1 for slot in slots):
+            deltas = [slot[0] for slot in slots if slot]
+            if _are_alike(deltas) and processor.fits(deltas[0], deltas[0].shape[-1]):
+                hook.prepared = Prepared(slots[0], processor.plan(deltas), group[1:])
+
+
+def _are_alike(deltas: Sequence[Tensor]) -> bool:
+    """Of one shape, one kind, and no two of them the same, as layers have that share a generator."""
+    first = deltas[0]
+    lies, seen = (first.shape, first.dtype, first.device), {id(first)}
+    for delta in deltas[1:]:
+        seen.add(id(delta))
+        if (delta.shape, delta.dtype, delta.device) != lies:
+            return False
+    return first.dim() == 3 and len(seen) == len(deltas)
 
 
 class SharedInput:
@@ -63,7 +99,7 @@ class SharedInput:
     def give_up(self) -> None:
         """Let each of the layers rotate its input by itself from now on."""
         for hook in self.hooks:
-            hook.shared = hook.ready = None
+            hook.shared = hook.ready = hook.prepared = None
 
     def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
         waiting: list[tuple[LayerHook, Tensor]] = []
@@ -86,6 +122,13 @@ class SharedInput:
             [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
             other.ready = Ready(x, own, rotated, version)
         return made[0]
+
+
+def hand_out(others: Sequence[LayerHook], x: Tensor, plan: processor.Plan, rotated: Sequence[Tensor]) -> None:
+    """Lay what was rotated for them beside the other layers."""
+    version = _version(x)
+    for other, delta, own in zip(others, plan.deltas[1:], rotated[1:], strict=True):
+        other.ready = Ready(x, delta, own, version)
 
 
 def _needs_grad(x: Tensor, delta: Tensor) -> bool:

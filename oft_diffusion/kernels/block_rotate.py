@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -50,8 +50,8 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    if by_processor(x, delta):
-        return processor.rotated(x, (delta,))[0]
+    if (plan := by_processor(x, (delta,))) is not None:
+        return processor.rotated(x, plan)[0]
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
         blocks = x.reshape(-1, *delta.shape[:2])
@@ -71,17 +71,17 @@ def is_small(x: Tensor) -> bool:
     return compute_dtype(x.device, x.dtype) == x.dtype
 
 
-def by_processor(x: Tensor, *deltas: Tensor) -> bool:
-    """Whether eager code has this done by `processor.c`; compiled code fuses small rotations with what is beside them.
+def by_processor(x: Tensor, deltas: Sequence[Tensor]) -> processor.Plan | None:
+    """How eager code has this done by `processor.c`; compiled code fuses small rotations with what is beside them.
 
     Raises:
         RuntimeError: what it would be given does not fit.
     """
     if torch.compiler.is_compiling() or deltas[0].dim() != 3 or not processor.fits(x, deltas[0].shape[-1]):
-        return False
+        return None
     for delta in deltas:
         check(x, delta)
-    return True
+    return processor.plan(deltas)
 
 
 class _Rotate(torch.autograd.Function):
@@ -201,7 +201,8 @@ def blocks_first(x: Tensor, count: int, size: int) -> Tensor:
 @torch.library.impl(OPS, "block_rotate", "CPU")
 def rotate_on_processor(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
     """The op on a processor: in C where that fits."""
-    return processor.rotate(x, (delta,))[0] if by_processor(x, delta) else rotate_in_torch(x, delta)
+    plan = by_processor(x, (delta,))
+    return rotate_in_torch(x, delta) if plan is None else processor.rotate(x, plan)[0]
 
 
 @torch.library.impl(OPS, "block_rotate_delta_grad", "CPU")

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,39 +56,64 @@ def _is_watched() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def rotated(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+class Plan(NamedTuple):
+    """What can be known of deltas before the input comes: `plan`."""
+
+    deltas: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]  # the same, as C reads them
+    addresses: bytes
+    blocks: int
+    size: int
+    width: int
+    requires_grad: bool
+
+
+def plan(deltas: Sequence[Tensor]) -> Plan:
+    """Prepare the rotations of one input.
+
+    Args:
+        deltas: `(r, b, b)` each, float32, on the processor, b one of `SIZES`; up to 16.
+    """
+    rows = (*map(_contiguous, deltas),)
+    blocks, size, _ = rows[0].shape
+    addresses = _POINTERS[len(rows)].pack(*map(_address, rows))
+    return Plan((*deltas,), rows, addresses, blocks, size, blocks * size, any(map(_requires_grad, deltas)))
+
+
+def rotated(x: Tensor, plan: Plan) -> Sequence[Tensor]:
     """`x + x blockdiag(D)` for each D, differentiable.
 
     Args:
         x: `(..., r * b)`, which `fits`; read where it lies, where its rows are equally far apart.
-        deltas: `(r, b, b)` each, float32.
+        plan: of the deltas.
 
     Returns:
         x's shape each, contiguous.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, deltas))):
-        made: Sequence[Tensor] = _Rotate.apply(x, *deltas)
+    if (plan.requires_grad or x.requires_grad) and torch.is_grad_enabled():
+        made: Sequence[Tensor] = _Rotate.apply(x, plan, *plan.deltas)
         return made
-    return rotate(x, deltas)
+    return rotate(x, plan)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, plan: Plan, *deltas: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *deltas)
-        return tuple(rotate(x, deltas))
+        return (*rotate(x, plan),)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *deltas = ctx.saved_tensors
         given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
         if torch.is_grad_enabled():  # to be derived once more
-            return tuple(_gradients_in_torch(x, deltas, given))
-        of_x, *of_deltas = ctx.needs_input_grad
-        dx, ddeltas = gradients(x, deltas, given, of_x=of_x, of_deltas=True in of_deltas)
+            dx, *of_each = _gradients_in_torch(x, deltas, given)
+            return (dx, None, *of_each)
+        of_x, _, *of_deltas = ctx.needs_input_grad
+        own, ddeltas = gradients(x, deltas, given, of_x=of_x, of_deltas=True in of_deltas)
         each: Sequence[Tensor | None] = [None] * len(deltas) if ddeltas is None else ddeltas
-        return (dx, *each)
+        return (own, None, *each)
 
 
 def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -101,20 +126,18 @@ def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Ten
 # In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
 
 
-def rotate(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     """What `rotated` gives, without gradients."""
-    stride = x.shape[-1]
+    stride = plan.width
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    deltas = [*map(_contiguous, deltas)]
-    made = [*map(x.new_empty, [x.shape] * len(deltas))]
+    shape, count = x.shape, len(plan.rows)
+    made = [*map(x.new_empty, [shape] * count)]
     if numbers := x.numel():
-        blocks, size, _ = deltas[0].shape
-        pack = _POINTERS[len(deltas)].pack
-        threads = min(torch.get_num_threads(), numbers * size * len(deltas) // _PER_THREAD) or 1
+        threads = min(torch.get_num_threads(), numbers * plan.size * count // _PER_THREAD) or 1
         _library().oft_rotate(
-            x.data_ptr(), stride, pack(*map(_address, deltas)), pack(*map(_address, made)),
-            numbers // (blocks * size), blocks, len(deltas), threads, size,
+            x.data_ptr(), stride, plan.addresses, _POINTERS[count].pack(*map(_address, made)),
+            numbers // plan.width, plan.blocks, count, threads, plan.size,
         )  # fmt: skip
     return made
 
@@ -126,8 +149,8 @@ def gradients(
 
     Args:
         x: as `rotated` takes it.
-        deltas: likewise.
-        grads: of what it returned, x's shape and dtype.
+        deltas: as `plan` takes them.
+        grads: of what `rotated` returned, x's shape and dtype.
         of_x: whether dx is asked for.
         of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
     """

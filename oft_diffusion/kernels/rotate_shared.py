@@ -48,8 +48,8 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
-    if by_processor(x, *deltas):
-        return list(processor.rotated(x, deltas))
+    if (plan := by_processor(x, deltas)) is not None:
+        return list(processor.rotated(x, plan))
     small = is_small(x)
     if torch.compiler.is_compiling() and not small:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())
@@ -105,7 +105,7 @@ def separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: boo
 
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """dx, and every dD, `(r, b, b)`: what is asked for of these."""
-    if by_processor(x, *deltas):
+    if by_processor(x, deltas) is not None:
         own, each = processor.gradients(x, deltas, grads, of_x=dx, of_deltas=ddelta)
         return [*([] if own is None else [own]), *(each or [])]
     kernels = kernels_for(x, deltas)

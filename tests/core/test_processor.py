@@ -54,7 +54,7 @@ def derivatives(x: Tensor, deltas: list[Tensor], grads: list[Tensor]) -> tuple[T
 def test_every_size_count_and_tail(size: int, count: int, rows: int) -> None:
     x, deltas = cases.draw(rows, BLOCKS * size, seed=2, device="cpu"), each(size, count)
     grads = [cases.draw(*x.shape, seed=3 + i, device="cpu") for i in range(count)]
-    made = processor.rotate(x, deltas)
+    made = processor.rotate(x, processor.plan(deltas))
     dx, ddeltas = processor.gradients(x, deltas, grads)
     assert dx is not None
     assert ddeltas is not None
@@ -72,7 +72,7 @@ def test_every_size_count_and_tail(size: int, count: int, rows: int) -> None:
 def test_what_near_the_identity_would_be_rounded_away_is_kept() -> None:
     """The product is summed before x is added: a rotation by 1e-6 moves x by that, to more than a digit."""
     x, delta = cases.draw(40, 96, seed=0, device="cpu"), each(32, 1)[0] * 1e-6
-    moved = processor.rotate(x, [delta])[0].double() - x.double()
+    moved = processor.rotate(x, processor.plan([delta]))[0].double() - x.double()
     exact = cases.rotated(x, delta[None]) - x.double()
     assert float((moved - exact).abs().max()) <= 0.5 * torch.finfo(torch.float32).eps * float(x.abs().max())
 
@@ -82,29 +82,29 @@ def test_what_near_the_identity_would_be_rounded_away_is_kept() -> None:
 def test_strides(size: int) -> None:
     x = cases.draw(4, 6, BLOCKS * size, seed=5, device="cpu")
     deltas, grad = each(size, 2), cases.draw(4, 6, BLOCKS * size, seed=6, device="cpu")
-    expected, (dx, ddeltas) = processor.rotate(x, deltas), processor.gradients(x, deltas, [grad, grad])
+    expected, (dx, ddeltas) = processor.rotate(x, processor.plan(deltas)), processor.gradients(x, deltas, [grad, grad])
     assert dx is not None
     assert ddeltas is not None
     for (name, one), other in zip(cases.lying(x).items(), reversed(cases.lying(grad).values()), strict=True):
-        for found, wanted in zip(processor.rotate(one, deltas), expected, strict=True):
+        for found, wanted in zip(processor.rotate(one, processor.plan(deltas)), expected, strict=True):
             assert torch.equal(found, wanted), name
         other_dx, others = processor.gradients(one, deltas, [other, grad])
         assert other_dx is not None
         assert torch.equal(other_dx, dx), name
         assert all(torch.equal(a, b) for a, b in zip(others or [], ddeltas, strict=True)), name
     expanded = x[:1].expand(4, -1, -1)
-    assert torch.equal(processor.rotate(expanded, deltas)[0][3], expected[0][0])
+    assert torch.equal(processor.rotate(expanded, processor.plan(deltas))[0][3], expected[0][0])
     turned = [delta.transpose(1, 2).contiguous().transpose(1, 2) for delta in deltas]
-    assert torch.equal(processor.rotate(x, turned)[1], expected[1])
+    assert torch.equal(processor.rotate(x, processor.plan(turned))[1], expected[1])
     single = x[0, 0]
-    assert torch.equal(processor.rotate(single, deltas)[0], expected[0][0, 0])
+    assert torch.equal(processor.rotate(single, processor.plan(deltas))[0], expected[0][0, 0])
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(0, 48), (4, 0, 48)])
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x, deltas = torch.empty(shape, requires_grad=True), [d.requires_grad_() for d in each(16, 2)]
-    made = processor.rotated(x, deltas)
+    made = processor.rotated(x, processor.plan(deltas))
     assert [out.shape for out in made] == [shape, shape]
     dx, *ddeltas = torch.autograd.grad(made, [x, *deltas], made)
     assert dx.shape == shape
@@ -117,7 +117,7 @@ def test_the_number_of_threads_changes_no_bit(one_thread: None) -> None:
     packed = random_packed(50, 32, 0).float()
 
     def all_of_it() -> list[Tensor]:
-        dx, ddeltas = processor.gradients(x, deltas, processor.rotate(x, deltas))
+        dx, ddeltas = processor.gradients(x, deltas, processor.rotate(x, processor.plan(deltas)))
         delta = processor.cayley_delta(packed, 32)
         assert dx is not None
         assert ddeltas is not None
@@ -135,7 +135,7 @@ def test_it_is_what_eager_code_takes_and_only_where_it_fits(monkeypatch: pytest.
     x, (first, second) = cases.draw(5, 96, seed=0, device="cpu"), each(32, 2)
     taken: list[int] = []
     real = processor.rotate
-    monkeypatch.setattr(processor, "rotate", lambda x, deltas: taken.append(len(deltas)) or real(x, deltas))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(processor, "rotate", lambda x, plan: taken.append(len(plan.deltas)) or real(x, plan))  # type: ignore[func-returns-value]
     block_rotate(x, first)
     block_rotate_shared(x, [first, second])
     torch.ops.oft_diffusion.block_rotate(x, first)
@@ -145,7 +145,7 @@ def test_it_is_what_eager_code_takes_and_only_where_it_fits(monkeypatch: pytest.
     block_rotate(x[:, :72], each(24, 1)[0])  # no size of the C's
     block_rotate(torch.empty(5, 96, device="meta"), first.to("meta"))
     fake = FakeTensorMode()
-    assert not by_processor(fake.from_tensor(x), fake.from_tensor(first))
+    assert by_processor(fake.from_tensor(x), [fake.from_tensor(first)]) is None
     assert taken == [1, 2, 1]
 
 
@@ -175,7 +175,7 @@ def test_gradients_and_their_derivatives(count: int) -> None:
     weights = [cases.draw(7, 48, seed=5 + i, device="cpu") for i in range(count)]
 
     def loss(x: Tensor, deltas: list[Tensor], turn: bool) -> Tensor:
-        made = processor.rotated(x, deltas) if turn else [cases_rotated(x, delta) for delta in deltas]
+        made = processor.rotated(x, processor.plan(deltas)) if turn else [cases_rotated(x, delta) for delta in deltas]
         return torch.stack([(out * w).square().sum() for out, w in zip(made, weights, strict=True)]).sum()
 
     def cases_rotated(x: Tensor, delta: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def test_gradients_and_their_derivatives(count: int) -> None:
     second = torch.autograd.grad(first[0].square().sum(), [x, *deltas])
     for found, expected in zip(second, torch.autograd.grad(wanted[0].square().sum(), wide), strict=True):
         assert relative(found.double(), expected) < 1e-5
-    made = processor.rotated(x, deltas)
+    made = processor.rotated(x, processor.plan(deltas))
     [dx] = torch.autograd.grad(made[-1].sum(), x)
     assert relative(dx.double(), torch.autograd.grad(cases_rotated(wide[0], wide[-1]).sum(), wide[0])[0]) < 1e-6
 

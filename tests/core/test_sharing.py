@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion import OFTConfig, inject_oft, sharing
+from oft_diffusion import OFTConfig, hooks, inject_oft, sharing
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.kernels import block_rotate, block_rotate_shared
 from tests.core.reference import relative
@@ -57,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
+    monkeypatch.setattr(hooks, "hand_out", noted("shared", sharing.hand_out))  # prepared for, and done in C
     monkeypatch.setattr(sharing, "block_rotate", noted("alone", block_rotate))
     monkeypatch.setattr(sharing, "block_rotate_shared", noted("shared", block_rotate_shared))
     return made
