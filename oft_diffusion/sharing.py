@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
-    """Look beforehand at what is to be rotated by what: in one loop that takes a third of the time of so many moments.
+    """Look beforehand at what is to be rotated by what: all at once, which takes less time than layer by layer.
 
     Args:
         hooks: all of a component, whose slots are filled.
@@ -43,21 +43,13 @@ def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
         group = [hook] if hook.shared is None else hook.shared.hooks
         slots = [other.grad_deltas if grad else other.eval_deltas for other in group]
         hook.prepared = None
-        if group[0] is hook and slots[0] and all(slot and len(slot) == 1 for slot in slots):
-            deltas = [slot[0] for slot in slots if slot]
-            if _are_alike(deltas) and processor.fits(deltas[0], deltas[0].shape[-1]):
-                hook.prepared = Prepared(slots[0], processor.plan(deltas), group[1:])
-
-
-def _are_alike(deltas: Sequence[Tensor]) -> bool:
-    """Of one shape, one kind, and no two of them the same, as layers have that share a generator."""
-    first = deltas[0]
-    lies, seen = (first.shape, first.dtype, first.device), {id(first)}
-    for delta in deltas[1:]:
-        seen.add(id(delta))
-        if (delta.shape, delta.dtype, delta.device) != lies:
-            return False
-    return first.dim() == 3 and len(seen) == len(deltas)
+        if group[0] is not hook or not slots[0] or not all(slot and len(slot) == 1 for slot in slots):
+            continue
+        deltas = [slot[0] for slot in slots if slot]
+        if processor.takes(deltas) and len({id(delta) for delta in deltas}) == len(
+            deltas
+        ):  # unlike a shared generator's
+            hook.prepared = Prepared(slots[0], processor.plan(deltas), group[1:])
 
 
 class SharedInput:
@@ -102,26 +94,28 @@ class SharedInput:
             hook.shared = hook.ready = hook.prepared = None
 
     def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
-        waiting: list[tuple[LayerHook, Tensor]] = []
+        waiting = [
+            (other, own) for other in self.hooks if other is not hook and (own := _alike(other, delta)) is not None
+        ]
         unlike = [delta]  # layers that share a generator have one delta
-        grad, lies = torch.is_grad_enabled(), (delta.shape, delta.dtype, delta.device)
-        for other in self.hooks:
-            deltas = other.grad_deltas if grad else other.eval_deltas
-            if other is hook or not deltas or len(deltas) > 1:
-                continue
-            [own] = deltas
-            if own is not delta and (own.shape, own.dtype, own.device) != lies:
-                continue
-            waiting.append((other, own))
-            if not any(own is known for known in unlike):  # by `id` a compiler would have a graph for each layer
+        for _, own in waiting:
+            if not any(own is known for known in unlike):
                 unlike.append(own)
-        computed = x if x.dtype == delta.dtype else as_computed(x)  # once for all of them
+        computed = as_computed(x)  # once for all of them
         made = [block_rotate(computed, delta)] if len(unlike) == 1 else block_rotate_shared(computed, unlike)
-        version = _version(x)
         for other, own in waiting:
             [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
-            other.ready = Ready(x, own, rotated, version)
+            other.ready = Ready(x, own, rotated, _version(x))
         return made[0]
+
+
+def _alike(hook: LayerHook, delta: Tensor) -> Tensor | None:
+    """Another layer's delta, where it has one, and one of the same shape, dtype and device."""
+    deltas = hook.grad_deltas if torch.is_grad_enabled() else hook.eval_deltas
+    if deltas is None or len(deltas) != 1 or deltas[0].shape != delta.shape:
+        return None
+    [own] = deltas
+    return own if own.dtype == delta.dtype and own.device == delta.device else None
 
 
 def hand_out(others: Sequence[LayerHook], x: Tensor, plan: processor.Plan, rotated: Sequence[Tensor]) -> None:

@@ -77,11 +77,11 @@ def by_processor(x: Tensor, deltas: Sequence[Tensor]) -> processor.Plan | None:
     Raises:
         RuntimeError: what it would be given does not fit.
     """
-    if torch.compiler.is_compiling() or deltas[0].dim() != 3 or not processor.fits(x, deltas[0].shape[-1]):
+    if torch.compiler.is_compiling() or not processor.fits(x, deltas[0].shape[-1]):
         return None
     for delta in deltas:
         check(x, delta)
-    return processor.plan(deltas)
+    return processor.plan(deltas) if processor.takes(deltas) else None
 
 
 class _Rotate(torch.autograd.Function):

@@ -49,6 +49,13 @@ def fits(x: Tensor, size: int) -> bool:
     return plain and size in SIZES and library() is not None and not _is_watched()
 
 
+def takes(deltas: Sequence[Tensor]) -> bool:
+    """Whether one input can be rotated here by all of these at once."""
+    first = deltas[0]
+    same = all(delta.shape == first.shape and delta.dtype == first.dtype and delta.is_cpu for delta in deltas)
+    return same and first.dim() == 3 and len(deltas) < len(_POINTERS) and fits(first, first.shape[-1])
+
+
 def _is_watched() -> bool:
     """Whether something looks at torch's operations, to trace, transform or count them, and would not see these."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
@@ -72,7 +79,7 @@ def plan(deltas: Sequence[Tensor]) -> Plan:
     """Prepare the rotations of one input.
 
     Args:
-        deltas: `(r, b, b)` each, float32, on the processor, b one of `SIZES`; up to 16.
+        deltas: `(r, b, b)` each, as `takes` takes them.
     """
     rows = (*map(_contiguous, deltas),)
     blocks, size, _ = rows[0].shape
@@ -223,12 +230,12 @@ def library() -> ctypes.CDLL | None:
     """What the C has been compiled to; None without a compiler that can, or where `OFT_DIFFUSION_KERNELS=0` is set."""
     if os.environ.get("OFT_DIFFUSION_KERNELS") == "0" or platform.system() != "Linux":
         return None
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = os.environ.get("CC") or shutil.which("gcc")  # clang's OpenMP would be a second one beside torch's
     if not compiler:
         return None
     try:
         found = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
     for name, types in _SIGNATURES.items():
         getattr(found, name).argtypes = types
