@@ -317,7 +317,7 @@ class OFTBank(AdapterChoice):
         self._prepare()
 
     def _prepare(self) -> None:
-        if not torch.compiler.is_compiling():
+        if self._placement == (torch.device("cpu"), torch.float32) and not torch.compiler.is_compiling():
             prepare(self.hooks.values(), grad=self._in_grad_forward)
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------

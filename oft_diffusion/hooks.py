@@ -71,8 +71,8 @@ class LayerHook:
         if not slot:
             return None
         rotated: Tensor | None = None
-        if self.ready is not None:
-            rotated = self.shared.ready_for(self, x, slot[0]) if self.shared is not None else None
+        if (shared := self.shared) is not None and self.ready is not None:
+            rotated = shared.ready_for(self, x, slot[0])
         elif (own := self.prepared) is not None and own.slot is slot and _is_plain(module, x, own.plan):
             if grad and self.bank.between_forwards:
                 return None

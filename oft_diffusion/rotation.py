@@ -135,7 +135,7 @@ class _PackedCayleyDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (delta,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be derived once more
+        if processor.derived_by_torch(grad):
             skew = _cayley_grad(delta, grad)
             return pack(skew - skew.transpose(1, 2)), None
         return processor.cayley_grad(delta, grad), None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from oft_diffusion.autocast import as_computed
+from oft_diffusion.autocast import as_computed, compute_dtype
 from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
 
 if TYPE_CHECKING:
@@ -43,13 +43,12 @@ def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
         group = [hook] if hook.shared is None else hook.shared.hooks
         slots = [other.grad_deltas if grad else other.eval_deltas for other in group]
         hook.prepared = None
-        if group[0] is not hook or not slots[0] or not all(slot and len(slot) == 1 for slot in slots):
+        deltas = [slot[0] for slot in slots if slot and len(slot) == 1]
+        if group[0] is not hook or slots[0] is None or len(deltas) < len(group):
             continue
-        deltas = [slot[0] for slot in slots if slot]
-        if processor.takes(deltas) and len({id(delta) for delta in deltas}) == len(
-            deltas
-        ):  # unlike a shared generator's
-            hook.prepared = Prepared(slots[0], processor.plan(deltas), group[1:])
+        unlike = {id(delta) for delta in deltas}  # layers that share a generator have one delta
+        if processor.takes(deltas) and len(unlike) == len(deltas):
+            hook.prepared = Prepared(slots[0], processor.plan_for(deltas), group[1:])
 
 
 class SharedInput:
@@ -79,11 +78,13 @@ class SharedInput:
         return block_rotate(as_computed(x), delta)
 
     def ready_for(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
-        """What is ready, handed out once; None where it is of another input or delta, or of another grad mode."""
+        """What is ready, handed out once; None where it is of another input, delta, dtype or grad mode."""
         ready = hook.ready
         if ready is None or ready.made_of is not x or ready.by is not delta or ready.version != _version(x):
             return None
         if ready.rotated.requires_grad != _needs_grad(x, delta):
+            return None
+        if ready.rotated.dtype != (compute_dtype(x.device, x.dtype) or x.dtype):
             return None
         hook.ready = None
         return ready.rotated
@@ -92,6 +93,8 @@ class SharedInput:
         """Let each of the layers rotate its input by itself from now on."""
         for hook in self.hooks:
             hook.shared = hook.ready = hook.prepared = None
+        if not torch.compiler.is_compiling():
+            prepare(self.hooks, grad=False)  # constants stay in their slots
 
     def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
         waiting = [

@@ -81,7 +81,7 @@ def by_processor(x: Tensor, deltas: Sequence[Tensor]) -> processor.Plan | None:
         return None
     for delta in deltas:
         check(x, delta)
-    return processor.plan(deltas) if processor.takes(deltas) else None
+    return processor.plan_for(deltas) if processor.takes(deltas) else None
 
 
 class _Rotate(torch.autograd.Function):
@@ -176,6 +176,8 @@ def _identities(count: int, size: int, dtype: torch.dtype, device: torch.device)
 @uncast
 def delta_grad_in_torch(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """`dD`, in D's shape: per block `x_i^T g_i`, summed over rows."""
+    if grad.shape != x.shape or shape[-1] != shape[-2] or x.shape[-1] != shape[-3] * shape[-1]:
+        raise RuntimeError(f"block_rotate: x {tuple(x.shape)}, gradient {tuple(grad.shape)} and D {shape} do not fit")
     if len(shape) == 3:
         return _outer(x, grad, *shape[:2])
     parts = (t.reshape(shape[0], -1, t.shape[-1]) for t in (x, grad))
@@ -208,7 +210,8 @@ def rotate_on_processor(x: Tensor, delta: Tensor, *, form: str = "") -> Tensor:
 @torch.library.impl(OPS, "block_rotate_delta_grad", "CPU")
 def delta_grad_on_processor(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """`dD` on a processor: in C where that fits."""
-    if len(shape) == 3 and processor.fits(x, shape[-1]):
+    fits = len(shape) == 3 and shape[1] == shape[2] and x.shape[-1] == shape[0] * shape[1]
+    if fits and processor.fits(x, shape[-1]) and processor.fits_gradients(x, (grad,)):
         _, found = processor.gradients(x, (x.new_empty(shape),), (grad,), of_x=False)
         assert found is not None
         return found[0]

@@ -30,7 +30,7 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
     case 128: CALL(128); break;    \
     }
 
-/* Numbers of a share of `tasks`: equal ones, in order. */
+/* The first task of a thread's share: equal ones, in order. */
 #define SHARE(part) (tasks * (part) / threads)
 
 /* y = base + x m for `rows` (at most ROWS) rows of b; base may be y itself, or NULL for 0.
@@ -93,7 +93,7 @@ INLINE void transposed(const float *d, float *out, float factor, float diagonal,
 /* Rows of a task: few enough that what a task reads and writes stays in a core's cache, many enough that each thread has
  * two tasks and that turning D around costs little. */
 INLINE long rows_at_a_time(long rows, long blocks, int threads) {
-    long parts = rows / 256, wanted = 2 * threads / blocks;
+    long parts = rows / 256, wanted = (2 * threads + blocks - 1) / blocks;
     if (parts < wanted) parts = wanted;
     if (parts < 1) parts = 1;
     return ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import operator
 import os
 import platform
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+_log = logging.getLogger(__name__)
 SIZES = (8, 16, 32, 64, 128)  # of blocks
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -49,6 +51,11 @@ def fits(x: Tensor, size: int) -> bool:
     return plain and size in SIZES and library() is not None and not _is_watched()
 
 
+def fits_gradients(x: Tensor, grads: Sequence[Tensor]) -> bool:
+    """Whether these are of what x, which `fits`, was rotated to."""
+    return all(type(g) in _PLAIN and g.shape == x.shape and g.dtype == x.dtype and g.is_cpu for g in grads)
+
+
 def takes(deltas: Sequence[Tensor]) -> bool:
     """Whether one input can be rotated here by all of these at once."""
     first = deltas[0]
@@ -56,15 +63,26 @@ def takes(deltas: Sequence[Tensor]) -> bool:
     return same and first.dim() == 3 and len(deltas) < len(_POINTERS) and fits(first, first.shape[-1])
 
 
-def _is_watched() -> bool:
-    """Whether something looks at torch's operations, to trace, transform or count them, and would not see these."""
+def _is_watched(*grads: Tensor) -> bool:
+    """Whether something looks at torch's operations, to trace, transform or count them, and would not see these.
+
+    Args:
+        grads: what a backward is given: of several vectors at once, each is a batch in disguise.
+    """
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
-    return torch._C._get_tracing_state() is not None
+    if torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+
+
+def derived_by_torch(*grads: Tensor) -> bool:
+    """Whether a backward is to be torch's own operations: it is to be derived once more, or something watches."""
+    return torch.is_grad_enabled() or _is_watched(*grads)
 
 
 class Plan(NamedTuple):
-    """What can be known of deltas before the input comes: `plan`."""
+    """What can be known of deltas before the input comes: `plan_for`."""
 
     deltas: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]  # the same, as C reads them
@@ -75,7 +93,7 @@ class Plan(NamedTuple):
     requires_grad: bool
 
 
-def plan(deltas: Sequence[Tensor]) -> Plan:
+def plan_for(deltas: Sequence[Tensor]) -> Plan:
     """Prepare the rotations of one input.
 
     Args:
@@ -114,7 +132,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *deltas = ctx.saved_tensors
         given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-        if torch.is_grad_enabled():  # to be derived once more
+        if derived_by_torch(*given):
             dx, *of_each = _gradients_in_torch(x, deltas, given)
             return (dx, None, *of_each)
         of_x, _, *of_deltas = ctx.needs_input_grad
@@ -125,9 +143,13 @@ class _Rotate(torch.autograd.Function):
 
 def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     blocks, size = deltas[0].shape[:2]
-    own, others = x.reshape(-1, blocks, size), [grad.reshape(-1, blocks, size) for grad in grads]
-    turned = [torch.einsum("nri,rji->nrj", g, d).reshape(x.shape) for g, d in zip(others, deltas, strict=True)]
-    return [torch.stack([*grads, *turned]).sum(0), *(torch.einsum("nri,nrj->rij", own, g) for g in others)]
+    own, *others = (t.reshape(-1, blocks, size).transpose(0, 1) for t in (x, *grads))
+    dx = grads[0]
+    for grad in grads[1:]:
+        dx = dx + grad
+    for other, delta in zip(others, deltas, strict=True):
+        dx = dx + torch.bmm(other, delta.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+    return [dx, *(torch.bmm(own.transpose(1, 2), other) for other in others)]
 
 
 # In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
@@ -156,7 +178,7 @@ def gradients(
 
     Args:
         x: as `rotated` takes it.
-        deltas: as `plan` takes them.
+        deltas: as `plan_for` takes them.
         grads: of what `rotated` returned, x's shape and dtype.
         of_x: whether dx is asked for.
         of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
@@ -207,7 +229,7 @@ def cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
 def _in_rows(x: Tensor) -> tuple[Tensor, int]:
     """x, or a copy where its rows are not equally far apart; and how many numbers that is."""
     width = x.shape[-1]
-    if not x.is_contiguous() and x.dim() > 1 and x.stride(-1) == 1:
+    if x.dim() > 1 and x.stride(-1) == 1:
         step = x.stride(-2)
         apart = [step]
         for length in reversed(x.shape[1:-1]):
@@ -227,20 +249,31 @@ def _threads(blocks: int, size: int, products: int) -> int:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """What the C has been compiled to; None without a compiler that can, or where `OFT_DIFFUSION_KERNELS=0` is set."""
-    if os.environ.get("OFT_DIFFUSION_KERNELS") == "0" or platform.system() != "Linux":
-        return None
-    compiler = os.environ.get("CC") or shutil.which("gcc")  # clang's OpenMP would be a second one beside torch's
-    if not compiler:
+    """What the C has been compiled to; None where that cannot be, or `OFT_DIFFUSION_KERNELS=0` is set."""
+    return None if os.environ.get("OFT_DIFFUSION_KERNELS") == "0" else _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    """The library; None on other systems than Linux, without gcc, and where something fails, which the log tells."""
+    compiler = os.environ.get("CC") or shutil.which("gcc")
+    if platform.system() != "Linux" or not compiler or not _has_gnu_openmp():
         return None
     try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
+        found = ctypes.CDLL(str(_compiled(compiler.split())))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        told = getattr(error, "stderr", None) or b""
+        _log.info("rotations are left to torch: %s %s", error, told.decode(errors="replace"))
         return None
     for name, types in _SIGNATURES.items():
         getattr(found, name).argtypes = types
         getattr(found, name).restype = _int if name == "oft_build" else None
     return found
+
+
+def _has_gnu_openmp() -> bool:
+    """Whether torch runs on the library that gcc's code would load: two would each keep threads, on the same cores."""
+    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text()
 
 
 def _library() -> ctypes.CDLL:
@@ -249,24 +282,27 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: Sequence[str]) -> Path:
     """The library's file, made where there is none yet for this text, this compiler and this processor.
 
     Raises:
-        OSError: nowhere to write, or no such compiler.
+        OSError: nowhere to write, or no such compiler, or not gcc.
         SubprocessError: the compiler refuses.
     """
-    version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, timeout=60).stdout
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    if b"Free Software Foundation" not in version:  # clang's OpenMP would be another than torch's
+        raise OSError(f"{compiler[0]} is not gcc")
     known = b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()])
-    name = f"processor-{hashlib.sha256(known).hexdigest()[:16]}.so"
-    folder = _cache()
-    if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            out = Path(made) / name
-            command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(out)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
-            out.replace(folder / name)
-    return folder / name
+    made = _cache() / f"processor-{hashlib.sha256(known).hexdigest()[:16]}.so"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            out = Path(folder) / made.name
+            subprocess.run(
+                [*compiler, *_FLAGS, str(_SOURCE), "-o", str(out)], check=True, capture_output=True, timeout=300
+            )
+            out.chmod(0o700)
+            out.replace(made)
+    return made
 
 
 def _cache() -> Path:

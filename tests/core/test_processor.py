@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -12,16 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from oft_diffusion import OFTConfig, rotation
+from benchmarks.methods import kernels_switched
+from oft_diffusion import OFTConfig, inject_oft, rotation
 from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
 from oft_diffusion.kernels.block_rotate import by_processor
 from tests.core import rotate_cases as cases
 from tests.core.reference import random_packed, relative
+from tests.library.support import excite
 
 BLOCKS = 3
 needs_kernels = pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
@@ -54,7 +58,7 @@ def derivatives(x: Tensor, deltas: list[Tensor], grads: list[Tensor]) -> tuple[T
 def test_every_size_count_and_tail(size: int, count: int, rows: int) -> None:
     x, deltas = cases.draw(rows, BLOCKS * size, seed=2, device="cpu"), each(size, count)
     grads = [cases.draw(*x.shape, seed=3 + i, device="cpu") for i in range(count)]
-    made = processor.rotate(x, processor.plan(deltas))
+    made = processor.rotate(x, processor.plan_for(deltas))
     dx, ddeltas = processor.gradients(x, deltas, grads)
     assert dx is not None
     assert ddeltas is not None
@@ -72,7 +76,7 @@ def test_every_size_count_and_tail(size: int, count: int, rows: int) -> None:
 def test_what_near_the_identity_would_be_rounded_away_is_kept() -> None:
     """The product is summed before x is added: a rotation by 1e-6 moves x by that, to more than a digit."""
     x, delta = cases.draw(40, 96, seed=0, device="cpu"), each(32, 1)[0] * 1e-6
-    moved = processor.rotate(x, processor.plan([delta]))[0].double() - x.double()
+    moved = processor.rotate(x, processor.plan_for([delta]))[0].double() - x.double()
     exact = cases.rotated(x, delta[None]) - x.double()
     assert float((moved - exact).abs().max()) <= 0.5 * torch.finfo(torch.float32).eps * float(x.abs().max())
 
@@ -82,29 +86,32 @@ def test_what_near_the_identity_would_be_rounded_away_is_kept() -> None:
 def test_strides(size: int) -> None:
     x = cases.draw(4, 6, BLOCKS * size, seed=5, device="cpu")
     deltas, grad = each(size, 2), cases.draw(4, 6, BLOCKS * size, seed=6, device="cpu")
-    expected, (dx, ddeltas) = processor.rotate(x, processor.plan(deltas)), processor.gradients(x, deltas, [grad, grad])
+    expected, (dx, ddeltas) = (
+        processor.rotate(x, processor.plan_for(deltas)),
+        processor.gradients(x, deltas, [grad, grad]),
+    )
     assert dx is not None
     assert ddeltas is not None
     for (name, one), other in zip(cases.lying(x).items(), reversed(cases.lying(grad).values()), strict=True):
-        for found, wanted in zip(processor.rotate(one, processor.plan(deltas)), expected, strict=True):
+        for found, wanted in zip(processor.rotate(one, processor.plan_for(deltas)), expected, strict=True):
             assert torch.equal(found, wanted), name
         other_dx, others = processor.gradients(one, deltas, [other, grad])
         assert other_dx is not None
         assert torch.equal(other_dx, dx), name
         assert all(torch.equal(a, b) for a, b in zip(others or [], ddeltas, strict=True)), name
     expanded = x[:1].expand(4, -1, -1)
-    assert torch.equal(processor.rotate(expanded, processor.plan(deltas))[0][3], expected[0][0])
+    assert torch.equal(processor.rotate(expanded, processor.plan_for(deltas))[0][3], expected[0][0])
     turned = [delta.transpose(1, 2).contiguous().transpose(1, 2) for delta in deltas]
-    assert torch.equal(processor.rotate(x, processor.plan(turned))[1], expected[1])
+    assert torch.equal(processor.rotate(x, processor.plan_for(turned))[1], expected[1])
     single = x[0, 0]
-    assert torch.equal(processor.rotate(single, processor.plan(deltas))[0], expected[0][0, 0])
+    assert torch.equal(processor.rotate(single, processor.plan_for(deltas))[0], expected[0][0, 0])
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(0, 48), (4, 0, 48)])
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x, deltas = torch.empty(shape, requires_grad=True), [d.requires_grad_() for d in each(16, 2)]
-    made = processor.rotated(x, processor.plan(deltas))
+    made = processor.rotated(x, processor.plan_for(deltas))
     assert [out.shape for out in made] == [shape, shape]
     dx, *ddeltas = torch.autograd.grad(made, [x, *deltas], made)
     assert dx.shape == shape
@@ -117,7 +124,7 @@ def test_the_number_of_threads_changes_no_bit(one_thread: None) -> None:
     packed = random_packed(50, 32, 0).float()
 
     def all_of_it() -> list[Tensor]:
-        dx, ddeltas = processor.gradients(x, deltas, processor.rotate(x, processor.plan(deltas)))
+        dx, ddeltas = processor.gradients(x, deltas, processor.rotate(x, processor.plan_for(deltas)))
         delta = processor.cayley_delta(packed, 32)
         assert dx is not None
         assert ddeltas is not None
@@ -175,7 +182,9 @@ def test_gradients_and_their_derivatives(count: int) -> None:
     weights = [cases.draw(7, 48, seed=5 + i, device="cpu") for i in range(count)]
 
     def loss(x: Tensor, deltas: list[Tensor], turn: bool) -> Tensor:
-        made = processor.rotated(x, processor.plan(deltas)) if turn else [cases_rotated(x, delta) for delta in deltas]
+        made = (
+            processor.rotated(x, processor.plan_for(deltas)) if turn else [cases_rotated(x, delta) for delta in deltas]
+        )
         return torch.stack([(out * w).square().sum() for out, w in zip(made, weights, strict=True)]).sum()
 
     def cases_rotated(x: Tensor, delta: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ def test_gradients_and_their_derivatives(count: int) -> None:
     second = torch.autograd.grad(first[0].square().sum(), [x, *deltas])
     for found, expected in zip(second, torch.autograd.grad(wanted[0].square().sum(), wide), strict=True):
         assert relative(found.double(), expected) < 1e-5
-    made = processor.rotated(x, processor.plan(deltas))
+    made = processor.rotated(x, processor.plan_for(deltas))
     [dx] = torch.autograd.grad(made[-1].sum(), x)
     assert relative(dx.double(), torch.autograd.grad(cases_rotated(wide[0], wide[-1]).sum(), wide[0])[0]) < 1e-6
 
@@ -264,9 +273,146 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert asked({"XDG_CACHE_HOME": str(tmp_path / "file")}) == "False 144.0"
 
 
+on_linux_with_gcc = pytest.mark.skipif(
+    platform.system() != "Linux" or shutil.which("gcc") is None, reason="no gcc, or no Linux"
+)
+
+
+@on_linux_with_gcc
+def test_where_there_is_gcc_the_library_is_there() -> None:
+    """Or all others here would be skipped, whatever is wrong with the C."""
+    assert processor.library() is not None
+
+
+@on_linux_with_gcc
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("-mno-avx512f",), id="half as many lanes"),
+        pytest.param(("-O1", "-fsanitize=undefined", "-fno-sanitize-recover"), id="sanitized"),
+    ],
+)
+def test_other_compilations_warn_of_nothing_and_compute_the_same(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned = (*processor._FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags)
+    monkeypatch.setattr(processor, "_FLAGS", warned)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = processor._loaded.__wrapped__()
+    assert other is not None
+    monkeypatch.setattr(processor, "library", lambda: other)
+    for size in processor.SIZES:
+        x, deltas = cases.draw(13, BLOCKS * size, seed=2, device="cpu"), each(size, 2)
+        made = processor.rotate(x, processor.plan_for(deltas))
+        dx, ddeltas = processor.gradients(x, deltas, made)
+        expected, expected_deltas = derivatives(x, deltas, made)
+        assert cases.error(made[1], cases.rotated(x, deltas[1][None])) < 5e-7
+        assert dx is not None
+        assert ddeltas is not None
+        assert cases.error(dx, expected) < 1e-6
+        assert cases.error(ddeltas[1], expected_deltas[1]) < 1e-6
+        packed = random_packed(3, size, 1).float()
+        delta = processor.cayley_delta(packed, size)
+        assert delta is not None
+        assert relative(delta, rotation._by_solving(rotation.unpack(packed))) < 1e-6
+        assert processor.cayley_grad(delta, delta).isfinite().all()
+
+
 @needs_kernels
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover"), ()])
-def test_the_text_compiles_without_a_warning(flags: tuple[str, ...], tmp_path: Path) -> None:
-    strict = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", *processor._FLAGS, *flags)
-    subprocess.run(["gcc", *strict, str(processor._SOURCE), "-o", str(tmp_path / "made.so")], check=True)
+def test_gradients_of_several_vectors_at_once_and_forward_mode() -> None:
+    """What hands in batches, or asks for tangents, gets torch's own operations."""
+    x, (delta,) = cases.draw(3, 16, seed=0, device="cpu").requires_grad_(), each(16, 1, blocks=1)
+    dense = torch.eye(16) + delta[0]
+    jacobian = torch.autograd.functional.jacobian(lambda x: block_rotate(x, delta), x, vectorize=True)
+    for row in range(3):
+        torch.testing.assert_close(jacobian[row, :, row, :], dense.T)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(block_rotate(dual, delta)).tangent
+    assert tangent is not None
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ dense)
+
+
+@needs_kernels
+def test_the_ops_refuse_gradients_that_are_too_short() -> None:
+    """C would read whatever lies behind them."""
+    ops, x, deltas = torch.ops.oft_diffusion, cases.draw(6, 48, seed=0, device="cpu"), each(16, 2)
+    for wrong in (x[:3], x.bfloat16()):
+        with pytest.raises(RuntimeError):
+            ops.block_rotate_delta_grad(x, wrong, [3, 16, 16])
+    with pytest.raises(RuntimeError):
+        ops.block_rotate_shared_grads(x, deltas, [x, x[:3]], True, True)
+    with pytest.raises(RuntimeError):
+        ops.block_rotate_delta_grad(x, x, [4, 16, 16])
+
+
+@needs_kernels
+def test_more_layers_than_c_takes_at_once() -> None:
+    x, deltas = cases.draw(4, 16, seed=0, device="cpu"), each(8, 20, blocks=2)
+    for out, delta in zip(block_rotate_shared(x, deltas), deltas, strict=True):
+        assert cases.error(out, cases.rotated(x, delta[None])) < 1e-6
+
+
+class Pair(torch.nn.Module):
+    """Two layers of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_k, self.to_v = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.to_k(x) * self.to_v(x)
+        return out
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn2, self.out = Pair(), torch.nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.attn2(x))
+        return out
+
+
+@needs_kernels
+def test_what_is_known_of_deltas_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a training forward for each input, of frozen adapters never again; and it follows every change."""
+    model = Model()
+    bank = inject_oft(model, OFTConfig(8, targets=("attn2.to_.*", "out")))
+    excite(bank)
+    x, made, real = torch.randn(5, 32), [], processor.plan_for
+
+    def noted(deltas: list[Tensor]) -> processor.Plan:
+        made.append(len(deltas))
+        return real(deltas)
+
+    monkeypatch.setattr(processor, "plan_for", noted)
+    model(x).sum().backward()
+    assert sorted(made) == [1, 2]
+    bank.freeze("default")
+    made.clear()
+
+    def expected() -> Tensor:
+        with kernels_switched(on=False):
+            return model(x)
+
+    for change in (
+        lambda: None,
+        lambda: bank.swap("default", {site: 2 * t for site, t in bank.effective_generators("default").items()}),
+        lambda: bank.activate("default", 0.5),
+        lambda: bank.activate("default"),
+    ):
+        change()
+        made.clear()
+        torch.testing.assert_close(model(x), expected())
+        model(x)
+        assert made == []
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), expected(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model(x), expected())
+    assert model.double()(x.double()).dtype == torch.float64
+    before = model.float()(x)
+    assert len([hook for hook in bank.hooks.values() if hook.prepared is not None]) == 2
+    torch.testing.assert_close(before, expected())
