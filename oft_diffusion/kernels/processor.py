@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _log = logging.getLogger(__name__)
 SIZES = (8, 16, 32, 64, 128)  # of blocks
@@ -66,10 +67,13 @@ def takes(deltas: Sequence[Tensor]) -> bool:
 def _is_watched(*grads: Tensor) -> bool:
     """Whether something looks at torch's operations, to trace, transform or count them, and would not see these.
 
+    A mode that says `of_memory_alone` sees what is allocated for C.
+
     Args:
         grads: what a backward is given: of several vectors at once, each is a batch in disguise.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
+    if torch._C._are_functorch_transforms_active() or not all(getattr(m, "of_memory_alone", False) for m in modes):
         return True
     if torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True

@@ -87,7 +87,10 @@ class LiveStorages(TorchDispatchMode):
 
     Attributes:
         most: bytes, at their most.
+        of_memory_alone: `kernels.processor` need not leave its work to torch's operations, to be seen.
     """
+
+    of_memory_alone = True
 
     def __init__(self, device_type: str) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from benchmarks.methods import kernels_switched
 from oft_diffusion import OFTConfig, inject_oft, rotation
 from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
 from oft_diffusion.kernels.block_rotate import by_processor
+from oft_diffusion.training.memory import LiveStorages
 from tests.core import rotate_cases as cases
 from tests.core.reference import random_packed, relative
 from tests.library.support import excite
@@ -168,6 +169,10 @@ def test_what_looks_at_operations_sees_them() -> None:
     ):
         torch.testing.assert_close(traced(2 * x, delta), expected)
     torch.testing.assert_close(torch.func.vmap(block_rotate, (0, None))(torch.stack([x, 2 * x]), delta)[1], expected)
+    with LiveStorages("cpu") as memory:  # which asks for no more than what C is given
+        assert by_processor(x, [delta]) is not None
+        made = block_rotate(x, delta)
+    assert memory.most == made.untyped_storage().nbytes()
     with FlopCounterMode(display=False) as counter:
         block_rotate(x, delta)
     assert counter.get_total_flops() == 2 * x.numel() * 32
