@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.choice import AdapterChoice
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
 from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, reset_compiler
+from oft_diffusion.kernels import processor
+from oft_diffusion.kernels.processor_graph import Rebuilt
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
 from oft_diffusion.sharing import prepare
@@ -37,6 +40,7 @@ class OFTBank(AdapterChoice):
         self._builder = DeltaBuilder(self.generators, self.scales, self.adapters)
         self._placement: Placement = (device, dtype)
         self._constants = ConstantDeltas(self._builder)  # of frozen adapters
+        self._rebuilt: Rebuilt | None = None  # of the last forward with grad
         self._ready = False  # the slots hold constants
         self._mixed: MixedDeltas | None = None
         # Deltas of trainable adapters live from one forward to its backward.
@@ -167,7 +171,11 @@ class OFTBank(AdapterChoice):
             for hook in self.hooks.values():
                 hook.eval_deltas = ()  # the base's answers, which training on a prior asks for in every step
             return
-        flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
+        source = self._rebuilt_later() if self._in_grad_forward else None
+        if source is None:
+            flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
+        else:
+            flats = [source.for_forward()]
         if self._in_grad_forward and not torch.compiler.is_compiling():
             flats = self._mark.tie(flats, self._active, self.component)
         by_site = split_by_site(self._stages, flats)
@@ -176,7 +184,9 @@ class OFTBank(AdapterChoice):
                 hook.grad_deltas, hook.eval_deltas = by_site.get(site, ()), None
             else:
                 hook.eval_deltas = by_site.get(site, ())
-        self._prepare()
+        if self._in_grad_forward:
+            self._rebuilt = source
+        self._prepare(source, None if source is None else flats[0])
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
@@ -184,7 +194,8 @@ class OFTBank(AdapterChoice):
             for hook in self.hooks.values():
                 hook.eval_deltas = hook.prepared = None
                 if self._in_grad_forward:
-                    hook.grad_deltas = for_recomputation(hook.grad_deltas)
+                    again = self._rebuilt is not None and hook.fired  # compiled layers do not report, and want theirs
+                    hook.grad_deltas = None if again else for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
         elif self._mixed is not None:
@@ -230,6 +241,27 @@ class OFTBank(AdapterChoice):
         fitted = split_by_site(self._stages, self._constants.at(self._stages, placement))[hook.site]
         hook.grad_deltas = hook.eval_deltas = fitted
         return fitted
+
+    def begin_recomputation(self, hook: LayerHook) -> None:
+        """Where a backward recomputes a checkpointed part of the component, and has not yet: fill the slots again.
+
+        Raises:
+            AdapterError: as `refuse_lone_call` does.
+        """
+        self.refuse_lone_call(hook.site)
+        if self._rebuilt is None or hook.grad_deltas is not None:
+            return
+        flat = self._rebuilt.in_backward().values.detach().requires_grad_()
+        by_site = split_by_site(self._stages, [flat])
+        empty = [other for other in self.hooks.values() if other.grad_deltas is None]
+        for other in empty:
+            other.grad_deltas = by_site.get(other.site, ())
+        prepare(empty, grad=True, source=self._rebuilt, flat=flat)
+        Variable._execution_engine.queue_callback(lambda: self._end_recomputation(empty))
+
+    def _end_recomputation(self, hooks: Sequence[LayerHook]) -> None:
+        for hook in hooks:
+            hook.grad_deltas = hook.prepared = hook.ready = None
 
     def refuse_lone_call(self, name: str) -> None:
         """Raise, unless a backward is recomputing a checkpointed part of the component.
@@ -316,9 +348,20 @@ class OFTBank(AdapterChoice):
         self.between_forwards = False
         self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self, source: Rebuilt | None = None, flat: Tensor | None = None) -> None:
         if self._placement == (torch.device("cpu"), torch.float32) and not torch.compiler.is_compiling():
-            prepare(self.hooks.values(), grad=self._in_grad_forward)
+            prepare(self.hooks.values(), grad=self._in_grad_forward, source=source, flat=flat)
+
+    def _rebuilt_later(self) -> Rebuilt | None:
+        """What builds a forward's deltas again in its backward, where that is cheap; it then need not keep them."""
+        on_processor = self._placement == (torch.device("cpu"), torch.float32)
+        if not on_processor or torch.compiler.is_compiling() or len(self._stages) != 1:
+            return None
+        stages, device = self._stages, self._placement[0]
+        read = self._builder.read(stages)
+        if not all(processor.fits(tensor, stages[0].block_size) for tensor in read):
+            return None
+        return Rebuilt(lambda: self._builder.build(stages, device)[0], read)
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
 
@@ -340,7 +383,7 @@ class OFTBank(AdapterChoice):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_ready=False, _in_grad_forward=False, between_forwards=False, _mixed=None)
+        state.update(_ready=False, _in_grad_forward=False, between_forwards=False, _mixed=None, _rebuilt=None)
         return state
 
 

@@ -34,6 +34,11 @@ class DeltaBuilder:
         """Whether an adapter is rebuilt in every forward: no cache can see every way to write a parameter."""
         return any(self._generators[part.key].requires_grad for part in self._adapters[name].parts)
 
+    def read(self, stages: Sequence[Stage]) -> list[Tensor]:
+        """The tensors that deltas of these stages are made of."""
+        keys = dict.fromkeys(member.part.key for stage in stages for member in stage.members)
+        return [tensors[key] for key in keys for tensors in (self._generators, self._scales) if key in tensors]
+
     def build(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas of every stage, `(blocks, b, b)`, float32. Differentiable in trainable generators."""
         with without_autocast(device):
@@ -204,6 +209,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(torch.empty(0))
         return flat.view_as(flat)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.autocast import as_computed, compute_dtype
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.kernels import block_rotate, processor
+from oft_diffusion.kernels import block_rotate, processor, processor_graph
 from oft_diffusion.offload import stored
 from oft_diffusion.plan import Place, layer_of
 from oft_diffusion.sharing import Prepared, Ready, SharedInput, hand_out
@@ -67,6 +67,8 @@ class LayerHook:
         For most layers this is all that runs in a step, where so much Python costs as much as a small rotation.
         """
         grad = torch.is_grad_enabled()
+        if grad and self.bank.between_forwards:
+            self.bank.begin_recomputation(self)
         slot = self.grad_deltas if grad else self.eval_deltas
         if not slot:
             return None
@@ -74,9 +76,7 @@ class LayerHook:
         if (shared := self.shared) is not None and self.ready is not None:
             rotated = shared.ready_for(self, x, slot[0])
         elif (own := self.prepared) is not None and own.slot is slot and _is_plain(module, x, own.plan):
-            if grad and self.bank.between_forwards:
-                return None
-            made = processor.rotated(x, own.plan)
+            made = processor_graph.rotated(x, own.plan)
             if own.others:
                 hand_out(own.others, x, own.plan, made)
             rotated = made[0]
@@ -340,9 +340,10 @@ def reset_compiler() -> None:
 
 
 def for_recomputation(deltas: Deltas | None) -> Deltas | None:
-    """What a grad slot keeps after its forward: values that require grad, without the graph, which holds memory.
+    """What a grad slot keeps after its forward, where nothing builds it again (`kernels.processor_graph.Rebuilt`).
 
-    A component compiled as a whole recomputes inside its own graph, from which no tensor may escape.
+    These are values that require grad, without the graph, which holds memory. A component compiled as a whole
+    recomputes inside its own graph, from which no tensor may escape.
     """
     if deltas is None or torch.compiler.is_compiling():
         return None

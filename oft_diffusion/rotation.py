@@ -62,14 +62,14 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flat = grad.flatten(1)
+        flat = grad.reshape(len(grad), -1)
         upper = flat.index_select(1, _upper_index(ctx.block_size, grad.device))
         return upper - flat.index_select(1, _lower_index(ctx.block_size, grad.device)), None
 
 
 def pack(q: Tensor) -> Tensor:
     """The strict upper triangles of `Q (r, b, b)`, as `unpack` takes them."""
-    return q.flatten(1).index_select(1, _upper_index(q.shape[-1], q.device))
+    return q.reshape(len(q), -1).index_select(1, _upper_index(q.shape[-1], q.device))
 
 
 def _upper_index(block_size: int, device: torch.device) -> Tensor:
@@ -127,8 +127,6 @@ class _PackedCayleyDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, block_size: int) -> Tensor:
         delta = processor.cayley_delta(packed, block_size)
-        if delta is None:
-            delta = _by_solving(unpack(packed))
         ctx.save_for_backward(delta)
         return delta
 

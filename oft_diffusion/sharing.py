@@ -13,6 +13,7 @@ from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
 
 if TYPE_CHECKING:
     from oft_diffusion.hooks import LayerHook
+    from oft_diffusion.kernels.processor_graph import Rebuilt
 
 
 class Ready(NamedTuple):
@@ -32,12 +33,16 @@ class Prepared(NamedTuple):
     others: Sequence[LayerHook]
 
 
-def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
+def prepare(
+    hooks: Iterable[LayerHook], *, grad: bool, source: Rebuilt | None = None, flat: Tensor | None = None
+) -> None:
     """Look beforehand at what is to be rotated by what: all at once, which takes less time than layer by layer.
 
     Args:
         hooks: all of a component, whose slots are filled.
         grad: which of the two.
+        source: what builds the deltas again in the backward, where something does.
+        flat: all of its deltas, of which those in the slots are parts.
     """
     for hook in hooks:
         group = [hook] if hook.shared is None else hook.shared.hooks
@@ -48,7 +53,7 @@ def prepare(hooks: Iterable[LayerHook], *, grad: bool) -> None:
             continue
         unlike = {id(delta) for delta in deltas}  # layers that share a generator have one delta
         if processor.takes(deltas) and len(unlike) == len(deltas):
-            hook.prepared = Prepared(slots[0], processor.plan_for(deltas), group[1:])
+            hook.prepared = Prepared(slots[0], processor.plan_for(deltas, source, flat), group[1:])
 
 
 class SharedInput:

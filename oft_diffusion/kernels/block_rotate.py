@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.autocast import compute_dtype, without_autocast
-from oft_diffusion.kernels import processor
+from oft_diffusion.kernels import processor, processor_graph
 
 T = TypeVar("T")
 OPS = torch.library.Library("oft_diffusion", "DEF")
@@ -51,7 +51,7 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
     if (plan := by_processor(x, (delta,))) is not None:
-        return processor.rotated(x, plan)[0]
+        return processor_graph.rotated(x, plan)[0]
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
         blocks = x.reshape(-1, *delta.shape[:2])

@@ -188,31 +188,50 @@ INLINE float squares(const float *m, int b) {
     return total;
 }
 
-/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it; 0 where Q is too large for that, or not finite. */
-INLINE int build_one(const float *packed, float *delta, float epsilon, int b) {
-    float q[LARGEST] ALIGNED, first[LARGEST] ALIGNED, second[LARGEST] ALIGNED, sum[LARGEST] ALIGNED;
-    float *power = first, *squared = second, *total = sum, *doubled = q;
+/* m := m^-1 by Gauss and Jordan. No pivot is small: I - Q has I for its symmetric part, and so has what is left of it. */
+INLINE void invert(float *m, int b) {
+    for (int k = 0; k < b; k++) {
+        float *row = m + k * b, reciprocal = 1.0f / row[k];
+        row[k] = 1.0f;
+        for (int j = 0; j < b; j++) row[j] *= reciprocal;
+        for (int i = 0; i < b; i++) {
+            if (i == k) continue;
+            float factor = m[i * b + k];
+            m[i * b + k] = 0.0f;
+            for (int j = 0; j < b; j++) m[i * b + j] -= factor * row[j];
+        }
+    }
+}
+
+/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it; where Q is too large for that, 2 (I - Q)^-1 Q. */
+INLINE void build_one(const float *packed, float *delta, float epsilon, int b) {
+    float q[LARGEST] ALIGNED, first[LARGEST] ALIGNED, second[LARGEST] ALIGNED, sum[LARGEST] ALIGNED, more[LARGEST] ALIGNED;
+    float *power = first, *squared = second, *total = sum, *doubled = more;
     for (int i = 0; i < b; i++) {
         q[i * b + i] = 0.0f;
         for (int j = i + 1; j < b; j++, packed++) q[i * b + j] = *packed, q[j * b + i] = -*packed;
     }
     product(NULL, 0, q, b, q, power, b, b, b);
     for (int i = 0; i < b * b; i++) total[i] = q[i] + power[i];
-    for (int doubling = 1; doubling < 7; doubling++) {
+    for (int doubling = 1;; doubling++) {
         float norm = squares(power, b); /* squared, and so of what is left out: R (power^2), and R's norm is 1 */
-        int enough = norm < epsilon / 4;
-        product(total, b, power, b, total, enough ? delta : doubled, b, b, b);
-        if (enough) {
-            for (int i = 0; i < b * b; i++) delta[i] *= 2.0f;
-            return 1;
+        if (norm < epsilon / 4) {
+            product(total, b, power, b, total, delta, b, b, b);
+            break;
         }
-        if (doubling > 1 && !(norm < 0.49f)) return 0;
+        if (doubling == 7 || (doubling > 1 && !(norm < 0.49f))) {
+            for (int i = 0; i < b * b; i++) first[i] = (i % (b + 1) == 0) - q[i];
+            invert(first, b);
+            product(NULL, 0, first, b, q, delta, b, b, b);
+            break;
+        }
+        product(total, b, power, b, total, doubled, b, b, b);
         product(NULL, 0, power, b, power, squared, b, b, b);
         float *other = power;
         power = squared, squared = other;
         other = total, total = doubled, doubled = other;
     }
-    return 0;
+    for (int i = 0; i < b * b; i++) delta[i] *= 2.0f;
 }
 
 /* (R + I)^T G (R + I)^T / 2, of which the generator gets what is skew: `rotation._CayleyDelta`. */
@@ -238,21 +257,18 @@ void oft_rotate(const float *x, long x_stride, const float *const *deltas, float
 void oft_backward(const float *x, long x_stride, const float *const *deltas, const float *const *grads, float *dx,
                   float *const *ddeltas, long rows, long blocks, int count, int threads, int size) {
 #define CALL(b)                                                                                          \
-    if (dx) rotate_back_any(grads, deltas, dx, rows, blocks, count, threads, b);                         \
+    if (dx && rows) rotate_back_any(grads, deltas, dx, rows, blocks, count, threads, b);                 \
     if (ddeltas) delta_grads_any(x, x_stride, grads, ddeltas, rows, blocks, count, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
-/* Whether every block's series ended. */
-int oft_build(const float *packed, float *delta, long blocks, float epsilon, int threads, int size) {
-    int done = 1;
-#define CALL(b)                                                                                        \
-    _Pragma("omp parallel for num_threads(threads) reduction(&& : done)") for (long i = 0; i < blocks; i++) \
-        done = build_one(packed + i * (b * (b - 1) / 2), delta + i * b * b, epsilon, b) && done
+void oft_build(const float *packed, float *delta, long blocks, float epsilon, int threads, int size) {
+#define CALL(b)                                                                     \
+    _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
+        build_one(packed + i * (b * (b - 1) / 2), delta + i * b * b, epsilon, b)
     FOR_SIZE(size, CALL)
 #undef CALL
-    return done;
 }
 
 void oft_unbuild(const float *delta, const float *grad, float *packed, long blocks, int threads, int size) {

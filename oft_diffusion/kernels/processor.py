@@ -20,11 +20,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+if TYPE_CHECKING:
+    from oft_diffusion.kernels.processor_graph import Rebuilt
 
 _log = logging.getLogger(__name__)
 SIZES = (8, 16, 32, 64, 128)  # of blocks
@@ -95,22 +98,33 @@ class Plan(NamedTuple):
     size: int
     width: int
     requires_grad: bool
+    source: Rebuilt | None = None
+    flat: Tensor | None = None  # the source's, of which the deltas are parts
+    starts: tuple[int, ...] = ()  # at which of its blocks they begin
 
 
-def plan_for(deltas: Sequence[Tensor]) -> Plan:
+def plan_for(deltas: Sequence[Tensor], source: Rebuilt | None = None, flat: Tensor | None = None) -> Plan:
     """Prepare the rotations of one input.
 
     Args:
         deltas: `(r, b, b)` each, as `takes` takes them.
+        source: what builds them again in the backward; None where the graph is to keep them.
+        flat: the source's deltas `(blocks, b, b)`, contiguous, of which these are parts.
     """
     rows = (*map(_contiguous, deltas),)
     blocks, size, _ = rows[0].shape
     addresses = _POINTERS[len(rows)].pack(*map(_address, rows))
-    return Plan((*deltas,), rows, addresses, blocks, size, blocks * size, any(map(_requires_grad, deltas)))
+    begins = None if flat is None else flat.storage_offset()
+    starts = () if begins is None else (*((delta.storage_offset() - begins) // size**2 for delta in deltas),)
+    requires_grad = any(map(_requires_grad, deltas))
+    return Plan((*deltas,), rows, addresses, blocks, size, blocks * size, requires_grad, source, flat, starts)
 
 
-def rotated(x: Tensor, plan: Plan) -> Sequence[Tensor]:
-    """`x + x blockdiag(D)` for each D, differentiable.
+# In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
+
+
+def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
+    """`x + x blockdiag(D)` for each D.
 
     Args:
         x: `(..., r * b)`, which `fits`; read where it lies, where its rows are equally far apart.
@@ -119,48 +133,6 @@ def rotated(x: Tensor, plan: Plan) -> Sequence[Tensor]:
     Returns:
         x's shape each, contiguous.
     """
-    if (plan.requires_grad or x.requires_grad) and torch.is_grad_enabled():
-        made: Sequence[Tensor] = _Rotate.apply(x, plan, *plan.deltas)
-        return made
-    return rotate(x, plan)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, *deltas: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *deltas)
-        return (*rotate(x, plan),)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *deltas = ctx.saved_tensors
-        given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-        if derived_by_torch(*given):
-            dx, *of_each = _gradients_in_torch(x, deltas, given)
-            return (dx, None, *of_each)
-        of_x, _, *of_deltas = ctx.needs_input_grad
-        own, ddeltas = gradients(x, deltas, given, of_x=of_x, of_deltas=True in of_deltas)
-        each: Sequence[Tensor | None] = [None] * len(deltas) if ddeltas is None else ddeltas
-        return (own, None, *each)
-
-
-def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    blocks, size = deltas[0].shape[:2]
-    own, *others = (t.reshape(-1, blocks, size).transpose(0, 1) for t in (x, *grads))
-    dx = grads[0]
-    for grad in grads[1:]:
-        dx = dx + grad
-    for other, delta in zip(others, deltas, strict=True):
-        dx = dx + torch.bmm(other, delta.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
-    return [dx, *(torch.bmm(own.transpose(1, 2), other) for other in others)]
-
-
-# In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
-
-
-def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
-    """What `rotated` gives, without gradients."""
     stride = plan.width
     if not x.is_contiguous():
         x, stride = _in_rows(x)
@@ -181,43 +153,68 @@ def gradients(
     """dx, the sum of `g + g blockdiag(D)^T` over the layers, and every dD; what is not asked for is None.
 
     Args:
-        x: as `rotated` takes it.
+        x: as `rotate` takes it.
         deltas: as `plan_for` takes them.
-        grads: of what `rotated` returned, x's shape and dtype.
+        grads: of what `rotate` returned, x's shape and dtype.
         of_x: whether dx is asked for.
         of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
+    """
+    deltas = [*map(_contiguous, deltas)]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+    ddeltas = [*map(torch.empty_like, deltas)] if of_deltas else None
+    blocks, size, _ = deltas[0].shape
+    into = None if ddeltas is None else [*map(_address, ddeltas)]
+    rotate_back(x, [*map(_address, deltas)], grads, dx, into, blocks, size)
+    return dx, ddeltas
+
+
+def rotate_back(
+    x: Tensor,
+    deltas: Sequence[int],
+    grads: Sequence[Tensor],
+    dx: Tensor | None,
+    ddeltas: Sequence[int] | None,
+    blocks: int,
+    size: int,
+) -> None:
+    """Write what `gradients` gives.
+
+    Args:
+        x: as `rotate` takes it.
+        deltas: addresses of deltas.
+        grads: as `gradients` takes them.
+        dx: where it is to be written, contiguous; None where it is not asked for.
+        ddeltas: addresses where they are to be written; None where they are not asked for.
+        blocks: r.
+        size: b.
     """
     stride = x.shape[-1]
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    deltas, grads = [*map(_contiguous, deltas)], [*map(_contiguous, grads)]
-    numbers = x.numel()
-    make = torch.empty_like if numbers else torch.zeros_like
-    dx, ddeltas = make(x) if of_x else None, [*map(make, deltas)] if of_deltas else None
-    if numbers:
-        blocks, size, _ = deltas[0].shape
-        pack = _POINTERS[len(deltas)].pack
-        threads = min(torch.get_num_threads(), numbers * size * len(deltas) // _PER_THREAD) or 1
-        _library().oft_backward(
-            x.data_ptr(), stride, pack(*map(_address, deltas)), pack(*map(_address, grads)),
-            None if dx is None else dx.data_ptr(), None if ddeltas is None else pack(*map(_address, ddeltas)),
-            numbers // (blocks * size), blocks, len(deltas), threads, size,
-        )  # fmt: skip
-    return dx, ddeltas
+    grads = [*map(_contiguous, grads)]
+    numbers, count = x.numel(), len(grads)
+    pack = _POINTERS[count].pack
+    threads = min(torch.get_num_threads(), numbers * size * count // _PER_THREAD) or 1
+    _library().oft_backward(
+        x.data_ptr(), stride, pack(*deltas), pack(*map(_address, grads)),
+        None if dx is None else dx.data_ptr(), None if ddeltas is None else pack(*ddeltas),
+        numbers // max(1, blocks * size), blocks, count, threads, size,
+    )  # fmt: skip
 
 
-def cayley_delta(packed: Tensor, size: int) -> Tensor | None:
-    """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`; None where one is too large for that, or not finite.
+def cayley_delta(packed: Tensor, size: int) -> Tensor:
+    """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`, exact at any norm.
 
-    As `rotation._by_doubling`: the series is carried on until what is left out is below rounding.
+    As `rotation._by_doubling`, the series is carried on until what is left out is below rounding; of generators too
+    large for that, an inverse serves.
     """
     packed = packed.contiguous()
     delta = packed.new_empty(len(packed), size, size)
-    done = _library().oft_build(
+    _library().oft_build(
         packed.data_ptr(), delta.data_ptr(), len(packed), torch.finfo(torch.float32).eps,
         _threads(len(packed), size, 4), size,
     )  # fmt: skip
-    return delta if done else None
+    return delta
 
 
 def cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
@@ -271,7 +268,7 @@ def _loaded() -> ctypes.CDLL | None:
         return None
     for name, types in _SIGNATURES.items():
         getattr(found, name).argtypes = types
-        getattr(found, name).restype = _int if name == "oft_build" else None
+        getattr(found, name).restype = None
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oft_diffusion.kernels import processor
+from oft_diffusion.kernels import processor, processor_graph
 from oft_diffusion.kernels.block_rotate import (
     OPS,
     TAGS,
@@ -49,7 +49,7 @@ def block_rotate_shared(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         RuntimeError: the shapes, dtypes or devices do not fit.
     """
     if (plan := by_processor(x, deltas)) is not None:
-        return list(processor.rotated(x, plan))
+        return list(processor_graph.rotated(x, plan))
     small = is_small(x)
     if torch.compiler.is_compiling() and not small:
         return torch.ops.oft_diffusion.block_rotate_shared.default(x, list(deltas), form=kernel_form())

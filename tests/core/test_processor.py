@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.methods import kernels_switched
 from oft_diffusion import OFTConfig, inject_oft, rotation
-from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
+from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor, processor_graph
 from oft_diffusion.kernels.block_rotate import by_processor
 from oft_diffusion.training.memory import LiveStorages
 from tests.core import rotate_cases as cases
@@ -112,7 +113,7 @@ def test_strides(size: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 48), (4, 0, 48)])
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x, deltas = torch.empty(shape, requires_grad=True), [d.requires_grad_() for d in each(16, 2)]
-    made = processor.rotated(x, processor.plan_for(deltas))
+    made = processor_graph.rotated(x, processor.plan_for(deltas))
     assert [out.shape for out in made] == [shape, shape]
     dx, *ddeltas = torch.autograd.grad(made, [x, *deltas], made)
     assert dx.shape == shape
@@ -188,7 +189,9 @@ def test_gradients_and_their_derivatives(count: int) -> None:
 
     def loss(x: Tensor, deltas: list[Tensor], turn: bool) -> Tensor:
         made = (
-            processor.rotated(x, processor.plan_for(deltas)) if turn else [cases_rotated(x, delta) for delta in deltas]
+            processor_graph.rotated(x, processor.plan_for(deltas))
+            if turn
+            else [cases_rotated(x, delta) for delta in deltas]
         )
         return torch.stack([(out * w).square().sum() for out, w in zip(made, weights, strict=True)]).sum()
 
@@ -203,24 +206,23 @@ def test_gradients_and_their_derivatives(count: int) -> None:
     second = torch.autograd.grad(first[0].square().sum(), [x, *deltas])
     for found, expected in zip(second, torch.autograd.grad(wanted[0].square().sum(), wide), strict=True):
         assert relative(found.double(), expected) < 1e-5
-    made = processor.rotated(x, processor.plan_for(deltas))
+    made = processor_graph.rotated(x, processor.plan_for(deltas))
     [dx] = torch.autograd.grad(made[-1].sum(), x)
     assert relative(dx.double(), torch.autograd.grad(cases_rotated(wide[0], wide[-1]).sum(), wide[0])[0]) < 1e-6
 
 
 @needs_kernels
 @pytest.mark.parametrize("size", processor.SIZES)
-@pytest.mark.parametrize("norm", [1e-3, 0.3, 0.6])
+@pytest.mark.parametrize("norm", [1e-3, 0.3, 0.6, 3.0, 10.0])
 def test_building_d_and_its_gradient(size: int, norm: float) -> None:
-    packed = random_packed(9, size, 1, norm).float()
+    packed, condition = random_packed(9, size, 1, norm).float(), max(1.0, norm)  # of I - Q
     made = processor.cayley_delta(packed, size)
-    assert made is not None
     wide = packed.double().requires_grad_()
     exact = rotation.cayley_delta(rotation.unpack(wide))
-    assert relative(made.double(), exact.detach()) < 3e-7
+    assert relative(made.double(), exact.detach()) < 3e-7 * condition
     grad = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
     [wanted] = torch.autograd.grad(exact, wide, grad.double())
-    assert relative(processor.cayley_grad(made, grad).double(), wanted) < 1e-6
+    assert relative(processor.cayley_grad(made, grad).double(), wanted) < 1e-6 * condition
 
 
 @needs_kernels
@@ -228,12 +230,12 @@ def test_building_d_and_its_gradient(size: int, norm: float) -> None:
 def test_a_block_that_the_series_does_not_suit_is_solved(of: float) -> None:
     packed = random_packed(4, 16, 1).float()
     packed[2] *= of / float(torch.linalg.matrix_norm(rotation.unpack(packed[2:3]), 2))
-    assert processor.cayley_delta(packed, 16) is None
     made = rotation.rotation_delta(packed, OFTConfig(16))
-    wanted = rotation._by_solving(rotation.unpack(packed))
-    assert torch.equal(made.nan_to_num(7.0), wanted.nan_to_num(7.0))
-    if of < 10:
-        assert rotation.orthogonality_error(made) < 1e-5
+    others = torch.tensor([0, 1, 3] + [2] * (of < 10))
+    wanted = rotation._by_solving(rotation.unpack(packed[others].double()))
+    torch.testing.assert_close(made[others].double(), wanted, rtol=0, atol=1e-6)
+    assert rotation.orthogonality_error(made[others]) < 2e-6
+    assert of < 10 or not torch.isfinite(made[2]).any()
 
 
 def asked(environment: dict[str, str]) -> str:
@@ -389,9 +391,9 @@ def test_what_is_known_of_deltas_is_put_together_once(monkeypatch: pytest.Monkey
     excite(bank)
     x, made, real = torch.randn(5, 32), [], processor.plan_for
 
-    def noted(deltas: list[Tensor]) -> processor.Plan:
+    def noted(deltas: list[Tensor], *others: Any) -> processor.Plan:
         made.append(len(deltas))
-        return real(deltas)
+        return real(deltas, *others)
 
     monkeypatch.setattr(processor, "plan_for", noted)
     model(x).sum().backward()
