@@ -16,12 +16,13 @@ from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.choice import AdapterChoice
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, reset_compiler
-from oft_diffusion.kernels import processor
-from oft_diffusion.kernels.processor_graph import Rebuilt
+from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, is_compiled, reset_compiler
+from oft_diffusion.kernels.processor_graph import Rebuilt, unseen
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
-from oft_diffusion.sharing import prepare
+from oft_diffusion.prepared import Plans
+
+_BY_C: Placement = (torch.device("cpu"), torch.float32)  # what `kernels.processor` is for
 
 
 class OFTBank(AdapterChoice):
@@ -40,7 +41,9 @@ class OFTBank(AdapterChoice):
         self._builder = DeltaBuilder(self.generators, self.scales, self.adapters)
         self._placement: Placement = (device, dtype)
         self._constants = ConstantDeltas(self._builder)  # of frozen adapters
-        self._rebuilt: Rebuilt | None = None  # of the last forward with grad
+        self._rebuilt: Rebuilt | None = None  # of the last forward with grad that kept no deltas
+        self._rebuilds = False  # the last forward with grad was such a one
+        self.plans = Plans(self.hooks)
         self._ready = False  # the slots hold constants
         self._mixed: MixedDeltas | None = None
         # Deltas of trainable adapters live from one forward to its backward.
@@ -162,42 +165,48 @@ class OFTBank(AdapterChoice):
         if not self._trainable():
             self._place_constants(device, dtype)
             return
-        placement = self._placed(device, dtype)
         self._ready = self.between_forwards = False
         self._constants.clear()
-        self._placement = placement
-        self._in_grad_forward = torch.is_grad_enabled()
-        if self._is_base() and not self._in_grad_forward and not torch.compiler.is_compiling():
+        self._placement = placement = self._placed(device, dtype)
+        self._in_grad_forward, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if self._is_base() and not self._in_grad_forward and not compiling:
             for hook in self.hooks.values():
                 hook.eval_deltas = ()  # the base's answers, which training on a prior asks for in every step
             return
-        source = self._rebuilt_later() if self._in_grad_forward else None
+        one_by_c = placement == _BY_C and not compiling and self._builder.is_one_by_c(self._stages)
+        source = self._builder.again(self._stages) if one_by_c and self._in_grad_forward else None
         if source is None:
             flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         else:
             flats = [source.for_forward()]
-        if self._in_grad_forward and not torch.compiler.is_compiling():
-            flats = self._mark.tie(flats, self._active, self.component)
+        if self._in_grad_forward:
+            if not compiling:
+                flats = self._mark.tie(flats, self._active, self.component)
+            self._rebuilds, self._rebuilt = source is not None, source or self._rebuilt
         by_site = split_by_site(self._stages, flats)
         for site, hook in self.hooks.items():
             if self._in_grad_forward:
                 hook.grad_deltas, hook.eval_deltas = by_site.get(site, ()), None
             else:
                 hook.eval_deltas = by_site.get(site, ())
-        if self._in_grad_forward:
-            self._rebuilt = source
-        self._prepare(source, None if source is None else flats[0])
+        if one_by_c:
+            self.plans.for_forward(self._stages[0], flats[0], source)
+        else:
+            self._plan_for_slots()
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
         if self._trainable():
+            silent = self._in_grad_forward and not all(hook.fired for hook in self.hooks.values())
+            keeping = silent and is_compiled(module)  # such layers do not say that they fire, and need theirs
             for hook in self.hooks.values():
-                hook.eval_deltas = hook.prepared = None
+                hook.eval_deltas = None
                 if self._in_grad_forward:
-                    again = self._rebuilt is not None and hook.fired  # compiled layers do not report, and want theirs
+                    again = self._rebuilds and (hook.fired or not keeping)
                     hook.grad_deltas = None if again else for_recomputation(hook.grad_deltas)
             self._in_grad_forward = False
             self.between_forwards = True
+            self.plans.end_forward()
         elif self._mixed is not None:
             self._clear_slots()  # the next rows may be others'
         for hook in self.hooks.values():
@@ -242,26 +251,28 @@ class OFTBank(AdapterChoice):
         hook.grad_deltas = hook.eval_deltas = fitted
         return fitted
 
-    def begin_recomputation(self, hook: LayerHook) -> None:
-        """Where a backward recomputes a checkpointed part of the component, and has not yet: fill the slots again.
+    def begin_recomputation(self, name: str) -> None:
+        """Where a backward recomputes a checkpointed part of the component: have deltas ready again, if they are not.
 
         Raises:
             AdapterError: as `refuse_lone_call` does.
         """
-        self.refuse_lone_call(hook.site)
-        if self._rebuilt is None or hook.grad_deltas is not None:
+        self.refuse_lone_call(name)
+        if self._rebuilt is None or self.plans.holds(self._rebuilt):
             return
-        flat = self._rebuilt.in_backward().values.detach().requires_grad_()
-        by_site = split_by_site(self._stages, [flat])
-        empty = [other for other in self.hooks.values() if other.grad_deltas is None]
-        for other in empty:
-            other.grad_deltas = by_site.get(other.site, ())
-        prepare(empty, grad=True, source=self._rebuilt, flat=flat)
+        with unseen():
+            flat = self._rebuilt.in_backward().values.detach().requires_grad_()
+            by_site = split_by_site(self._stages, [flat])
+        empty = [hook for hook in self.hooks.values() if hook.grad_deltas is None]
+        for hook in empty:
+            hook.grad_deltas = by_site.get(hook.site, ())
+        self.plans.for_forward(self._stages[0], flat, self._rebuilt)
         Variable._execution_engine.queue_callback(lambda: self._end_recomputation(empty))
 
     def _end_recomputation(self, hooks: Sequence[LayerHook]) -> None:
         for hook in hooks:
-            hook.grad_deltas = hook.prepared = hook.ready = None
+            hook.grad_deltas = hook.ready = None
+        self.plans.end_forward()
 
     def refuse_lone_call(self, name: str) -> None:
         """Raise, unless a backward is recomputing a checkpointed part of the component.
@@ -313,13 +324,15 @@ class OFTBank(AdapterChoice):
         """Empty the slots, since sites or shapes of deltas have changed, and fill them where that can be done now."""
         self._audit.restart()
         self._ready = self.between_forwards = False
+        self._rebuilt = None
         self._clear_slots()
         if self._mixed is None and not self._trainable():
             self._place(self._placement)
 
     def _clear_slots(self) -> None:
+        self.plans.forget()
         for hook in self.hooks.values():
-            hook.grad_deltas = hook.eval_deltas = hook.prepared = None
+            hook.grad_deltas = hook.eval_deltas = None
 
     def _placed(self, device: torch.device | None, dtype: torch.dtype | None) -> Placement:
         """Where a forward is, by its input; where that does not tell, as the last one was."""
@@ -346,22 +359,12 @@ class OFTBank(AdapterChoice):
         for site, hook in self.hooks.items():
             hook.grad_deltas = hook.eval_deltas = by_site.get(site, ())
         self.between_forwards = False
-        self._prepare()
+        self._plan_for_slots()
 
-    def _prepare(self, source: Rebuilt | None = None, flat: Tensor | None = None) -> None:
-        if self._placement == (torch.device("cpu"), torch.float32) and not torch.compiler.is_compiling():
-            prepare(self.hooks.values(), grad=self._in_grad_forward, source=source, flat=flat)
-
-    def _rebuilt_later(self) -> Rebuilt | None:
-        """What builds a forward's deltas again in its backward, where that is cheap; it then need not keep them."""
-        on_processor = self._placement == (torch.device("cpu"), torch.float32)
-        if not on_processor or torch.compiler.is_compiling() or len(self._stages) != 1:
-            return None
-        stages, device = self._stages, self._placement[0]
-        read = self._builder.read(stages)
-        if not all(processor.fits(tensor, stages[0].block_size) for tensor in read):
-            return None
-        return Rebuilt(lambda: self._builder.build(stages, device)[0], read)
+    def _plan_for_slots(self) -> None:
+        self.plans.forget()
+        if self._placement == _BY_C and not torch.compiler.is_compiling():
+            self.plans.for_slots(*((self._in_grad_forward,) if self._trainable() else (False, True)))
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
 

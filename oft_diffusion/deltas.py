@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from oft_diffusion import rotation
 from oft_diffusion.autocast import without_autocast
 from oft_diffusion.errors import AdapterError
+from oft_diffusion.kernels import processor
+from oft_diffusion.kernels.processor_graph import Rebuilt
 from oft_diffusion.plan import Active, Adapter, Member, Part, Stage
 
 # Where deltas are wanted, and in which dtype.
@@ -22,7 +24,10 @@ class DeltaBuilder:
     """Builds deltas; keeps what is costly and constant of frozen adapters (spectra, deltas beside trainable ones)."""
 
     def __init__(
-        self, generators: nn.ParameterDict, scales: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+        self,
+        generators: nn.ParameterDict | Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        adapters: Mapping[str, Adapter],
     ) -> None:
         self._generators = generators
         self._scales = scales
@@ -34,15 +39,33 @@ class DeltaBuilder:
         """Whether an adapter is rebuilt in every forward: no cache can see every way to write a parameter."""
         return any(self._generators[part.key].requires_grad for part in self._adapters[name].parts)
 
-    def read(self, stages: Sequence[Stage]) -> list[Tensor]:
-        """The tensors that deltas of these stages are made of."""
-        keys = dict.fromkeys(member.part.key for stage in stages for member in stage.members)
-        return [tensors[key] for key in keys for tensors in (self._generators, self._scales) if key in tensors]
-
     def build(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas of every stage, `(blocks, b, b)`, float32. Differentiable in trainable generators."""
         with without_autocast(device):
             return [self._stage(stage, device) for stage in stages]
+
+    def is_one_by_c(self, stages: Sequence[Stage]) -> bool:
+        """Whether all deltas are one tensor that `kernels.processor` builds, of generators on a processor."""
+        read = [self._generators[key] for key in _keys(stages)]
+        return len(stages) == 1 and all(processor.fits(generators, stages[0].block_size) for generators in read)
+
+    def again(self, stages: Sequence[Stage]) -> Rebuilt:
+        """The flat deltas of the one stage there is, to be built by C in a forward and again in its backward.
+
+        Whatever becomes of the adapters meanwhile: what is trained is watched, what is frozen is kept.
+        """
+        read = {key: self._generators[key] for key in _keys(stages)}
+        trained = [key for key in read if read[key].requires_grad]
+        scales = {key: self._scales[key] for key in read if key in self._scales}
+        adapters = {member.active.name: self._adapters[member.active.name] for member in stages[0].members}
+
+        def build(aliases: Sequence[Tensor]) -> Tensor:
+            own = DeltaBuilder(read | dict(zip(trained, aliases, strict=True)), scales, adapters)
+            own._frozen, own._spectra = frozen, spectra
+            return own.build(stages, torch.device("cpu"))[0]
+
+        frozen, spectra = self._frozen, self._spectra
+        return Rebuilt(build, [read[key] for key in trained])
 
     def build_apart(self, stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
         """Flat deltas of every stage, its members not composed but side by side, behind the identity.
@@ -68,9 +91,14 @@ class DeltaBuilder:
 
     def forget(self, name: str | None = None) -> None:
         """Drop what is kept of one adapter, or of all."""
-        keys = {part.key for part in self._adapters[name].parts} if name is not None else set(self._spectra)
-        self._spectra = {key: s for key, s in self._spectra.items() if key not in keys}
-        self._frozen = {kept: d for kept, d in self._frozen.items() if name is not None and kept[0].name != name}
+        if name is None:
+            self._spectra, self._frozen = {}, {}
+            return
+        keys = {part.key for part in self._adapters[name].parts}
+        if any(key in keys for key in self._spectra) or any(kept[0].name == name for kept in self._frozen):
+            # Anew, since what was kept may still serve a backward (`again`).
+            self._spectra = {key: s for key, s in self._spectra.items() if key not in keys}
+            self._frozen = {kept: d for kept, d in self._frozen.items() if kept[0].name != name}
 
     def forget_deltas(self) -> None:
         """Drop kept deltas, not spectra: constants hold what they were for."""
@@ -115,6 +143,11 @@ class DeltaBuilder:
             self._spectra[part.key] = parts
         delta = rotation.power_delta(parts, active.strength).to(device, parameter.dtype)
         return delta if scale is None else rotation.scaled_delta(delta, _power(scale, active))
+
+
+def _keys(stages: Sequence[Stage]) -> list[str]:
+    """Whose parameters deltas of these stages are made of."""
+    return list(dict.fromkeys(member.part.key for stage in stages for member in stage.members))
 
 
 def _power(scale: Tensor, active: Active) -> Tensor:

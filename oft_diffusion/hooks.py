@@ -18,7 +18,8 @@ from oft_diffusion.errors import AdapterError, TargetError
 from oft_diffusion.kernels import block_rotate, processor, processor_graph
 from oft_diffusion.offload import stored
 from oft_diffusion.plan import Place, layer_of
-from oft_diffusion.sharing import Prepared, Ready, SharedInput, hand_out
+from oft_diffusion.prepared import Prepared
+from oft_diffusion.sharing import Ready, SharedInput, hand_out
 
 if TYPE_CHECKING:
     from oft_diffusion.bank import OFTBank
@@ -50,38 +51,50 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
         x: Tensor = args[0] if args else self._input(args)
-        if not torch.compiler.is_compiling() and (rotated := self._at_once(module, x)) is not None:
-            return (rotated, *args[1:])
-        deltas = self._deltas_for(x)
-        if deltas and isinstance(module, nn.Conv2d):
-            x = _rotate_channels(x, deltas)
-        elif self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
-            x = self.shared.rotate(self, x, deltas[0])
-        elif deltas:
-            x = _rotate(x, deltas)
-        return (x, *args[1:])
+        rotated = self._at_once(module, x)
+        if rotated is None:
+            rotated = self._rotated(module, x)
+        return (rotated, *args[1:])
 
     def _at_once(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """What is ready, or prepared for; else None.
 
         For most layers this is all that runs in a step, where so much Python costs as much as a small rotation.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return None
         grad = torch.is_grad_enabled()
         if grad and self.bank.between_forwards:
-            self.bank.begin_recomputation(self)
-        slot = self.grad_deltas if grad else self.eval_deltas
-        if not slot:
+            self.bank.begin_recomputation(self.site)
+        ready, own = self.ready, self.prepared
+        if ready is not None:
+            slot, version = self.grad_deltas if grad else self.eval_deltas, 0 if x.is_inference() else x._version
+            as_it_was = ready.made_of is x and ready.version == version and ready.grad is grad
+            if not as_it_was or not slot or ready.by is not slot[0] or ready.rotated.dtype is not x.dtype:
+                return None
+            self.ready, self.fired = None, True
+            return ready.rotated
+        if own is None or grad not in own.plan.flat.modes or not processor.fits(x, own.plan.size):
             return None
-        rotated: Tensor | None = None
-        if (shared := self.shared) is not None and self.ready is not None:
-            rotated = shared.ready_for(self, x, slot[0])
-        elif (own := self.prepared) is not None and own.slot is slot and _is_plain(module, x, own.plan):
-            made = processor_graph.rotated(x, own.plan)
-            if own.others:
-                hand_out(own.others, x, own.plan, made)
-            rotated = made[0]
-        self.fired = self.fired or rotated is not None
-        return rotated
+        if x.shape[-1] != own.plan.width or isinstance(module, nn.Conv2d) or torch.is_autocast_enabled("cpu"):
+            return None
+        made = processor_graph.rotated(x, own.plan)
+        if own.others:
+            hand_out(own.others, x, made, grad=grad)
+        self.fired = True
+        return made[own.own]
+
+    def _rotated(self, module: nn.Module, x: Tensor) -> Tensor:
+        deltas = self._deltas_for(x)
+        if deltas and isinstance(module, nn.Conv2d):
+            return _rotate_channels(x, deltas)
+        if self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
+            rotated = self.shared.rotate(self, x, deltas[0])
+            if rotated is None:  # alone from now on, and as a recomputation will do it
+                rotated = self._at_once(module, x)
+            if rotated is not None:
+                return rotated
+        return _rotate(x, deltas) if deltas else x
 
     def _input(self, args: tuple[Any, ...]) -> Tensor:
         if not args:
@@ -110,7 +123,7 @@ class LayerHook:
         if not torch.compiler.is_compiling():
             self.fired = True
             if grad and self.bank.between_forwards:
-                self.bank.refuse_lone_call(self.site)
+                self.bank.begin_recomputation(self.site)
         deltas = self.grad_deltas if grad else self.eval_deltas
         if deltas is None:
             deltas = self.bank.fresh_deltas(self.site)
@@ -199,12 +212,6 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 HOOKS: dict[Place, type[LayerHook]] = {"input": LayerHook, "patches": PatchHook, "output": OutputHook}
-
-
-def _is_plain(module: nn.Module, x: Tensor, plan: processor.Plan) -> bool:
-    """Whether the layer rotates its input's last axis, in its own dtype, and the plan is for that."""
-    fits = x.shape[-1] == plan.width and processor.fits(x, plan.size) and not isinstance(module, nn.Conv2d)
-    return fits and not torch.is_autocast_enabled("cpu")
 
 
 def _rotate(x: Tensor, deltas: Deltas) -> Tensor:

@@ -133,7 +133,7 @@ class _PackedCayleyDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (delta,) = ctx.saved_tensors
-        if processor.derived_by_torch(grad):
+        if processor.derived_by_torch(delta, delta.shape[-1], (grad,)):
             skew = _cayley_grad(delta, grad)
             return pack(skew - skew.transpose(1, 2)), None
         return processor.cayley_grad(delta, grad), None

@@ -9,51 +9,20 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.autocast import as_computed, compute_dtype
-from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
+from oft_diffusion.kernels import block_rotate, block_rotate_shared
 
 if TYPE_CHECKING:
     from oft_diffusion.hooks import LayerHook
-    from oft_diffusion.kernels.processor_graph import Rebuilt
 
 
 class Ready(NamedTuple):
-    """A rotated input: of which tensor, by which delta, and at which version of that tensor."""
+    """A rotated input: of which tensor, by which delta, in which grad mode, and at which version of that tensor."""
 
     made_of: Tensor
     by: Tensor
     rotated: Tensor
+    grad: bool
     version: int
-
-
-class Prepared(NamedTuple):
-    """The rotations of an input that a processor's kernel does: of which slot, and the other layers that read it."""
-
-    slot: tuple[Tensor, ...]
-    plan: processor.Plan
-    others: Sequence[LayerHook]
-
-
-def prepare(
-    hooks: Iterable[LayerHook], *, grad: bool, source: Rebuilt | None = None, flat: Tensor | None = None
-) -> None:
-    """Look beforehand at what is to be rotated by what: all at once, which takes less time than layer by layer.
-
-    Args:
-        hooks: all of a component, whose slots are filled.
-        grad: which of the two.
-        source: what builds the deltas again in the backward, where something does.
-        flat: all of its deltas, of which those in the slots are parts.
-    """
-    for hook in hooks:
-        group = [hook] if hook.shared is None else hook.shared.hooks
-        slots = [other.grad_deltas if grad else other.eval_deltas for other in group]
-        hook.prepared = None
-        deltas = [slot[0] for slot in slots if slot and len(slot) == 1]
-        if group[0] is not hook or slots[0] is None or len(deltas) < len(group):
-            continue
-        unlike = {id(delta) for delta in deltas}  # layers that share a generator have one delta
-        if processor.takes(deltas) and len(unlike) == len(deltas):
-            hook.prepared = Prepared(slots[0], processor.plan_for(deltas, source, flat), group[1:])
 
 
 class SharedInput:
@@ -69,9 +38,10 @@ class SharedInput:
             if hook.shared is not None:
                 hook.shared.give_up()
             hook.shared = self
+        self._renew_plans()
 
-    def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
-        """What `block_rotate(x, delta)` gives, for one of the layers."""
+    def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
+        """What `block_rotate(x, delta)` gives, for one of the layers; None where the group has been given up."""
         ready = hook.ready
         if ready is None:
             return self._for_all(hook, x, delta)
@@ -80,6 +50,7 @@ class SharedInput:
         hook.ready = None
         if ready.made_of is not x or ready.version != _version(x):
             self.give_up()
+            return None
         return block_rotate(as_computed(x), delta)
 
     def ready_for(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
@@ -87,7 +58,7 @@ class SharedInput:
         ready = hook.ready
         if ready is None or ready.made_of is not x or ready.by is not delta or ready.version != _version(x):
             return None
-        if ready.rotated.requires_grad != _needs_grad(x, delta):
+        if ready.grad != torch.is_grad_enabled():
             return None
         if ready.rotated.dtype != (compute_dtype(x.device, x.dtype) or x.dtype):
             return None
@@ -97,9 +68,12 @@ class SharedInput:
     def give_up(self) -> None:
         """Let each of the layers rotate its input by itself from now on."""
         for hook in self.hooks:
-            hook.shared = hook.ready = hook.prepared = None
-        if not torch.compiler.is_compiling():
-            prepare(self.hooks, grad=False)  # constants stay in their slots
+            hook.shared = hook.ready = None
+        self._renew_plans()
+
+    def _renew_plans(self) -> None:
+        if self.hooks and not torch.compiler.is_compiling():
+            self.hooks[0].bank.plans.renew(self.hooks)
 
     def _for_all(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
         waiting = [
@@ -113,7 +87,7 @@ class SharedInput:
         made = [block_rotate(computed, delta)] if len(unlike) == 1 else block_rotate_shared(computed, unlike)
         for other, own in waiting:
             [rotated] = [y for y, known in zip(made, unlike, strict=True) if known is own]
-            other.ready = Ready(x, own, rotated, _version(x))
+            other.ready = Ready(x, own, rotated, torch.is_grad_enabled(), _version(x))
         return made[0]
 
 
@@ -126,15 +100,13 @@ def _alike(hook: LayerHook, delta: Tensor) -> Tensor | None:
     return own if own.dtype == delta.dtype and own.device == delta.device else None
 
 
-def hand_out(others: Sequence[LayerHook], x: Tensor, plan: processor.Plan, rotated: Sequence[Tensor]) -> None:
+def hand_out(others: Iterable[tuple[LayerHook, int]], x: Tensor, rotated: Sequence[Tensor], *, grad: bool) -> None:
     """Lay what was rotated for them beside the other layers."""
-    version = _version(x)
-    for other, delta, own in zip(others, plan.deltas[1:], rotated[1:], strict=True):
-        other.ready = Ready(x, delta, own, version)
-
-
-def _needs_grad(x: Tensor, delta: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad)
+    version = 0 if x.is_inference() else x._version
+    for other, which in others:
+        slot = other.grad_deltas if grad else other.eval_deltas
+        if slot:
+            other.ready = Ready(x, slot[0], rotated[which], grad, version)
 
 
 def _version(x: Tensor) -> int:

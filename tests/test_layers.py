@@ -50,6 +50,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/plan.py": Layer(_MATHS, "torch"),
     "oft_diffusion/deltas.py": Layer(f"{_MATHS} plan", "torch"),
     "oft_diffusion/offload.py": Layer("", "torch", name="bank"),
+    "oft_diffusion/prepared.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/sharing.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/audit.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),

@@ -77,11 +77,16 @@ def by_processor(x: Tensor, deltas: Sequence[Tensor]) -> processor.Plan | None:
     Raises:
         RuntimeError: what it would be given does not fit.
     """
+    return processor.plan_for(deltas) if is_for_processor(x, deltas) else None
+
+
+def is_for_processor(x: Tensor, deltas: Sequence[Tensor]) -> bool:
+    """Whether it is; raises as `by_processor` does."""
     if torch.compiler.is_compiling() or not processor.fits(x, deltas[0].shape[-1]):
-        return None
+        return False
     for delta in deltas:
         check(x, delta)
-    return processor.plan_for(deltas) if processor.takes(deltas) else None
+    return processor.takes(deltas)
 
 
 class _Rotate(torch.autograd.Function):

@@ -5,6 +5,7 @@
  * A sum never depends on how many threads share the work.
  */
 
+#include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -246,21 +247,35 @@ INLINE void unbuild_one(const float *delta, const float *grad, float *packed, in
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
 
-void oft_rotate(const float *x, long x_stride, const float *const *deltas, float *const *out, long rows, long blocks,
-                int count, int threads, int size) {
+/* Deltas lie so many bytes behind an address, which may be 0. At most 16 layers read one input. */
+#define DELTAS_AT(TYPE, NAME, base, offsets) \
+    TYPE NAME[16];                           \
+    for (int i = 0; i < count; i++) NAME[i] = (TYPE)((base) + (offsets)[i])
+
+void oft_rotate(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, float *const *out, long rows,
+                long blocks, int count, int threads, int size) {
+    DELTAS_AT(const float *, deltas, base, offsets);
 #define CALL(b) rotate_any(x, x_stride, deltas, out, rows, blocks, count, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
-/* dx and every dD, each where it is not NULL. */
-void oft_backward(const float *x, long x_stride, const float *const *deltas, const float *const *grads, float *dx,
-                  float *const *ddeltas, long rows, long blocks, int count, int threads, int size) {
-#define CALL(b)                                                                                          \
-    if (dx && rows) rotate_back_any(grads, deltas, dx, rows, blocks, count, threads, b);                 \
-    if (ddeltas) delta_grads_any(x, x_stride, grads, ddeltas, rows, blocks, count, threads, b)
-    FOR_SIZE(size, CALL)
+/* dx, where it is not NULL, and every dD, where they are to be: so many bytes behind an address, too, or NULL. */
+void oft_backward(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, const float *const *grads,
+                  float *dx, uintptr_t grad_base, const uintptr_t *grad_offsets, long rows, long blocks, int count,
+                  int threads, int size) {
+    if (dx && rows) {
+        DELTAS_AT(const float *, deltas, base, offsets);
+#define CALL(b) rotate_back_any(grads, deltas, dx, rows, blocks, count, threads, b)
+        FOR_SIZE(size, CALL)
 #undef CALL
+    }
+    if (grad_offsets) {
+        DELTAS_AT(float *, ddeltas, grad_base, grad_offsets);
+#define CALL(b) delta_grads_any(x, x_stride, grads, ddeltas, rows, blocks, count, threads, b)
+        FOR_SIZE(size, CALL)
+#undef CALL
+    }
 }
 
 void oft_build(const float *packed, float *delta, long blocks, float epsilon, int threads, int size) {

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import operator
 import os
 import platform
 import shutil
@@ -18,7 +17,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,24 +34,36 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _PLAIN = (Tensor, nn.Parameter)  # with memory of their own
 _address, _contiguous = Tensor.data_ptr, Tensor.contiguous
-_requires_grad = operator.attrgetter("requires_grad")
-_POINTERS = [struct.Struct(f"{count}P") for count in range(17)]  # by how many there are
+MOST_LAYERS = 16  # of one input
+_POINTERS = [struct.Struct(f"{count}P") for count in range(MOST_LAYERS + 1)]  # by how many there are
 _PER_THREAD = 2**17  # multiplications, below which another thread costs more than it saves
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _addresses, _sizes = ctypes.c_char_p, (_long, _long, _int, _int, _int)
+_deltas = (_pointer, _addresses)
 _SIGNATURES = {
-    "oft_rotate": (_pointer, _long, _addresses, _addresses, *_sizes),
-    "oft_backward": (_pointer, _long, _addresses, _addresses, _pointer, _addresses, *_sizes),
+    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes),
+    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes),
     "oft_build": (_pointer, _pointer, _long, ctypes.c_float, _int, _int),
     "oft_unbuild": (_pointer, _pointer, _pointer, _long, _int, _int),
 }
 
 
+# What of this is called for every layer runs cold in a model, where each Python function costs microseconds: hence
+# conditions that stand in one.
+
+
 def fits(x: Tensor, size: int) -> bool:
-    """Whether x can be rotated here by blocks of that size, or blocks be built here of generators like x."""
-    plain = type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu
-    return plain and size in SIZES and library() is not None and not _is_watched()
+    """Whether x can be rotated here by blocks of that size, or blocks be built here of generators like x.
+
+    It cannot where something looks at torch's operations, to trace, transform or count them, and would not see these.
+    """
+    return (
+        type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and size in SIZES and library() is not None
+        and not (torch._C._len_torch_dispatch_stack() and is_seen_by_modes())
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None and torch.autograd.forward_ad._current_level < 0
+    )  # fmt: skip
 
 
 def fits_gradients(x: Tensor, grads: Sequence[Tensor]) -> bool:
@@ -64,63 +75,92 @@ def takes(deltas: Sequence[Tensor]) -> bool:
     """Whether one input can be rotated here by all of these at once."""
     first = deltas[0]
     same = all(delta.shape == first.shape and delta.dtype == first.dtype and delta.is_cpu for delta in deltas)
-    return same and first.dim() == 3 and len(deltas) < len(_POINTERS) and fits(first, first.shape[-1])
+    return same and first.dim() == 3 and len(deltas) <= MOST_LAYERS and fits(first, first.shape[-1])
 
 
-def _is_watched(*grads: Tensor) -> bool:
-    """Whether something looks at torch's operations, to trace, transform or count them, and would not see these.
-
-    A mode that says `of_memory_alone` sees what is allocated for C.
+def derived_by_torch(x: Tensor, size: int, grads: Sequence[Tensor]) -> bool:
+    """Whether a backward is to be torch's own operations: it is to be derived once more, or something watches.
 
     Args:
-        grads: what a backward is given: of several vectors at once, each is a batch in disguise.
+        x: what was rotated.
+        size: of the blocks.
+        grads: what the backward is given: of several vectors at once, each is a batch in disguise.
     """
-    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
-    if torch._C._are_functorch_transforms_active() or not all(getattr(m, "of_memory_alone", False) for m in modes):
-        return True
-    if torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or not fits(x, size) or any(map(batched, grads))
 
 
-def derived_by_torch(*grads: Tensor) -> bool:
-    """Whether a backward is to be torch's own operations: it is to be derived once more, or something watches."""
-    return torch.is_grad_enabled() or _is_watched(*grads)
+def is_seen_by_modes() -> bool:
+    """Whether a mode wants to see operations. One that says `of_memory_alone` sees what is allocated for C."""
+    return not all(getattr(mode, "of_memory_alone", False) for mode in _get_current_dispatch_mode_stack())
+
+
+class Flat:
+    """All deltas of a component, `(blocks, b, b)`, which are other tensors in every forward: plans tell places in it.
+
+    Attributes:
+        tensor: contiguous, float32, in the graph where there is one; None between forwards.
+        address: where it lies, in bytes.
+        source: what builds it again in the backward; None without grad.
+        modes: of `torch.is_grad_enabled()`, in which it is to be rotated by now.
+    """
+
+    def __init__(self, *modes: bool) -> None:
+        self.tensor: Tensor | None = None
+        self.address = 0
+        self.source: Rebuilt | None = None
+        self.modes: tuple[bool, ...] = modes
+
+    def hold(self, tensor: Tensor, source: Rebuilt | None) -> None:
+        """Be that tensor from now on: with grad where there is a source, else without."""
+        self.tensor, self.address, self.source, self.modes = tensor, tensor.data_ptr(), source, (source is not None,)
+
+    def drop(self) -> None:
+        """Hold nothing."""
+        self.tensor, self.address, self.source, self.modes = None, 0, None, ()
+
+
+_FIXED = Flat()  # of plans for deltas of their own, which are to be used at once
 
 
 class Plan(NamedTuple):
-    """What can be known of deltas before the input comes: `plan_for`."""
+    """What can be known of the rotations of one input before it comes."""
 
-    deltas: tuple[Tensor, ...]
-    rows: tuple[Tensor, ...]  # the same, as C reads them
-    addresses: bytes
+    flat: Flat
+    offsets: bytes  # of each layer's deltas from its address
+    layers: int
     blocks: int
     size: int
     width: int
-    requires_grad: bool
-    source: Rebuilt | None = None
-    flat: Tensor | None = None  # the source's, of which the deltas are parts
-    starts: tuple[int, ...] = ()  # at which of its blocks they begin
+    starts: tuple[int, ...] = ()  # at which of its blocks each layer's deltas begin
+    deltas: tuple[Tensor, ...] = ()  # those of a fixed plan
+    rows: tuple[Tensor, ...] = ()  # the same, as C reads them
 
 
-def plan_for(deltas: Sequence[Tensor], source: Rebuilt | None = None, flat: Tensor | None = None) -> Plan:
+def plan_for(deltas: Sequence[Tensor], flat: Flat = _FIXED) -> Plan:
     """Prepare the rotations of one input.
 
     Args:
         deltas: `(r, b, b)` each, as `takes` takes them.
-        source: what builds them again in the backward; None where the graph is to keep them.
-        flat: the source's deltas `(blocks, b, b)`, contiguous, of which these are parts.
+        flat: holds nothing, and tells in which grad modes the plan is of use.
     """
     rows = (*map(_contiguous, deltas),)
     blocks, size, _ = rows[0].shape
-    addresses = _POINTERS[len(rows)].pack(*map(_address, rows))
-    begins = None if flat is None else flat.storage_offset()
-    starts = () if begins is None else (*((delta.storage_offset() - begins) // size**2 for delta in deltas),)
-    requires_grad = any(map(_requires_grad, deltas))
-    return Plan((*deltas,), rows, addresses, blocks, size, blocks * size, requires_grad, source, flat, starts)
+    offsets = _POINTERS[len(rows)].pack(*map(_address, rows))
+    return Plan(flat, offsets, len(rows), blocks, size, blocks * size, (), (*deltas,), rows)
 
 
-# In a model these two run cold, where each call of a Python function costs microseconds: hence so few.
+def plan_in(flat: Flat, starts: Sequence[int], blocks: int, size: int) -> Plan:
+    """Prepare the rotations of one input for all forwards.
+
+    Args:
+        flat: that will hold the deltas of each.
+        starts: at which of its blocks each layer's begin.
+        blocks: how many each has.
+        size: b.
+    """
+    offsets = _POINTERS[len(starts)].pack(*(4 * size * size * start for start in starts))
+    return Plan(flat, offsets, len(starts), blocks, size, blocks * size, (*starts,))
 
 
 def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
@@ -136,13 +176,13 @@ def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     stride = plan.width
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    shape, count = x.shape, len(plan.rows)
-    made = [*map(x.new_empty, [shape] * count)]
+    flat, offsets, count, blocks, size, width, *_ = plan
+    made = [*map(x.new_empty, [x.shape] * count)]
     if numbers := x.numel():
-        threads = min(torch.get_num_threads(), numbers * plan.size * count // _PER_THREAD) or 1
+        threads = min(torch.get_num_threads(), numbers * size * count // _PER_THREAD) or 1
         _library().oft_rotate(
-            x.data_ptr(), stride, plan.addresses, _POINTERS[count].pack(*map(_address, made)),
-            numbers // plan.width, plan.blocks, count, threads, plan.size,
+            x.data_ptr(), stride, flat.address, offsets, _POINTERS[count].pack(*map(_address, made)),
+            numbers // width, blocks, count, threads, size,
         )  # fmt: skip
     return made
 
@@ -162,42 +202,40 @@ def gradients(
     deltas = [*map(_contiguous, deltas)]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
     ddeltas = [*map(torch.empty_like, deltas)] if of_deltas else None
-    blocks, size, _ = deltas[0].shape
-    into = None if ddeltas is None else [*map(_address, ddeltas)]
-    rotate_back(x, [*map(_address, deltas)], grads, dx, into, blocks, size)
+    at = [*map(_address, ddeltas or ())]
+    rotate_back(x, plan_for(deltas), 0, grads, dx, 0, _POINTERS[len(at)].pack(*at) if at else None)
     return dx, ddeltas
 
 
 def rotate_back(
     x: Tensor,
-    deltas: Sequence[int],
+    plan: Plan,
+    address: int,
     grads: Sequence[Tensor],
     dx: Tensor | None,
-    ddeltas: Sequence[int] | None,
-    blocks: int,
-    size: int,
+    grad_address: int,
+    grad_offsets: bytes | None,
 ) -> None:
     """Write what `gradients` gives.
 
     Args:
         x: as `rotate` takes it.
-        deltas: addresses of deltas.
+        plan: by which it was rotated.
+        address: what the plan's offsets are from.
         grads: as `gradients` takes them.
         dx: where it is to be written, contiguous; None where it is not asked for.
-        ddeltas: addresses where they are to be written; None where they are not asked for.
-        blocks: r.
-        size: b.
+        grad_address: what the next are from.
+        grad_offsets: where every dD is to be written; None where they are not asked for.
     """
-    stride = x.shape[-1]
+    _, offsets, count, blocks, size, stride, *_ = plan
     if not x.is_contiguous():
         x, stride = _in_rows(x)
     grads = [*map(_contiguous, grads)]
-    numbers, count = x.numel(), len(grads)
-    pack = _POINTERS[count].pack
+    numbers = x.numel()
     threads = min(torch.get_num_threads(), numbers * size * count // _PER_THREAD) or 1
     _library().oft_backward(
-        x.data_ptr(), stride, pack(*deltas), pack(*map(_address, grads)),
-        None if dx is None else dx.data_ptr(), None if ddeltas is None else pack(*ddeltas),
+        x.data_ptr(), stride, address, offsets, _POINTERS[count].pack(*map(_address, grads)),
+        None if dx is None else dx.data_ptr(), grad_address, grad_offsets,
         numbers // max(1, blocks * size), blocks, count, threads, size,
     )  # fmt: skip
 
@@ -277,10 +315,7 @@ def _has_gnu_openmp() -> bool:
     return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text()
 
 
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found
+_library: Callable[[], ctypes.CDLL] = library  # type: ignore[assignment]  # where something fits, there is one
 
 
 def _compiled(compiler: Sequence[str]) -> Path:

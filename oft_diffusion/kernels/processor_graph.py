@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from oft_diffusion.kernels import processor
 from oft_diffusion.kernels.processor import Plan, derived_by_torch
@@ -29,10 +32,15 @@ def rotated(x: Tensor, plan: Plan) -> Sequence[Tensor]:
     Returns:
         x's shape each, contiguous.
     """
-    if not (plan.requires_grad or x.requires_grad) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return processor.rotate(x, plan)
     made: Sequence[Tensor]
-    made = _Rotate.apply(x, plan, *plan.deltas) if plan.flat is None else _RotateOnce.apply(x, plan.flat, plan)
+    if plan.flat.source is not None:
+        made = _by_flat(x, plan.flat.tensor, plan)
+    elif x.requires_grad or any(delta.requires_grad for delta in plan.deltas):
+        made = _Rotate.apply(x, plan, *plan.deltas)
+    else:
+        made = processor.rotate(x, plan)
     return made
 
 
@@ -41,19 +49,17 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan, *deltas: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *deltas)
         return (*processor.rotate(x, plan),)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *deltas = ctx.saved_tensors
-        given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-        if derived_by_torch(*given):
-            dx, *of_each = _gradients_in_torch(x, deltas, given)
+        if derived_by_torch(x, deltas[0].shape[-1], grads):
+            dx, *of_each = _gradients_in_torch(x, deltas, grads)
             return (dx, None, *of_each)
         of_x, _, *of_deltas = ctx.needs_input_grad
-        own, ddeltas = processor.gradients(x, deltas, given, of_x=of_x, of_deltas=True in of_deltas)
+        own, ddeltas = processor.gradients(x, deltas, grads, of_x=of_x, of_deltas=True in of_deltas)
         each: Sequence[Tensor | None] = [None] * len(deltas) if ddeltas is None else ddeltas
         return (own, None, *each)
 
@@ -72,18 +78,21 @@ def _gradients_in_torch(x: Tensor, deltas: Sequence[Tensor], grads: Sequence[Ten
 # -- deltas that are built again ---------------------------------------------------------------------------------------
 
 
+Build = Callable[[Sequence[Tensor]], Tensor]
+
+
 class Rebuilt:
     """The deltas of one forward, which its backward builds once more, and drops at its end.
 
     Args:
-        build: makes all of them, `(blocks, b, b)`, float32, differentiable, of what it reads.
-        read: the tensors that it reads, at least one of which requires grad.
+        build: makes all of them, `(blocks, b, b)`, float32, of what is trained, differentiable: the same every time.
+        trained: the parameters. Their versions are watched, as far as torch counts them (not of writes to `.data`).
     """
 
-    def __init__(self, build: Callable[[], Tensor], read: Sequence[Tensor]) -> None:
+    def __init__(self, build: Build, trained: Sequence[Tensor]) -> None:
         self.build = build
-        self.trained = [tensor for tensor in read if tensor.requires_grad]
-        self._read = [(tensor, tensor._version) for tensor in read]
+        self.trained = trained
+        self._versions = [parameter._version for parameter in trained]
         self._backwards: dict[int, _Backward] = {}  # that are going on: nearly always one
 
     def for_forward(self) -> Tensor:
@@ -95,13 +104,13 @@ class Rebuilt:
         """What there is of them in the backward that is going on.
 
         Raises:
-            RuntimeError: what they are made of has changed since the forward.
+            RuntimeError: a parameter has changed since the forward.
         """
         task = torch._C._current_graph_task_id()
         found = self._backwards.get(task)
         if found is None:
             self._check_versions()
-            found = self._backwards[task] = _Backward(self.build)
+            found = self._backwards[task] = _Backward(self.build, self.trained)
             Variable._execution_engine.queue_callback(functools.partial(self._end, task))
         return found
 
@@ -109,61 +118,58 @@ class Rebuilt:
         del self._backwards[task]
 
     def _check_versions(self) -> None:
-        for tensor, version in self._read:
-            if tensor._version != version:
+        for parameter, version in zip(self.trained, self._versions, strict=True):
+            if parameter._version != version:
                 raise RuntimeError(
-                    f"{tuple(tensor.shape)} numbers of an adapter have been modified by an inplace operation between a "
-                    "forward and its backward, which builds that forward's rotations again: call backward() before "
-                    "the optimizer's step, and before another adapter is loaded in place of this"
+                    f"generators {tuple(parameter.shape)} of an adapter have been modified by an inplace operation "
+                    "between a forward and its backward, which builds that forward's rotations again: call backward() "
+                    "before the optimizer's step"
                 )
 
 
 class _Backward:
     """Deltas in one backward, built when they are first asked for, and what it has found of their gradients."""
 
-    def __init__(self, build: Callable[[], Tensor]) -> None:
-        self.flat = _apart(build)
+    def __init__(self, build: Build, trained: Sequence[Tensor]) -> None:
+        self._aliases, self.flat = _apart(build, trained)
         self.values = self.flat.detach()
         self._grad: Tensor | None = None
         self._written: dict[int, int] = {}  # where, and how many blocks; elsewhere nothing has been written yet
 
-    def rotate_back(
-        self, x: Tensor, starts: Sequence[int], blocks: int, grads: Sequence[Tensor], *, of_x: bool
-    ) -> Tensor | None:
+    def rotate_back(self, x: Tensor, plan: Plan, grads: Sequence[Tensor], *, of_x: bool) -> Tensor | None:
         """The dx of a rotation, where it is asked for; its dD are kept.
 
         Args:
             x: as `rotated` took it.
-            starts: at which block each layer's deltas begin.
-            blocks: how many they are.
+            plan: by which it was rotated.
             grads: of what `rotated` returned, x's shape and dtype.
             of_x: whether dx is asked for.
         """
         if self._grad is None:
             self._grad = torch.empty_like(self.values)
-        if self._written.keys().isdisjoint(starts):
-            self._written.update(dict.fromkeys(starts, blocks))
-            size = self.values.shape[-1]
-            step = 4 * size * size  # bytes
-            deltas, into = ([t.data_ptr() + start * step for start in starts] for t in (self.values, self._grad))
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-            processor.rotate_back(x, deltas, grads, dx, into, blocks, size)
-            return dx
-        own = [self.values.narrow(0, start, blocks) for start in starts]  # of a layer that was called twice
-        dx, found = processor.gradients(x, own, grads, of_x=of_x)
-        for start, more in zip(starts, found or (), strict=True):
-            part = self._grad.narrow(0, start, blocks)
-            part.copy_(part + more if start in self._written else more)
-            self._written[start] = blocks
+        if not self._written.keys().isdisjoint(plan.starts):
+            return self._rotate_back_again(x, plan, grads, of_x=of_x)
+        self._written.update(dict.fromkeys(plan.starts, plan.blocks))
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+        processor.rotate_back(x, plan, self.values.data_ptr(), grads, dx, self._grad.data_ptr(), plan.offsets)
         return dx
 
-    def gradients(self, trained: Sequence[Tensor], grad: Tensor | None) -> Sequence[Tensor | None]:
-        """What has been found, and what came by the graph, as gradients of what the deltas are made of."""
+    def _rotate_back_again(self, x: Tensor, plan: Plan, grads: Sequence[Tensor], *, of_x: bool) -> Tensor | None:
+        """The same of a layer that was called twice."""
+        dx, found = processor.gradients(x, parts(self.values, plan), grads, of_x=of_x)
+        assert self._grad is not None
+        for start, part, more in zip(plan.starts, parts(self._grad, plan), found or (), strict=True):
+            part.copy_(part + more if start in self._written else more)
+            self._written[start] = plan.blocks
+        return dx
+
+    def gradients(self, grad: Tensor | None) -> Sequence[Tensor | None]:
+        """What has been found, and what came by the graph, as gradients of the parameters."""
         found = self._found()
         total = found if grad is None else grad if found is None else found + grad
         if total is None:
-            return [None] * len(trained)
-        return torch.autograd.grad(self.flat, trained, total, create_graph=torch.is_grad_enabled())
+            return [None] * len(self._aliases)
+        return torch.autograd.grad(self.flat, self._aliases, total, create_graph=torch.is_grad_enabled())
 
     def _found(self) -> Tensor | None:
         if self._grad is not None and sum(self._written.values()) < len(self._grad):
@@ -174,47 +180,66 @@ class _Backward:
         return self._grad
 
 
-def _apart(build: Callable[[], Tensor]) -> Tensor:
-    """Build in a graph of its own, of which whoever is keeping count of what is saved (checkpointing) hears nothing."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
-        return build()
+def unseen() -> AbstractContextManager[object]:
+    """Inside, modes that look at torch's operations see none, as they would not of a part that is not recomputed."""
+    return _disable_current_modes() if processor.is_seen_by_modes() else nullcontext()
+
+
+def _apart(build: Build, trained: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Build in a graph of its own, of which whoever counts what is saved or computed (checkpointing) hears nothing.
+
+    Returns:
+        Aliases of the parameters, whose own hooks are not to be called there, and the deltas.
+    """
+    with unseen(), torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        aliases = [parameter.view_as(parameter) for parameter in trained]
+        for alias in aliases:
+            if not alias.requires_grad:  # frozen since the forward
+                alias.requires_grad_()
+        return aliases, build(aliases)
 
 
 class _Made(torch.autograd.Function):
-    """From what deltas are made of to the deltas. It keeps what autograd can tell the age of, and no deltas."""
+    """From parameters to deltas. It keeps what autograd can tell the age of, and no deltas."""
 
     @staticmethod
     def forward(ctx: Any, source: Rebuilt, *trained: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*trained)
         ctx.source = source
-        return _apart(source.build).detach()
+        return _apart(source.build, trained)[1].detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.source.in_backward().gradients(ctx.saved_tensors, grad))
+        return (None, *ctx.source.in_backward().gradients(grad))
 
 
-class _RotateOnce(torch.autograd.Function):
+def parts(flat: Tensor, plan: Plan) -> list[Tensor]:
+    """Each layer's part of a tensor of all blocks."""
+    return [flat.narrow(0, start, plan.blocks) for start in plan.starts]
+
+
+class _RotateByFlat(torch.autograd.Function):
     """By deltas that are built again. `flat`, all of them, stands for them in the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flat: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        ctx.of = plan.source, plan.starts, plan.blocks
+        ctx.plan, ctx.source = plan, plan.flat.source
         return (*processor.rotate(x, plan),)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        source, starts, blocks = ctx.of
-        given = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-        deltas = source.in_backward()
-        if not derived_by_torch(*given):
-            return deltas.rotate_back(x, starts, blocks, given, of_x=ctx.needs_input_grad[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), plan = ctx.saved_tensors, ctx.plan
+        deltas = ctx.source.in_backward()
+        if not derived_by_torch(x, plan.size, grads):
+            return deltas.rotate_back(x, plan, grads, of_x=ctx.needs_input_grad[0]), None, None
         flat = deltas.flat if torch.is_grad_enabled() else deltas.values
-        dx, *of_each = _gradients_in_torch(x, [flat.narrow(0, start, blocks) for start in starts], given)
-        rest = len(flat) - blocks
-        spread = [pad(one, (0, 0, 0, 0, at, rest - at)) for one, at in zip(of_each, starts, strict=True)]
+        dx, *of_each = _gradients_in_torch(x, parts(flat, plan), grads)
+        rest = len(flat) - plan.blocks
+        spread = [pad(one, (0, 0, 0, 0, at, rest - at)) for one, at in zip(of_each, plan.starts, strict=True)]
         return dx, torch.stack(spread).sum(0), None
+
+
+# What `Function.apply` does beside this is for functorch's transforms, which do not come here.
+_by_flat = super(torch.autograd.Function, _RotateByFlat).apply

@@ -20,6 +20,7 @@ from oft_diffusion.kernels.block_rotate import (
     blocks_first,
     by_processor,
     check,
+    is_for_processor,
     is_small,
     is_wide,
     kernel_form,
@@ -105,7 +106,7 @@ def separate_grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: boo
 
 def _grads(x: Tensor, deltas: list[Tensor], grads: list[Tensor], dx: bool, ddelta: bool) -> list[Tensor]:
     """dx, and every dD, `(r, b, b)`: what is asked for of these."""
-    if by_processor(x, deltas) is not None and processor.fits_gradients(x, grads):
+    if is_for_processor(x, deltas) and processor.fits_gradients(x, grads):
         own, each = processor.gradients(x, deltas, grads, of_x=dx, of_deltas=ddelta)
         return [*([] if own is None else [own]), *(each or [])]
     kernels = kernels_for(x, deltas)

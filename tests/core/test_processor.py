@@ -1,16 +1,8 @@
-"""The rotations in C: against their definition in float64, and what a machine without a compiler gets."""
+"""The rotations in C: against their definition in float64, and left alone where something watches."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,14 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.methods import kernels_switched
-from oft_diffusion import OFTConfig, inject_oft, rotation
+from oft_diffusion import OFTConfig, rotation
 from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor, processor_graph
 from oft_diffusion.kernels.block_rotate import by_processor
 from oft_diffusion.training.memory import LiveStorages
 from tests.core import rotate_cases as cases
 from tests.core.reference import random_packed, relative
-from tests.library.support import excite
 
 BLOCKS = 3
 needs_kernels = pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
@@ -238,93 +228,6 @@ def test_a_block_that_the_series_does_not_suit_is_solved(of: float) -> None:
     assert of < 10 or not torch.isfinite(made[2]).any()
 
 
-def asked(environment: dict[str, str]) -> str:
-    """Whether a new process has the library, and what it makes of a rotation either way."""
-    code = (
-        "import torch; from oft_diffusion.kernels import block_rotate, processor; x, d = torch.ones(2, 8), "
-        "torch.ones(1, 8, 8); print(processor.library() is not None, block_rotate(x, d).sum().item())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    assert not run.stderr
-    return run.stdout.strip()
-
-
-@needs_kernels
-def test_the_library_is_compiled_once_and_without_it_torch_does(tmp_path: Path) -> None:
-    cache = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert asked(cache) == "True 144.0"
-    [made] = (tmp_path / "oft_diffusion").iterdir()
-    assert not stat.S_IMODE(made.parent.stat().st_mode) & 0o077
-    written = made.stat().st_mtime_ns
-    assert asked(cache) == "True 144.0"
-    assert made.stat().st_mtime_ns == written
-    assert asked(cache | {"OFT_DIFFUSION_KERNELS": "0"}) == "False 144.0"
-    made.parent.chmod(0o777)  # where others could have put it
-    assert asked(cache) == "False 144.0"
-
-
-@needs_kernels
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "true"])
-def test_a_compiler_that_cannot_is_no_error(compiler: str, tmp_path: Path) -> None:
-    """One that refuses, none, and one that says that all is well and writes nothing."""
-    assert asked({"XDG_CACHE_HOME": str(tmp_path), "CC": compiler}) == "False 144.0"
-    left = tmp_path / "oft_diffusion"
-    assert not left.exists() or not list(left.iterdir())
-
-
-@needs_kernels
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert asked({"XDG_CACHE_HOME": str(tmp_path / "file")}) == "False 144.0"
-
-
-on_linux_with_gcc = pytest.mark.skipif(
-    platform.system() != "Linux" or shutil.which("gcc") is None, reason="no gcc, or no Linux"
-)
-
-
-@on_linux_with_gcc
-def test_where_there_is_gcc_the_library_is_there() -> None:
-    """Or all others here would be skipped, whatever is wrong with the C."""
-    assert processor.library() is not None
-
-
-@on_linux_with_gcc
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(("-mno-avx512f",), id="half as many lanes"),
-        pytest.param(("-O1", "-fsanitize=undefined", "-fno-sanitize-recover"), id="sanitized"),
-    ],
-)
-def test_other_compilations_warn_of_nothing_and_compute_the_same(
-    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warned = (*processor._FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags)
-    monkeypatch.setattr(processor, "_FLAGS", warned)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    other = processor._loaded.__wrapped__()
-    assert other is not None
-    monkeypatch.setattr(processor, "library", lambda: other)
-    for size in processor.SIZES:
-        x, deltas = cases.draw(13, BLOCKS * size, seed=2, device="cpu"), each(size, 2)
-        made = processor.rotate(x, processor.plan_for(deltas))
-        dx, ddeltas = processor.gradients(x, deltas, made)
-        expected, expected_deltas = derivatives(x, deltas, made)
-        assert cases.error(made[1], cases.rotated(x, deltas[1][None])) < 5e-7
-        assert dx is not None
-        assert ddeltas is not None
-        assert cases.error(dx, expected) < 1e-6
-        assert cases.error(ddeltas[1], expected_deltas[1]) < 1e-6
-        packed = random_packed(3, size, 1).float()
-        delta = processor.cayley_delta(packed, size)
-        assert delta is not None
-        assert relative(delta, rotation._by_solving(rotation.unpack(packed))) < 1e-6
-        assert processor.cayley_grad(delta, delta).isfinite().all()
-
-
 @needs_kernels
 def test_gradients_of_several_vectors_at_once_and_forward_mode() -> None:
     """What hands in batches, or asks for tangents, gets torch's own operations."""
@@ -358,68 +261,3 @@ def test_more_layers_than_c_takes_at_once() -> None:
     x, deltas = cases.draw(4, 16, seed=0, device="cpu"), each(8, 20, blocks=2)
     for out, delta in zip(block_rotate_shared(x, deltas), deltas, strict=True):
         assert cases.error(out, cases.rotated(x, delta[None])) < 1e-6
-
-
-class Pair(torch.nn.Module):
-    """Two layers of one input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_k, self.to_v = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_k(x) * self.to_v(x)
-        return out
-
-
-class Model(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attn2, self.out = Pair(), torch.nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.attn2(x))
-        return out
-
-
-@needs_kernels
-def test_what_is_known_of_deltas_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a training forward for each input, of frozen adapters never again; and it follows every change."""
-    model = Model()
-    bank = inject_oft(model, OFTConfig(8, targets=("attn2.to_.*", "out")))
-    excite(bank)
-    x, made, real = torch.randn(5, 32), [], processor.plan_for
-
-    def noted(deltas: list[Tensor], *others: Any) -> processor.Plan:
-        made.append(len(deltas))
-        return real(deltas, *others)
-
-    monkeypatch.setattr(processor, "plan_for", noted)
-    model(x).sum().backward()
-    assert sorted(made) == [1, 2]
-    bank.freeze("default")
-    made.clear()
-
-    def expected() -> Tensor:
-        with kernels_switched(on=False):
-            return model(x)
-
-    for change in (
-        lambda: None,
-        lambda: bank.swap("default", {site: 2 * t for site, t in bank.effective_generators("default").items()}),
-        lambda: bank.activate("default", 0.5),
-        lambda: bank.activate("default"),
-    ):
-        change()
-        made.clear()
-        torch.testing.assert_close(model(x), expected())
-        model(x)
-        assert made == []
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x), expected(), rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(model(x), expected())
-    assert model.double()(x.double()).dtype == torch.float64
-    before = model.float()(x)
-    assert len([hook for hook in bank.hooks.values() if hook.prepared is not None]) == 2
-    torch.testing.assert_close(before, expected())

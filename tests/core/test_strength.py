@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oft_diffusion import OFTConfig, hooks, inject_oft, sharing
 from oft_diffusion.bank import OFTBank
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.kernels import processor
+from oft_diffusion.kernels import processor_graph
 from tests.core.reference import SEEDS, dense_rotation, relative, two_layers, unet_inputs
 from tests.library.support import excite, tiny_unet
 
@@ -169,7 +169,7 @@ def test_a_trainable_adapter_at_strength_0_costs_no_rotation_and_is_back_afterwa
         return call
 
     rotations = [(hooks, "block_rotate"), (sharing, "block_rotate"), (sharing, "block_rotate_shared")]
-    for module, name in (*rotations, (processor, "rotated")):
+    for module, name in (*rotations, (processor_graph, "rotated")):
         monkeypatch.setattr(module, name, noted(getattr(module, name)))
     unet = tiny_unet()
     inputs = unet_inputs(unet)

@@ -1,0 +1,114 @@
+"""What C is told of the layers' rotations (`kernels.processor`), put together before their inputs come.
+
+All at once that takes less time than layer by layer, and where one tensor holds all deltas it is done once for all
+forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from oft_diffusion.kernels import processor
+from oft_diffusion.plan import Stage
+
+if TYPE_CHECKING:
+    from oft_diffusion.hooks import LayerHook
+    from oft_diffusion.kernels.processor_graph import Rebuilt
+
+
+class Prepared(NamedTuple):
+    """The rotations of one input, for the layer that is called first: which is its own, and the others'."""
+
+    plan: processor.Plan
+    own: int
+    others: Sequence[tuple[LayerHook, int]]
+
+
+class Plans:
+    """Those of a component's hooks.
+
+    Args:
+        hooks: all of the component, by site; read anew each time.
+    """
+
+    def __init__(self, hooks: Mapping[str, LayerHook]) -> None:
+        self._hooks = hooks
+        self._flat = processor.Flat()  # of the forward that is going on
+        self._stage: Stage | None = None  # whose forwards all are planned for
+        self._slots = processor.Flat()  # in which grad modes those for slots are of use
+
+    def forget(self) -> None:
+        """Have no plans."""
+        self._stage = None
+        for hook in self._hooks.values():
+            hook.prepared = None
+
+    def for_slots(self, *modes: bool) -> None:
+        """Plan for the deltas that are in the slots, for as long as they are there.
+
+        Args:
+            modes: of `torch.is_grad_enabled()`, whose slots these are: both for constants, which are in both.
+        """
+        self._stage, self._slots = None, processor.Flat(*modes)
+        self.renew(self._hooks.values())
+
+    def for_forward(self, stage: Stage, deltas: Tensor, source: Rebuilt | None) -> None:
+        """Name the deltas of a forward, which are one stage's, and plan for all its forwards, where that is to be done.
+
+        Args:
+            stage: all that is active.
+            deltas: `(blocks, b, b)`, contiguous, float32; in the graph where there is one.
+            source: what builds them again in the backward; None without grad.
+        """
+        if self._stage is not stage:
+            self._stage = stage
+            self.renew(self._hooks.values())
+        self._flat.hold(deltas, source)
+
+    def end_forward(self) -> None:
+        """Let go of the deltas of a forward."""
+        self._flat.drop()
+        if self._stage is None:
+            self.forget()
+
+    def holds(self, source: Rebuilt) -> bool:
+        """Whether it is that source's deltas that are rotated by now."""
+        return self._flat.source is source
+
+    def renew(self, hooks: Iterable[LayerHook]) -> None:
+        """Plan for these hooks again: which of them read one input may have changed."""
+        for hook in hooks:
+            group = [hook] if hook.shared is None else hook.shared.hooks
+            if group[0] is hook:
+                found = self._by_slots(group) if self._stage is None else self._by_stage(group, self._stage)
+                for one in group:
+                    one.prepared = None
+                    if found is not None:
+                        plan, which = found
+                        others = [pair for pair in zip(group, which, strict=True) if pair[0] is not one]
+                        one.prepared = Prepared(plan, which[group.index(one)], others)
+
+    def __getstate__(self) -> dict[str, object]:
+        return dict(self.__dict__, _stage=None, _flat=processor.Flat())  # copies of hooks have no plans
+
+    def _by_slots(self, group: Sequence[LayerHook]) -> tuple[processor.Plan, Sequence[int]] | None:
+        slots = [hook.grad_deltas if True in self._slots.modes else hook.eval_deltas for hook in group]
+        deltas = [slot[0] for slot in slots if slot and len(slot) == 1]
+        unlike = {id(delta): delta for delta in deltas}  # layers that share a generator have one delta
+        if len(deltas) < len(group) or not processor.takes([*unlike.values()]):
+            return None
+        order = [*unlike]
+        return processor.plan_for([*unlike.values()], self._slots), [order.index(id(delta)) for delta in deltas]
+
+    def _by_stage(self, group: Sequence[LayerHook], stage: Stage) -> tuple[processor.Plan, Sequence[int]] | None:
+        entries = [stage.sites[hook.site] for hook in group if hook.site in stage.sites]
+        order, counts = [*dict.fromkeys(entries)], {stage.blocks[entry] for entry in entries}
+        if len(entries) < len(group) or len(counts) > 1 or len(order) > processor.MOST_LAYERS:
+            return None
+        begins = dict(zip(stage.blocks, accumulate(stage.blocks.values(), initial=0), strict=False))
+        plan = processor.plan_in(self._flat, [begins[entry] for entry in order], counts.pop(), stage.block_size)
+        return plan, [order.index(entry) for entry in entries]
