@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import OFTConfig as PeftOFTConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.counting import largest_allocation, leaf_operations, saved_bytes
+from benchmarks.counting import largest_allocation, leaf_operations, python_calls, saved_bytes
 from benchmarks.methods import kernels_switched
 from oft_diffusion import OFTConfig, inject_oft, load_oft_state_dict, merge_oft, oft_state_dict, unmerge_oft
 from oft_diffusion.kernels import processor
@@ -150,6 +151,24 @@ def test_of_several_images_no_more_is_saved_than_of_lora() -> None:
             forward(model, of_inputs=False, images=4), [*model.parameters(), *parameters]
         )
     assert saved["ours"] <= saved["lora"]
+
+
+def backward(call: Callable[[], Tensor]) -> None:
+    call().backward()
+
+
+@pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
+def test_in_c_a_step_enters_half_the_functions_that_it_does_with_lora() -> None:
+    found = {}
+    for build in (plain, ours, lora):
+        model, _ = build()
+        call = forward(model, of_inputs=build is plain)
+        for _ in range(2):
+            call().backward()
+        found[build.__name__] = python_calls(partial(backward, call))
+    own, peft = (found[name] - found["plain"] for name in ("ours", "lora"))
+    assert peft > 3000, "the count misses what LoRA does"
+    assert 0 < own <= 0.55 * peft
 
 
 WIDE = 256
