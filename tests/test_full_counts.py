@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.counting import saved_bytes
 from benchmarks.full_counts import COUNTED, Step, counts, steps, table
-from benchmarks.methods import BASE, EQUAL_LORA, LORA, METHODS, OURS, PEFT_OFT, WEIGHT_CENTRIC
+from benchmarks.methods import BASE, EQUAL_LORA, LORA, METHODS, OURS, PEFT_OFT, WEIGHT_CENTRIC, kernels_switched
 from benchmarks.speed_setups import STACK
 from benchmarks.works import WORKS, Sizes
 from oft_diffusion.training.memory import LiveStorages
 
 
+@pytest.fixture
+def plain_torch() -> Iterator[None]:
+    """Without the kernels in C, which keep no D."""
+    with kernels_switched(on=False):
+        yield
+
+
 @pytest.mark.parametrize("method", [OURS, LORA, PEFT_OFT, WEIGHT_CENTRIC])
-def test_counts_without_numbers_are_those_with_them(method: str) -> None:
+def test_counts_without_numbers_are_those_with_them(method: str, plain_torch: None) -> None:
     found = counts(STACK, method, checkpointing=False)
     work = WORKS[STACK](Sizes()).requires_grad_(False).train()
     trained = METHODS[method].adapt(work.denoiser, work.targets()[0], 32).trained
