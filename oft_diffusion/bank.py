@@ -362,9 +362,10 @@ class OFTBank(AdapterChoice):
         self._plan_for_slots()
 
     def _plan_for_slots(self) -> None:
-        self.plans.forget()
         if self._placement == _BY_C and not torch.compiler.is_compiling():
             self.plans.for_slots(*((self._in_grad_forward,) if self._trainable() else (False, True)))
+        else:
+            self.plans.forget()
 
     # -- what nn.Module would get wrong -------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from benchmarks.counting import saved_bytes
@@ -14,15 +12,9 @@ from benchmarks.works import WORKS, Sizes
 from oft_diffusion.training.memory import LiveStorages
 
 
-@pytest.fixture
-def plain_torch() -> Iterator[None]:
-    """Without the kernels in C, which keep no D."""
-    with kernels_switched(on=False):
-        yield
-
-
 @pytest.mark.parametrize("method", [OURS, LORA, PEFT_OFT, WEIGHT_CENTRIC])
-def test_counts_without_numbers_are_those_with_them(method: str, plain_torch: None) -> None:
+@kernels_switched(on=False)  # C keeps no D
+def test_counts_without_numbers_are_those_with_them(method: str) -> None:
     found = counts(STACK, method, checkpointing=False)
     work = WORKS[STACK](Sizes()).requires_grad_(False).train()
     trained = METHODS[method].adapt(work.denoiser, work.targets()[0], 32).trained

@@ -199,11 +199,11 @@ def gradients(
         of_x: whether dx is asked for.
         of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
     """
-    deltas = [*map(_contiguous, deltas)]
+    plan = plan_for(deltas)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-    ddeltas = [*map(torch.empty_like, deltas)] if of_deltas else None
+    ddeltas = [*map(torch.empty_like, plan.rows)] if of_deltas else None
     at = [*map(_address, ddeltas or ())]
-    rotate_back(x, plan_for(deltas), 0, grads, dx, 0, _POINTERS[len(at)].pack(*at) if at else None)
+    rotate_back(x, plan, 0, grads, dx, 0, _POINTERS[len(at)].pack(*at) if at else None)
     return dx, ddeltas
 
 

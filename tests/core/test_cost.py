@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,6 @@ def forward(model: Any, *, of_inputs: bool, autocast: bool = False, images: int 
     return call
 
 
-@pytest.fixture
-def plain_torch() -> Iterator[None]:
-    with kernels_switched(on=False):
-        yield
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "autocast"])
 def figures(request: pytest.FixtureRequest) -> dict[str, tuple[int, int]]:
     """Operations of a step, and bytes that its forward saves; ours in plain PyTorch, where all of them are seen."""
@@ -125,7 +119,8 @@ def test_in_c_a_rotation_is_one_call_and_so_is_its_backward(monkeypatch: pytest.
     assert own - base < inputs
 
 
-def test_drawing_adds_a_product_and_a_sum_to_each_layer(plain_torch: None) -> None:
+@kernels_switched(on=False)
+def test_drawing_adds_a_product_and_a_sum_to_each_layer() -> None:
     model = unet()
     draw = torch.no_grad()(forward(model, of_inputs=False))
     base = leaf_operations(draw)
