@@ -179,9 +179,9 @@ class Queue:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What differs from pocket.toml: the dtype where bfloat16 is emulated; in a trial the length, warm-up and decay."""
+    """What differs from pocket.toml: the dtype, unless it is bfloat16; in a trial the length, warm-up and decay."""
     found: dict[str, Any] = {} if options.sampling_steps is None else {"sampling_steps": options.sampling_steps}
-    if not computes_in_bfloat16(options.device):
+    if options.float32 or not computes_in_bfloat16(options.device):
         found["mixed_precision"] = "no"
     if options.steps is not None:
         usual = TrainConfig.from_toml(CONFIG, {"model": "pocket", "output_dir": "unused"})
@@ -246,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=1, help="processes at once (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, help="after these no run is begun")
+    add("--float32", action="store_true", help="even where the processor computes in bfloat16")
     add("--busy", action="store_true", help="other work runs meanwhile: show no times")
     add("--quantizations", nargs="+", default=QUANTIZATIONS, choices=QUANTIZATIONS)
     add("--methods", nargs="+", default=METHODS, choices=(*METHODS, *ON_DEMAND))
