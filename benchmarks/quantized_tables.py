@@ -132,6 +132,8 @@ def _searched(done: Sequence[Row]) -> list[str]:
         rates = [r for m, r, e in tried if m == method and e == epsilon]
         edge = chosen and len(rates) > 1 and rate in (min(rates), max(rates))
         note = "chosen, at the edge of what was tried" if edge else "chosen" if chosen else ""
+        if len({(r, e) for m, r, e in tried if m == method}) == 1:
+            note = "not searched here"
         shares = [f"{100 * _mean(own, name):.1f}" for name in ("hit_and_fidelity", "hit", "fidelity", "preservation")]
         losses = [f"{_mean(own, name):.4f}" for name in ("loss", "validation_loss")]
         lines.append(f"| {method} | {rate:g} | {epsilon:g} | {len(own)} | {' | '.join((*shares, *losses))} | {note} |")

@@ -81,7 +81,10 @@ def final_tasks(options: argparse.Namespace, config: TrainConfig, rows: Sequence
     settings = {OURS: (config.learning_rate, config.adam_epsilon)}
     for method in options.methods:
         if method != OURS:
-            if (found := best(rows, method)) is None:
+            found = best(rows, method)
+            if found is None and options.times:  # which do not depend on it
+                found = settings[OURS]
+            if found is None:
                 raise SystemExit(f"{options.file} has no search for {method}: run --search first, with this setup")
             settings[method] = found
     purpose = "times" if options.times else "final"

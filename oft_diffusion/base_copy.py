@@ -90,7 +90,7 @@ class BaseCopy:
     def has_changed(self, name: str, weight: Weight) -> bool:
         """Whether a merged weight is another by now, not only rounded: cast, or with a LoRA fused and unfused."""
         then = self._merged[name]
-        # A cast to 16 bits and back may lie behind it, or bitsandbytes' packing, which rounds scales.
+        # A cast to 16 bits and back may lie behind it.
         eps = torch.finfo(torch.float32 if isinstance(weight, QuantizedWeight) else weight.dtype).eps
         rounding = max(eps / 2, 2.0**-10)
         return bool((_sample(weight) - then).norm() > 4.0 * rounding * then.norm())

@@ -210,6 +210,8 @@ class GraphMark:
             AdapterError: an earlier forward under other settings awaits its backward: checkpointed parts of it would
                 be recomputed with the new deltas, and its gradients silently wrong.
         """
+        if torch._C._current_graph_task_id() != -1:  # a backward recomputes the whole component
+            return [_Tie.apply(flat) if flat.requires_grad else flat for flat in flats]
         self._nodes = [node for node in self._nodes if _awaits_backward(node)]
         if self._nodes and self._active != active:
             raise AdapterError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oft_diffusion.autocast import as_computed, compute_dtype
 from oft_diffusion.errors import AdapterError, TargetError
+from oft_diffusion.frozen import freeze_quantized, thaw_quantized
 from oft_diffusion.kernels import block_rotate, processor, processor_graph
 from oft_diffusion.offload import stored
 from oft_diffusion.plan import Place, layer_of
@@ -270,7 +271,8 @@ def bank_of(model: nn.Module) -> OFTBank | None:
 
 
 def attach(model: nn.Module, bank: OFTBank) -> None:
-    """Register the component's hooks."""
+    """Register the component's hooks, and have its quantized layers keep nothing."""
+    freeze_quantized(model)
     model.register_forward_pre_hook(ComponentHook(bank), with_kwargs=True)
     model.register_forward_hook(ComponentEndHook(bank), always_call=True)
 
@@ -289,7 +291,8 @@ def detach_mixing(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove every hook of ours from `model` and all its submodules."""
+    """Remove every hook of ours from `model` and all its submodules, and whatever else `attach` did."""
+    thaw_quantized(model)
     for module in model.modules():
         _remove(module, (LayerHook, ComponentHook, ComponentEndHook, MixingHook))
 

@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from torch import nn
 
@@ -212,7 +213,8 @@ def _from_folder(
     denoiser_file: str | Path | None,
 ) -> Any:
     local = Path(model)
-    if local.exists() and not (local / "model_index.json").is_file():
+    folder = local if local.exists() else _configs_of(str(model))
+    if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"{model} is no diffusers pipeline: it has no model_index.json",
             expected="a folder in diffusers' format, a .safetensors checkpoint, or a hub id",
@@ -220,16 +222,14 @@ def _from_folder(
         )
     variant = "fp16" if local.is_dir() and any(has_only_fp16(folder) for folder in local.iterdir()) else None
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant}
-    if local.is_dir():
-        index = json.loads((local / "model_index.json").read_text(encoding="utf-8"))
-        kind = str(index.get("_class_name"))
-        _refuse_picture_models(getattr(diffusers, kind, None), str(model))
-        how |= left_out(kind, index)
-        configs = _configs(local, without_denoisers=denoiser_file is not None)
-        check_saved(str(model), configs, _wanted(index, quantization), device)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = str(index.get("_class_name"))
+    _refuse_picture_models(getattr(diffusers, kind, None), str(model))
+    how |= left_out(kind, index)
+    configs = _configs(folder, without_denoisers=denoiser_file is not None)
+    check_saved(str(model), configs, _wanted(index, quantization), device)
     quantizing = None
     if any(quantization) or denoiser_file is not None:
-        index = DiffusionPipeline.load_config(model)
         quantizing = _quantizing(index, quantization, dtype, device)
         how |= quantizing.options() if quantizing is not None else {}
         if denoiser_file is not None:
@@ -246,6 +246,11 @@ def _from_folder(
     if quantizing is not None:
         quantizing.finish(pipe)
     return pipe
+
+
+def _configs_of(hub_id: str) -> Path:
+    """A folder with what a model on the hub says of itself, without its weights."""
+    return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "*/config.json"]))
 
 
 def _configs(folder: Path, *, without_denoisers: bool) -> dict[str, dict[str, Any]]:

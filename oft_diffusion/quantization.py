@@ -315,6 +315,7 @@ def _of_bitsandbytes(layer: nn.Linear, way: Scheme, dtype: torch.dtype) -> nn.Mo
     with torch.device("meta"):
         if way.name == "nf4":
             made = bnb.Linear4bit(*shape, dtype, compress_statistics=True, quant_type="nf4")
+            made.support_avx512bf16_for_cpu = False  # or it packs itself for drawing, and no gradient passes any more
         else:
             made = bnb.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
     kept = {name: value for name, value in vars(made.weight).items() if name != "data"}

@@ -34,8 +34,12 @@ class QuantizedWeight(ABC):
         return self.layer._parameters["weight"]
 
     @abstractmethod
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the layer multiplies by it, `(out, in)`, in new memory."""
+
     def dequantized(self) -> Tensor:
-        """The weight as the layer multiplies by it, float32 `(out, in)`, in new memory."""
+        """`values` in float32."""
+        return self.values(torch.float32)
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> None:
@@ -60,24 +64,25 @@ class QuantizedWeight(ABC):
 
 
 class FourBit(QuantizedWeight):
-    """bitsandbytes' `Linear4bit`: codes, a scale per block, and where these are quantized themselves, theirs.
-
-    On processors with bfloat16 instructions the layer packs its codes otherwise at its first call, and unpacks them,
-    not quite exactly, when its state dict is asked for. So that is never done to the layer itself.
-    """
+    """bitsandbytes' `Linear4bit`: codes, a scale per block, and where these are quantized themselves, theirs."""
 
     _STATE = ("absmax", "code", "offset")
 
-    def dequantized(self) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        data, state = self.weight.data, self.weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            apart = copy.deepcopy(self.layer)
-            apart.state_dict()  # unpacks it
-            data, state = apart.weight.data, apart.weight.quant_state
-        found: Tensor = dequantize_4bit(data, state)
-        return found.float()
+        found: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return found.to(dtype)
+
+    def stay_unpacked(self) -> None:
+        """Have a processor with bfloat16 instructions leave the layer as it is.
+
+        There the layer packs itself for drawing, at its first call in eval mode: its scales are rounded to bfloat16,
+        and no gradient passes from then on, in training neither.
+        """
+        if getattr(self.weight.quant_state, "packing_format_for_cpu", False):
+            self.layer.state_dict()  # takes it back, but for the scales' rounding
+        self.layer.support_avx512bf16_for_cpu = False
 
     def quantize(self, weight: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
@@ -134,9 +139,9 @@ class FourBit(QuantizedWeight):
 class EightBit(QuantizedWeight):
     """bitsandbytes' `Linear8bitLt` (LLM.int8): bytes and a scale per row, which its first call moves into a state."""
 
-    def dequantized(self) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         data, scale = self.tensors().values()
-        return data.float() * (scale.float().view(-1, 1) / 127.0)
+        return data.to(dtype, copy=True).mul_(scale.float().view(-1, 1) / 127.0)
 
     def quantize(self, weight: Tensor) -> None:
         from bitsandbytes.functional import int8_vectorwise_quant
@@ -170,9 +175,9 @@ class OfSubclass(QuantizedWeight):
 
     owner: ClassVar[str]
 
-    def dequantized(self) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         found: Tensor = self.weight.data.dequantize()
-        return found.float()
+        return found.to(dtype)
 
     def quantize(self, weight: Tensor) -> None:
         own = self.weight
@@ -230,11 +235,11 @@ class Quanto(OfSubclass):
 class GGUF(QuantizedWeight):
     """diffusers' `GGUFLinear`: llama.cpp's blocks as bytes."""
 
-    def dequantized(self) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
         found: Tensor = dequantize_gguf_tensor(self.weight)
-        return found.to(self.layer.compute_dtype).float()  # as the layer rounds it
+        return found.to(self.layer.compute_dtype).to(dtype)  # as the layer rounds it
 
     def quantize(self, weight: Tensor) -> None:
         import gguf

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from oft_diffusion.gguf_file import gguf_bytes
 from oft_diffusion.inject import inject_oft
@@ -109,14 +109,14 @@ def _moment_bytes(config: TrainConfig, numel: int) -> int:
 
 
 def _bytes_loaded(module: nn.Module, dtype: torch.dtype, base: Base, way: Scheme | None) -> int:
-    """Of a component's parameters once it is loaded in a dtype, by its class's rules of what stays in float32."""
+    """Of a component once it is loaded in a dtype, by its class's rules of what stays in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())  # transformers' alone
     # To whoever quantizes, in any dtype.
     plain = kept | set(getattr(module, "_keep_in_fp32_modules", None) or ())
     if dtype == torch.float16 or (isinstance(module, ModelMixin) and not base.single_file):
         kept = plain
     total = 0
-    for name, p in module.named_parameters():
+    for name, p in _loaded(module):
         if way is not None and _is_quantized(module, name, plain):
             out, columns = p.shape
             total += way.size(out, columns, dtype.itemsize)
@@ -131,6 +131,13 @@ def _is_quantized(module: nn.Module, name: str, plain: set[str]) -> bool:
     return leaf == "weight" and plain.isdisjoint(name.split(".")) and isinstance(module.get_submodule(layer), nn.Linear)
 
 
+def _loaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a component's file holds: parameters, and tables of positions, of SD 3.5 Medium half a gigabyte."""
+    yield from module.named_parameters()
+    saved = module.state_dict().keys()
+    yield from ((name, b) for name, b in module.named_buffers() if name in saved and b.is_floating_point())
+
+
 def bytes_of(modules: Iterable[nn.Module]) -> int:
-    """Of all parameters; buffers are small."""
-    return sum(p.nbytes for module in modules for p in module.parameters())
+    """Of all that components' files hold. Other buffers are small."""
+    return sum(tensor.nbytes for module in modules for _, tensor in _loaded(module))

@@ -77,7 +77,7 @@ ROWS: tuple[Row, ...] = (
         ("StableDiffusion3Pipeline",),
         {
             "8 GB": _in_bits("nf4", "nf4"),
-            "12 GB": _in_bits(None, "int8"),
+            "12 GB": _in_bits("int8", "int8"),
             "16 GB": _in_bits(None, "int8"),
             "24 GB": _CHECKPOINTED,
         },
@@ -93,7 +93,7 @@ ROWS: tuple[Row, ...] = (
         ("FluxPipeline",),
         {"12 GB": _in_bits("nf4", "nf4"), "16 GB": _in_bits("nf4", "int8"), "24 GB": _in_bits("int8", "int8")},
     ),
-    Row("other bases, of any size", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4"))),
+    Row("other bases, not counted", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4"))),
 )
 
 

@@ -49,6 +49,15 @@ def plain_gradient(forwards: int = 1) -> torch.Tensor:
     return gradient_of(bank)
 
 
+def test_a_component_that_is_checkpointed_whole() -> None:
+    """Twice: the second forward meets what the first one left."""
+    unet, bank, inputs = adapted(checkpointed=False)
+    given = [inputs[name] for name in ("sample", "timestep", "encoder_hidden_states")]
+    for _ in range(2):
+        checkpoint(lambda *args: unet(*args).sample, *given, use_reentrant=False).square().mean().backward()
+    assert relative(gradient_of(bank), plain_gradient(2)) < 1e-6
+
+
 def test_loss_and_gradients_are_those_of_a_plain_forward() -> None:
     plain, _, inputs = adapted(checkpointed=False)
     unet, bank, inputs = adapted()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from oft_diffusion.quantization import SCHEMES
@@ -42,19 +43,25 @@ def settings(backend: str, model: Path, pictures: Path, folder: Path, **knobs: A
 
 
 def write_gguf(model: Path, path: Path, kind: str = "Q8_0") -> Path:
-    """The UNet of a folder as a GGUF file under its first names, the weights of linear layers quantized."""
+    """The denoiser of a folder as a GGUF file, linear layers of whole blocks quantized; a UNet under first names."""
     import gguf
-    from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    part = "unet" if (model / "unet").is_dir() else "transformer"
+    denoiser: Any = getattr(DiffusionPipeline.from_pretrained(model), part)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "sd1")
-    linear = {f"{name}.weight" for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)}
-    for name, tensor in unet.state_dict().items():
+    whole, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    linear = {
+        f"{name}.weight"
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and layer.in_features % whole == 0
+    }
+    for name, tensor in denoiser.state_dict().items():
         array = np.ascontiguousarray(tensor.float().numpy())
         quantized = gguf.GGMLQuantizationType[kind] if name in linear else gguf.GGMLQuantizationType.F32
         own = gguf.quants.quantize(array, quantized)
-        writer.add_tensor(f"model.diffusion_model.{unet_name(name, unet)}", own, raw_dtype=quantized)
+        key = f"model.diffusion_model.{unet_name(name, denoiser)}" if part == "unet" else name
+        writer.add_tensor(key, own, raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,7 +81,7 @@ def contents(module: nn.Module) -> dict[str, Tensor]:
 
 
 def bytes_held(module: nn.Module) -> int:
-    """Of all parameters, quantized weights with their scales."""
+    """Of all parameters, quantized weights with their scales, and of tables that its file holds."""
     plain: dict[int, int] = {}  # by identity: tied ones count once
     quantized = 0
     for layer in module.modules():
@@ -82,7 +89,17 @@ def bytes_held(module: nn.Module) -> int:
         own = [p for key, p in layer._parameters.items() if p is not None and not (weight and key == "weight")]
         plain |= {id(parameter): parameter.nbytes for parameter in own}
         quantized += sum(tensor.nbytes for tensor in weight.tensors().values()) if weight else 0
-    return sum(plain.values()) + quantized
+    tables = {name: b.nbytes for name, b in module.named_buffers() if name in _saved(module) and b.is_floating_point()}
+    return sum(plain.values()) + quantized + sum(tables.values())
+
+
+def _saved(module: nn.Module) -> set[str]:
+    """Names of buffers that a file of the component holds."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, layer in module.named_modules()
+        for name in layer._buffers.keys() - layer._non_persistent_buffers_set
+    }
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -29,13 +29,21 @@ from oft_diffusion.proof import fingerprint, weights_of
 from oft_diffusion.quantization import quantize_with_bitsandbytes, scheme
 from tests.core.reference import relative
 from tests.library.support import assert_one_sentence, excite
-from tests.quantization.backends import GGUF, ON_A_PROCESSOR, contents, dequantized, quantized_layers, write_gguf
+from tests.quantization.backends import (
+    DEVICE,
+    GGUF,
+    ON_A_PROCESSOR,
+    contents,
+    dequantized,
+    quantized_layers,
+    write_gguf,
+)
 
 
 def inputs(dtype: torch.dtype, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 96)
-    return x.to(dtype).requires_grad_(grad), torch.tensor([10, 500]), text.to(dtype)
+    return x.to(DEVICE, dtype).requires_grad_(grad), torch.tensor([10, 500], device=DEVICE), text.to(DEVICE, dtype)
 
 
 def answer(unet: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,19 +62,22 @@ EIGHT_BITS = (0.05, 0.1, 0.1)  # LLM.int8 rounds inputs to these, too
 
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("training", [True, False])  # on a processor, bitsandbytes' int8 has two functions
 @pytest.mark.parametrize("backend", [*ON_A_PROCESSOR, GGUF])
-def test_as_on_the_dequantized_weights(backend: str, dtype: torch.dtype, model: Path, tmp_path: Path) -> None:
+def test_as_on_the_dequantized_weights(
+    backend: str, training: bool, dtype: torch.dtype, model: Path, tmp_path: Path
+) -> None:
     own: dict[str, Any] = {"quantization": backend}
     if backend == GGUF:
         own = {"denoiser_file": str(write_gguf(model, tmp_path / "unet.gguf"))}
-    pipe = load_pipeline(model, dtype, **own)
-    plain = copy.deepcopy(load_pipeline(model, dtype).unet)
+    pipe = load_pipeline(model, dtype, DEVICE, **own)
+    plain = copy.deepcopy(load_pipeline(model, dtype, DEVICE).unet)
     for name, weight in quantized_layers(pipe.unet).items():
         with torch.no_grad():
             plain.get_submodule(name).weight.copy_(weight.dequantized())
     found = []
     for unet in (pipe.unet, plain):
-        bank = inject_oft(unet.eval(), OFTConfig(block_size=16))
+        bank = inject_oft(unet.train(training), OFTConfig(block_size=16))
         excite(bank, norm=0.3)
         found.append(answer(unet, dtype))
     for made, wanted, bound in zip(*found, EIGHT_BITS if backend == "int8" else BOUNDS[dtype], strict=True):
@@ -76,7 +87,7 @@ def test_as_on_the_dequantized_weights(backend: str, dtype: torch.dtype, model: 
 def test_rotations_are_built_in_float32_and_activations_stay_in_theirs(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unet = load_pipeline(model, torch.bfloat16, quantization="nf4").unet
+    unet = load_pipeline(model, torch.bfloat16, DEVICE, quantization="nf4").unet
     bank = inject_oft(unet, OFTConfig(block_size=16))
     excite(bank)
     seen, built, build = set(), [], rotation.rotation_delta
@@ -192,28 +203,6 @@ def test_bytes_come_back_from_memory_and_disk(model: Path, keep_base: Any) -> No
         unmerge_oft(own)
         after = contents(own)
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def test_layers_as_a_processor_with_bfloat16_packs_them() -> None:
-    """bitsandbytes does it at a layer's first call there; merged and unmerged, the packed bytes are the same again."""
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
-    torch.manual_seed(0)
-    unet = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)).to(torch.bfloat16)
-    quantize_with_bitsandbytes(unet, scheme("nf4"), torch.bfloat16)
-    excite(inject_oft(unet, OFTConfig(block_size=16, targets=r"\d")))
-    layers = quantized_layers(unet)
-    plain = {name: weight.dequantized() for name, weight in layers.items()}
-    for weight in layers.values():
-        own = weight.weight
-        own.data, own.quant_state = _convert_weight_packed_for_cpu(own.data, own.quant_state)
-    packed = contents(unet)
-    for name, weight in layers.items():
-        assert relative(weight.dequantized(), plain[name]) < 0.01
-    assert all(torch.equal(packed[name], tensor) for name, tensor in contents(unet).items()), "reading changed them"
-    merge_oft(unet)
-    unmerge_oft(unet)
-    assert all(torch.equal(packed[name], tensor) for name, tensor in contents(unet).items())
 
 
 def test_what_dequantized_layers_are(model: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from huggingface_hub import snapshot_download
 
-from oft_diffusion import inject_oft
+from oft_diffusion import inject_oft, load
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, TargetError, TrainingError
 from oft_diffusion.formats.live import live_components
@@ -139,6 +141,25 @@ def test_a_base_saved_quantized_is_not_quantized_again(saved_quantized: Path, pi
     assert_one_sentence(error, "unet", "bitsandbytes", "quanto-int8")
 
 
+def test_a_base_on_the_hub_is_looked_at_before_it_is_loaded(
+    saved_quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of itself, from the hub's cache; its weights are not even there."""
+    own = tmp_path / "cache" / "models--someone--quantized"
+    snapshot = own / "snapshots" / ("0" * 40)
+    for file in saved_quantized.rglob("*.json"):
+        to = snapshot / file.relative_to(saved_quantized)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(file.read_bytes())
+    (own / "refs").mkdir()
+    (own / "refs" / "main").write_text("0" * 40)
+    cached = partial(snapshot_download, cache_dir=tmp_path / "cache", local_files_only=True)
+    monkeypatch.setattr(load, "snapshot_download", cached)
+    with pytest.raises(ConfigError) as error:
+        load_pipeline("someone/quantized", quantization="quanto-int8")
+    assert_one_sentence(error, "unet", "bitsandbytes", "quanto-int8")
+
+
 def test_a_base_saved_quantized_is_counted_by_its_files(saved_quantized: Path, pictures: Path, tmp_path: Path) -> None:
     config = settings("nf4", saved_quantized, pictures, tmp_path, quantization=None, text_encoder_quantization=None)
     file = saved_quantized / "unet" / "diffusion_pytorch_model.safetensors"
@@ -164,26 +185,6 @@ def test_another_gguf_than_the_run_began_with(model: Path, pictures: Path, tmp_p
     again = TrainConfig.from_dict(config.to_dict() | {"resume": "latest", "steps": 3})
     with pytest.raises(TrainingError, match="denoiser file"), train(again, progress=False) as run:
         list(run)
-
-
-def test_what_can_be_read_and_not_written(model: Path, tmp_path: Path) -> None:
-    """gguf writes none of llama.cpp's K kinds. Their rows are of 256, which the tiny UNet has not: one layer does."""
-    import gguf
-    import numpy as np
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
-
-    torch.manual_seed(0)
-    kind = gguf.GGMLQuantizationType.Q4_K
-    _, size = gguf.GGML_QUANT_SIZES[kind]
-    layer = GGUFLinear(256, 32, compute_dtype=torch.float32)
-    layer.weight = GGUFParameter(torch.from_numpy(np.zeros((32, size), np.uint8)), quant_type=kind)
-    model_of_it = torch.nn.Sequential(layer)
-    excite(inject_oft(model_of_it, OFTConfig(block_size=8, targets="0")))
-    before = layer.weight.as_tensor().clone()
-    with pytest.raises(TargetError) as error:
-        merge_oft(model_of_it)
-    assert_one_sentence(error, "GGUFLinear", "Q4_K")
-    assert torch.equal(layer.weight.as_tensor(), before)
 
 
 def test_exports_ask_for_the_base_itself(model: Path) -> None:
