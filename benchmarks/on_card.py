@@ -27,7 +27,7 @@ PARTS: dict[str, list[list[str]]] = {
         ["rotate_bandwidth"], ["stages", "--device", "cuda"], ["build_forms", "--device", "cuda"], ["fused_linear"],
     ],
     "memory": [["card_memory", "--minutes", "2"]],
-    "quantized": [["quantized_training", "--times"], ["quantized_training", "--times", "--float32"]],
+    "quantized": [["quantized_times", "--device", "cuda"]],
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from statistics import median
 from typing import Any, cast
 
@@ -129,13 +130,22 @@ def learn(learner: Learner, config: TrainConfig, plan: Plan, steps: int) -> tupl
     Returns:
         Instance loss and prior loss of every step, `(steps, 2)`; seconds of a step.
     """
+    clock, found = _Clock(learner.family.device), []
+    training = training_steps(learner, config, plan)
+    for _ in range(steps):
+        clock.tick()
+        found.append(next(training))
+    clock.tick()
+    return torch.stack(found).cpu(), clock.median()
+
+
+def training_steps(learner: Learner, config: TrainConfig, plan: Plan) -> Iterator[Tensor]:
+    """Train, a step at a time. Yields instance loss and prior loss, `(2,)`."""
     parts = {name: nn.ParameterList(found.trained) for name, found in learner.adapted.items()}
     optimizer = make_optimizer(config, plan.base, parts)
-    schedule, clock, trained = make_schedule(config, optimizer), _Clock(learner.family.device), learner.trained
+    schedule, trained = make_schedule(config, optimizer), learner.trained
     weights = torch.tensor([1.0, config.prior_weight], device=learner.family.device)
-    found = []
-    for step in range(steps):
-        clock.tick()
+    for step in count():
         both = learner.losses(learner.batches.at(step))
         both.dot(weights).backward()
         nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -144,18 +154,22 @@ def learn(learner: Learner, config: TrainConfig, plan: Plan, steps: int) -> tupl
         for bank in learner.banks:
             bank.project_()
         schedule.step()
-        found.append(both.detach())
-    clock.tick()
-    return torch.stack(found).cpu(), clock.median()
+        yield both.detach()
 
 
-def step_bytes(learner: Learner, config: TrainConfig, plan: Plan) -> int:
-    """Bytes of a first step's storages on a processor, as many as live at once: with gradients and AdamW's moments,
-    without base, adapter and batches. The learner has learned from it.
+def first_step_bytes(training: Iterator[Tensor], device: torch.device) -> int:
+    """Bytes of a first step, as many as live at once: with gradients and AdamW's moments, without base, adapter and
+    batches.
     """
-    with LiveStorages("cpu") as alive:
-        learn(learner, config, plan, 1)
-    return alive.most
+    if device.type != "cuda":
+        with LiveStorages(device.type) as alive:
+            next(training)
+        return alive.most
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    next(training)
+    return torch.cuda.max_memory_allocated() - before
 
 
 @torch.no_grad()

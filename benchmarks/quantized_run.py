@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.pocket_subjects import CONFIG
-from benchmarks.quantized_learner import Learner, changed_weights, learn, step_bytes, validated
+from benchmarks.quantized_learner import Learner, changed_weights, learn, validated
 from oft_diffusion.disk import write_atomically
 from oft_diffusion.evaluation import Row, looks_of
 from oft_diffusion.evaluation.looks import instance_images
@@ -28,7 +28,7 @@ from oft_diffusion.training import TrainConfig
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.class_images import make_class_images
 from oft_diffusion.training.families import Family
-from oft_diffusion.training.preflight import preflight
+from oft_diffusion.training.preflight import Plan, preflight
 from oft_diffusion.training.prepare import load_family, pictures_of
 
 NONE = "none"  # the base as it is
@@ -41,7 +41,7 @@ class Task:
     """One run, and what tells it from others.
 
     Attributes:
-        purpose: "search" for a method's learning rate, "final" for the comparison, "times" for nothing but times.
+        purpose: "search" for a method's learning rate, "final" for the comparison.
         quantization: of denoiser and text encoder, `NONE` for none.
         rate: of the denoiser; the text encoder's has the same proportion to it as in the configuration.
         epsilon: AdamW's.
@@ -94,7 +94,6 @@ class Bench:
         pictures: per set.
         folder: for class images and what was read of the bases' own pictures.
         busy: whether other work runs meanwhile.
-        timed: steps of a run for times.
         validation: batches for the validation loss.
     """
 
@@ -106,12 +105,11 @@ class Bench:
         device: str,
         *,
         busy: bool,
-        timed: int,
         validation: int,
     ) -> None:
         self.settings, self.pictures, self.folder = settings, pictures, folder
         self.device, self.busy = torch.device(device), busy
-        self.timed, self.validation = timed, validation
+        self.validation = validation
 
     @cached_property
     def _versions(self) -> dict[str, str]:
@@ -137,31 +135,32 @@ class Bench:
     def run(self, task: Task) -> dict[str, str]:
         """A row of figures."""
         gc.collect()
+        config, plan, learner = self.prepare(task)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seen, seconds = learn(learner, config, plan, config.steps)
+        peak = str(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else ""
+        shown = self._shown(learner, config, seen)
+        base = self.draw_base(task)
+        shares = shares_of([*base, *self._draw(task, config, learner.family, on=True)])
+        if task.purpose == "final" and task.quantization == NONE:
+            save_file(changed_weights(learner), self.weights_file(task.method, task.subject, task.seed))
+        return self._row(task, config, learner, shown | shares, {"seconds": f"{seconds:.6g}", "peak_bytes": peak})
+
+    def prepare(self, task: Task) -> tuple[TrainConfig, Plan, Learner]:
+        """All that comes before the first step."""
         self.make_class_images(task)
         config = config_of(task, self.settings, self.folder)
         plan = preflight(config)
         family = load_family(config, plan.base, self.device)
         batches = Batches(config, family, pictures_of(config, plan), self.device)
         batches.fill_caches(lambda found, _: found)
-        timed = task.purpose == "times"
-        base = [] if timed else self.draw_base(task, family)
         if config.cache_latents:
             family.vae.to("cpu")
         if self.device.type == "cpu" and config.mixed_precision == "bf16":
             family.quicken_backward(config.resolution)
-        learner = Learner(config, plan, family, batches, task.method)
-        peak = str(step_bytes(learner, config, plan)) if timed and self.device.type == "cpu" else ""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seen, seconds = learn(learner, config, plan, min(self.timed, config.steps) if timed else config.steps)
-        if self.device.type == "cuda":
-            peak = str(torch.cuda.max_memory_allocated())
-        shown = {} if timed else self._shown(learner, config, seen)
-        shares = {} if timed else shares_of([*base, *self._draw(task, config, family, on=True)])
-        if task.purpose == "final" and task.quantization == NONE:
-            save_file(changed_weights(learner), self.weights_file(task.method, task.subject, task.seed))
-        return self._row(task, config, learner, shown | shares, {"seconds": f"{seconds:.6g}", "peak_bytes": peak})
+        return config, plan, Learner(config, plan, family, batches, task.method)
 
     def weights_file(self, method: str, subject: str, seed: int) -> Path:
         """What a run of the comparison made of the unquantized base's weights, for `benchmarks.quantized_merge`."""

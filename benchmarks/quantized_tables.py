@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 
 from benchmarks.methods import METHODS
 
@@ -40,7 +40,7 @@ def best(rows: Iterable[Row], method: str) -> tuple[float, float] | None:
 
 
 def table(rows: Sequence[Row], setup: str | None = None) -> str:
-    """Markdown: the comparison, what its runs cost, and the search behind it.
+    """Markdown: the comparison, and the search behind it.
 
     Args:
         rows: of the CSV.
@@ -52,7 +52,7 @@ def table(rows: Sequence[Row], setup: str | None = None) -> str:
     own = [row for row in rows if row["setup"] == setup]
     done = [row for row in own if not row["failed"]]
     finals = _newest(row for row in done if row["purpose"] == "final")
-    parts = [_compared(finals), _costs(done), _searched(done), _failures(own, done), _about(done)]
+    parts = [_compared(finals), _searched(done), _failures(own, done), _about(done)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -99,25 +99,6 @@ def _cell(own: Sequence[Row], plain: Sequence[Row], name: str, places: str, unit
         if (row["subject"], row["seed"]) in partners
     ]
     return text + (f"; {unit * fmean(pairs):+{places}}" if pairs else "")
-
-
-def _costs(done: Sequence[Row]) -> list[str]:
-    """Steps' times only of runs beside which the machine was idle, and of one kind of machine."""
-    used = [row for row in done if row["purpose"] in ("final", "times")]
-    hardware = used[-1]["hardware"] if used else ""
-    cells = _cells(row for row in used if row["hardware"] == hardware)
-    lines = []
-    for (base, method), own in cells.items():
-        idle = [1000 * float(row["seconds"]) for row in own if row["busy"] == "no"]
-        peaks = [int(row["peak_bytes"]) / 2**20 for row in own if row["peak_bytes"]]
-        times = f"{median(idle):.1f}" if idle else ""
-        peak = f"{max(peaks):.1f}" if peaks else ""
-        lines.append(f"| `{base}` | {method} | {own[-1]['adapter']} | {own[-1]['parameters']} | {times} | {peak} |")
-    header = ["| base | method | adapter | parameters | ms a step | peak memory, MiB |", "|---|---|---|---|---|---|"]
-    about = (
-        f"{hardware}; no times of runs that ran beside others. Peak on a processor: of a step, above base and adapter."
-    )
-    return [*header, *lines, "", about] if lines else []
 
 
 def _searched(done: Sequence[Row]) -> list[str]:

@@ -2,13 +2,12 @@
 
 python -m benchmarks.quantized_training --search     # learning rates of PEFT's methods, on a subject of their own
 python -m benchmarks.quantized_training              # the comparison, with the rates that the search found
-python -m benchmarks.quantized_training --times      # a few steps of each, one after another, for times alone
 python -m benchmarks.quantized_training --table      # the newest setup as Markdown, from the CSV alone
 
---workers N runs N at once, of which no times are shown; --minutes M begins no run after that. Each finished run is
-kept, so that the command can be stopped at any time and given again; but never beside a call that runs on the same
-folder: each begins by taking back all claims, and the two would do the same runs. What a run is,
-`benchmarks.quantized_run` says.
+Times and memory are for `benchmarks.quantized_times` to take. --workers N runs N at once; --minutes M begins no run
+after that. Each finished run is kept, so that the command can be stopped at any time and given again; but never beside
+a call that runs on the same folder: each begins by taking back all claims, and the two would do the same runs. What a
+run is, `benchmarks.quantized_run` says.
 
 Our learning rate, block size and epsilon are those of train_scripts/configs/pocket.toml, which were searched for us
 (benchmarks/pocket_recipe.py), as were its steps, its decay, its targets and the text encoder's share of the rate, which
@@ -73,7 +72,7 @@ def search_tasks(options: argparse.Namespace, config: TrainConfig) -> list[Task]
 
 
 def final_tasks(options: argparse.Namespace, config: TrainConfig, rows: Sequence[Row]) -> list[Task]:
-    """The comparison, or of each of its cells one short run for times.
+    """The comparison.
 
     Raises:
         SystemExit: nothing was searched yet.
@@ -82,15 +81,12 @@ def final_tasks(options: argparse.Namespace, config: TrainConfig, rows: Sequence
     for method in options.methods:
         if method != OURS:
             found = best(rows, method)
-            if found is None and options.times:  # which do not depend on it
-                found = settings[OURS]
             if found is None:
                 raise SystemExit(f"{options.file} has no search for {method}: run --search first, with this setup")
             settings[method] = found
-    purpose = "times" if options.times else "final"
-    groups = list(product(options.seeds, options.subjects))[: 1 if options.times else None]
+    groups = list(product(options.seeds, options.subjects))
     return [
-        Task(purpose, quantization, method, subject, seed, *settings[method])
+        Task("final", quantization, method, subject, seed, *settings[method])
         for (seed, subject), quantization, method in product(groups, options.quantizations, options.methods)
     ]
 
@@ -105,7 +101,7 @@ class Queue:
         self.folder: Path = options.out / self.setup
         self.bench = Bench(
             self.settings, options.pictures, self.folder, device,
-            busy=options.busy or options.workers > 1, timed=options.timed, validation=options.validation,
+            busy=options.busy or options.workers > 1, validation=options.validation,
         )  # fmt: skip
 
     def tasks(self) -> list[Task]:
@@ -124,7 +120,7 @@ class Queue:
         groups = {(t.subject, t.seed): t for t in missing}
         for task in groups.values():
             self._shared("class images", task, until, self.bench.make_class_images)
-        for task in {(t.quantization, t.subject, t.seed): t for t in missing if t.purpose != "times"}.values():
+        for task in {(t.quantization, t.subject, t.seed): t for t in missing}.values():
             self._shared(f"pictures of {task.quantization}", task, until, self.bench.draw_base)
         for task in missing:
             if time.time() < until and self._claimed(repr(task)) and not self._is_done(task):
@@ -181,11 +177,16 @@ class Queue:
             yield
 
 
+def settings_for(device: str, *, float32: bool = False) -> dict[str, Any]:
+    """What differs from pocket.toml: the dtype, where bfloat16 is emulated or not wanted."""
+    return {} if computes_in_bfloat16(device) and not float32 else {"mixed_precision": "no"}
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What differs from pocket.toml: the dtype, unless it is bfloat16; in a trial the length, warm-up and decay."""
-    found: dict[str, Any] = {} if options.sampling_steps is None else {"sampling_steps": options.sampling_steps}
-    if options.float32 or not computes_in_bfloat16(options.device):
-        found["mixed_precision"] = "no"
+    """Those, and in a trial the length, warm-up and decay."""
+    found = settings_for(options.device, float32=options.float32)
+    if options.sampling_steps is not None:
+        found["sampling_steps"] = options.sampling_steps
     if options.steps is not None:
         usual = TrainConfig.from_toml(CONFIG, {"model": "pocket", "output_dir": "unused"})
         found |= {
@@ -241,7 +242,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--search", action="store_true", help="search learning rates")
-    kind.add_argument("--times", action="store_true", help="a few steps of each, without pictures")
     kind.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     add("--setup", help="with --table: an earlier one, by its digest")
     add("--file", type=Path, default=FILE, help="(default: %(default)s)")
@@ -262,7 +262,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-rates", nargs="+", type=float, default=(5e-4, 1e-3, 2e-3, 4e-3))
     add("--epsilons", nargs="+", type=float, help="AdamW's for LoRA (default: pocket.toml's, and torch's)")
     add("--oft-factors", nargs="+", type=float, default=(0.5, 1.0, 2.0), help="of our learning rate, for PEFT's OFT")
-    add("--timed", type=int, default=60, help="steps of a run with --times (default: %(default)s)")
     add("--steps", type=int, help="for a trial: so many, the schedule in proportion")
     add("--sampling-steps", type=int, help="for a trial: of a picture")
     add("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import quantized_run
+from benchmarks import quantized_run, quantized_times
 from benchmarks.methods import LORA, OURS, PEFT_OFT
 from benchmarks.pocket_subjects import FINAL
 from benchmarks.quantized_learner import Learner, learn
@@ -64,7 +64,7 @@ def test_methods_begin_alike_and_train_adapters_alone(tmp_path: Path, monkeypatc
         return found
 
     monkeypatch.setattr(quantized_run, "learn", watched)
-    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=True, timed=2, validation=1)
+    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=True, validation=1)
     rows = [bench.run(replace(TASK, method=method)) for method in METHODS]
     first = [float(row["first_loss"]) for row in rows]
     assert first == pytest.approx([first[0]] * len(rows), rel=1e-4)
@@ -79,11 +79,24 @@ def test_methods_begin_alike_and_train_adapters_alone(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_run_of_times_has_a_peak_and_one_of_the_base_leaves_its_weights(tmp_path: Path) -> None:
-    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=False, timed=2, validation=1)
-    timed = bench.run(replace(TASK, purpose="times"))
-    assert int(timed["peak_bytes"]) > 3 * 4 * int(timed["parameters"])  # gradients and two moments, and activations
-    assert timed["hit"] == timed["validation_loss"] == ""
+def test_steps_side_by_side(tmp_path: Path) -> None:
+    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=False, validation=1)
+    rows = quantized_times.measure(bench, "int8", 3)
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows:
+        assert int(row["peak_bytes"]) > 3 * 4 * int(row["parameters"])  # gradients and two moments, and activations
+    append(tmp_path / "times.csv", rows)
+    lora = rows[1] | {"seconds": "1 2 4", "peak_bytes": str(2**20)}
+    ours = rows[0] | {"seconds": "1 1 1", "peak_bytes": str(2**19)}
+    append(tmp_path / "times.csv", [ours, lora])
+    text = quantized_times.table(load(tmp_path / "times.csv"))
+    assert "| 1000.0 (1000.0 to 1000.0) | 0.50 (0.38 to 0.75) | 0.5 | 0.50 |" in text
+    assert "| 2000.0 (1500.0 to 3000.0) | 1.00 (1.00 to 1.00) | 1.0 | 1.00 |" in text
+
+
+@pytest.mark.slow
+def test_a_run_upon_the_base_leaves_its_weights(tmp_path: Path) -> None:
+    bench = Bench(SMALL, 1, tmp_path, "cpu", busy=False, validation=1)
     for method in (OURS, LORA):
         bench.run(replace(TASK, quantization=NONE, method=method))
     [pair] = trained_pairs(tmp_path / "weights")
@@ -113,20 +126,18 @@ def _saved(path: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return load(path)
 
 
-def test_the_table_sets_quantized_beside_plain_and_hides_times_of_busy_runs(tmp_path: Path) -> None:
+def test_the_table_sets_quantized_beside_plain(tmp_path: Path) -> None:
     rows = [_row(setup="old", loss=9)]
     rows += [_row(seed=seed, loss=loss, hit=0.25) for seed, loss in ((0, 0.5), (1, 0.7))]
     rows += [
         _row(seed=seed, loss=loss, hit=0.75, quantization="nf4", busy="yes", seconds=77)
         for seed, loss in ((0, 0.6), (1, 0.9))
     ]
-    compared, costs, *_ = table(_saved(tmp_path / "data.csv", rows)).split("\n\n| base | method | adapter")
+    compared = table(_saved(tmp_path / "data.csv", rows))
     assert "| `none` | ours | 2 | 0.6000 (0.5000 to 0.7000) |" in compared
     assert "| `nf4` | ours | 2 | 0.7500 (0.6000 to 0.9000); +0.1500 |" in compared
     assert "75.0 (75.0 to 75.0); +50.0" in compared
     assert "9.0000" not in compared
-    assert "| `none` | ours | b = 32 | 10 | 100.0 | 1.0 |" in costs
-    assert "| `nf4` | ours | b = 32 | 10 |  | 1.0 |" in costs
 
 
 def test_rates_are_read_from_the_search(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from benchmarks import (
     on_card,
     quantized_merge,
     quantized_tables,
+    quantized_times,
     quantized_training,
     records,
     rotate_bandwidth,
@@ -504,6 +505,7 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
         ("benchmarks.md", rotate_bandwidth.table),
         ("benchmarks.md", fused_linear.table),
         ("quantization.md", quantized_merge.table),
+        ("quantization.md", lambda: quantized_times.table(records.load(quantized_times.FILE))),
         ("quantization.md", lambda: quantized_tables.table(records.load(quantized_training.FILE))),
     ],
 )
