@@ -3,7 +3,7 @@
 Importing diffusers has transformers note, for each of several classes, that torchvision is not installed, which nothing
 here needs; and with torchao installed, has that note which of its libraries for certain cards this machine cannot load,
 and what of it newer versions will do without. Of an int8 base bitsandbytes notes at every call of every layer that it
-rounds inputs.
+rounds inputs, and on processors with bfloat16 instructions that it would fetch a kernel, were `kernels` installed.
 """
 
 import logging
@@ -22,5 +22,6 @@ for _logger, _words in (
     ("torch.utils._pytree", "is an Enum subclass"),
     ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects"),
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast"),
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
 ):
     logging.getLogger(_logger).addFilter(_Without(_words))

@@ -69,14 +69,22 @@ INLINE void tile(const float *base, long base_stride, const float *x, long x_str
     else tile_wide(base, base_stride, x, x_stride, m, y, y_stride, rows, b);
 }
 
+/* Fetch ROWS rows of b: they lie too far apart for a processor to see them coming. Beyond the end that does no harm. */
+INLINE void ahead(const float *x, long stride, int b) {
+    for (int r = 0; r < ROWS; r++)
+        for (int at = 0; at < b; at += 16) __builtin_prefetch(x + r * stride + at);
+}
+
 /* The same for any number of rows. */
 INLINE void product(const float *base, long base_stride, const float *x, long x_stride, const float *m, float *y,
                     long y_stride, long rows, int b) {
     long r = 0;
 #define NEXT(N)                                                                                                        \
-    for (; r + N <= rows; r += N)                                                                                      \
-    tile(base ? base + r * base_stride : base, base_stride, x + r * x_stride, x_stride, m, y + r * y_stride, y_stride, \
-         N, b)
+    for (; r + N <= rows; r += N) {                                                                                    \
+        if (N == ROWS) ahead(x + (r + N) * x_stride, x_stride, b), ahead(y + (r + N) * y_stride, y_stride, b);         \
+        tile(base ? base + r * base_stride : base, base_stride, x + r * x_stride, x_stride, m, y + r * y_stride,       \
+             y_stride, N, b);                                                                                          \
+    }
     NEXT(ROWS);
     NEXT(4);
     NEXT(1);
@@ -131,9 +139,10 @@ INLINE void rotate_back_any(const float *const *grads, const float *const *delta
     }
 }
 
-/* out += x^T grad for ROWS columns of x and b of grad. */
+/* out += x^T grad for ROWS columns of x and b of grad; cold: nobody has read these rows of the block yet. */
 #define OUTER(NAME, VEC, VECTORS)                                                                                      \
-    INLINE void NAME(const float *x, long x_stride, const float *grad, long width, float *out, long rows, int b) {     \
+    INLINE void NAME(const float *x, long x_stride, const float *grad, long width, float *out, long rows, int cold,    \
+                     int b) {                                                                                          \
         const int lanes = sizeof(VEC) / sizeof(float);                                                                 \
         for (int column = 0; column < b; column += VECTORS * lanes) {                                                  \
             VEC sum[ROWS][VECTORS];                                                                                    \
@@ -141,6 +150,10 @@ INLINE void rotate_back_any(const float *const *grads, const float *const *delta
                 for (int v = 0; v < VECTORS; v++) sum[k][v] = *(VEC *)(out + k * b + column + v * lanes);              \
             for (long r = 0; r < rows; r++) {                                                                          \
                 VEC of_grad[VECTORS];                                                                                  \
+                if (cold) {                                                                                            \
+                    for (int at = 0; at < b; at += 16) __builtin_prefetch(x + (r + ROWS) * x_stride + at);             \
+                    for (int at = 0; at < b; at += 16) __builtin_prefetch(grad + (r + ROWS) * width + at);             \
+                }                                                                                                      \
                 for (int v = 0; v < VECTORS; v++) of_grad[v] = *(const VEC *)(grad + r * width + column + v * lanes);  \
                 for (int k = 0; k < ROWS; k++)                                                                         \
                     for (int v = 0; v < VECTORS; v++) sum[k][v] += x[r * x_stride + k] * of_grad[v];                   \
@@ -171,9 +184,9 @@ INLINE void delta_grads_any(const float *x, long x_stride, const float *const *g
                 const float *grad = grads[i] + row * width + block * b;
                 for (long t = first; t < last; t++) {
                     const float *columns = x + row * x_stride + block * b + t * ROWS;
-                    if (b == 8) outer_8(columns, x_stride, grad, width, own + t * ROWS * b, some, b);
-                    else if (b == 16) outer_16(columns, x_stride, grad, width, own + t * ROWS * b, some, b);
-                    else outer_wide(columns, x_stride, grad, width, own + t * ROWS * b, some, b);
+                    if (b == 8) outer_8(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
+                    else if (b == 16) outer_16(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
+                    else outer_wide(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
                 }
             }
         }
