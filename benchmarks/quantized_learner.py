@@ -157,17 +157,22 @@ def training_steps(learner: Learner, config: TrainConfig, plan: Plan) -> Iterato
         yield both.detach()
 
 
-def first_step_bytes(training: Iterator[Tensor], device: torch.device) -> int:
-    """Bytes of a first step, as many as live at once: with gradients and AdamW's moments, without base, adapter and
-    batches.
+def step_bytes(training: Iterator[Tensor], device: torch.device, trained: int) -> int:
+    """Bytes of a step, as many as live at once: with gradients and AdamW's moments, without base, adapter and batches.
+
+    Args:
+        training: that has not begun.
+        device: where. On a card the second step is looked at: libraries take memory for themselves in a first one.
+        trained: numbers that are trained.
     """
     if device.type != "cuda":
         with LiveStorages(device.type) as alive:
             next(training)
         return alive.most
+    next(training)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() - 2 * 4 * trained  # the moments are there
     next(training)
     return torch.cuda.max_memory_allocated() - before
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.methods import LORA
 from benchmarks.pocket_subjects import FINAL
-from benchmarks.quantized_learner import first_step_bytes, training_steps
+from benchmarks.quantized_learner import step_bytes, training_steps
 from benchmarks.quantized_run import Bench, Task
 from benchmarks.quantized_tables import Row
 from benchmarks.quantized_training import METHODS, QUANTIZATIONS, settings_for
@@ -36,13 +36,14 @@ def measure(bench: Bench, quantization: str, rounds: int) -> list[dict[str, str]
     for method in METHODS:
         config, plan, learner = bench.prepare(Task("times", quantization, method, FINAL[1], 0, _RATE, _EPSILON))
         training[method] = training_steps(learner, config, plan)
+        trained = sum(p.numel() for p in learner.trained)
         rows[method] = {
             "quantization": quantization,
             "method": method,
             "adapter": learner.began,
-            "parameters": str(sum(p.numel() for p in learner.trained)),
+            "parameters": str(trained),
             "dtype": config.mixed_precision,
-            "peak_bytes": str(first_step_bytes(training[method], bench.device)),
+            "peak_bytes": str(step_bytes(training[method], bench.device, trained)),
             "load": f"{os.getloadavg()[0]:.1f}",
         }
         for _ in range(SETTLING):
@@ -72,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
         about = (
             f"{row['hardware']}, {row['threads']} threads, {'float32' if row['dtype'] == 'no' else row['dtype']}; "
             f"{row['rounds']} rounds; torch {row['torch']}; commit {row['commit']}; {row['date']}. "
-            "Peak of a first step, above base and adapter."
+            "Peak of a step, above base and adapter."
         )
         parts.append("\n".join([*lines, "", about]))
     return "\n\n".join(parts) or "Nothing is measured yet."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from oft_diffusion import rotation
 from oft_diffusion.autocast import without_autocast
@@ -210,8 +211,6 @@ class GraphMark:
             AdapterError: an earlier forward under other settings awaits its backward: checkpointed parts of it would
                 be recomputed with the new deltas, and its gradients silently wrong.
         """
-        if torch._C._current_graph_task_id() != -1:  # a backward recomputes the whole component
-            return [_Tie.apply(flat) if flat.requires_grad else flat for flat in flats]
         self._nodes = [node for node in self._nodes if _awaits_backward(node)]
         if self._nodes and self._active != active:
             raise AdapterError(
@@ -220,12 +219,18 @@ class GraphMark:
                 fix="call backward() first, drop the earlier result, or run one of the calls under torch.no_grad()",
             )
         self._active = active
-        tied = [_Tie.apply(flat) if flat.requires_grad else flat for flat in flats]
+        # What a tie saves is its own: a component that is checkpointed whole would be recomputed to look at it.
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            tied = [_Tie.apply(flat) if flat.requires_grad else flat for flat in flats]
         self._nodes += [weakref.ref(flat.grad_fn) for flat in tied if flat.requires_grad]
         return tied
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_active": (), "_nodes": []}
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _awaits_backward(node: weakref.ref[Any]) -> bool:

@@ -31,10 +31,13 @@ def freeze_quantized(model: nn.Module) -> None:
 
 
 def thaw_quantized(model: nn.Module) -> None:
-    """Undo `freeze_quantized`."""
+    """Give layers their own forward back."""
     for layer in model.modules():
         if isinstance(layer.__dict__.get("forward"), FrozenForward):
             del layer.forward
+
+
+_OFFLOADING = ("_hf_hook", "_diffusers_hook")  # what accelerate and diffusers keep their hooks in
 
 
 class FrozenForward:
@@ -50,7 +53,8 @@ class FrozenForward:
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.weight.layer
         trained = layer.bias is not None and layer.bias.requires_grad
-        if not torch.is_grad_enabled() or not x.requires_grad or trained or torch.compiler.is_compiling():
+        elsewhere = any(name in layer.__dict__ for name in _OFFLOADING)  # by the time a backward comes
+        if not torch.is_grad_enabled() or not x.requires_grad or trained or elsewhere or torch.compiler.is_compiling():
             answer: Tensor = self.as_it_is(x)
             return answer
         out: Tensor = _Frozen.apply(x, self)

@@ -226,7 +226,7 @@ def _from_folder(
     kind = str(index.get("_class_name"))
     _refuse_picture_models(getattr(diffusers, kind, None), str(model))
     how |= left_out(kind, index)
-    configs = _configs(folder, without_denoisers=denoiser_file is not None)
+    configs = _configs(folder, index, without_denoisers=denoiser_file is not None)
     check_saved(str(model), configs, _wanted(index, quantization), device)
     quantizing = None
     if any(quantization) or denoiser_file is not None:
@@ -253,9 +253,9 @@ def _configs_of(hub_id: str) -> Path:
     return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "*/config.json"]))
 
 
-def _configs(folder: Path, *, without_denoisers: bool) -> dict[str, dict[str, Any]]:
-    """What the components that are loaded from a folder say of themselves, by name."""
-    files = {path.parent.name: path for path in folder.glob("*/config.json")}
+def _configs(folder: Path, index: Mapping[str, Any], *, without_denoisers: bool) -> dict[str, dict[str, Any]]:
+    """What the components that are loaded from a folder say of themselves, by name; others may lie beside them."""
+    files = {path.parent.name: path for path in folder.glob("*/config.json") if path.parent.name in index}
     return {
         part: json.loads(path.read_text(encoding="utf-8"))
         for part, path in files.items()

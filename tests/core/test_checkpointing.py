@@ -49,13 +49,33 @@ def plain_gradient(forwards: int = 1) -> torch.Tensor:
     return gradient_of(bank)
 
 
-def test_a_component_that_is_checkpointed_whole() -> None:
-    """Twice: the second forward meets what the first one left."""
-    unet, bank, inputs = adapted(checkpointed=False)
+def whole(unet: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The loss of a component that is checkpointed as a whole."""
     given = [inputs[name] for name in ("sample", "timestep", "encoder_hidden_states")]
-    for _ in range(2):
-        checkpoint(lambda *args: unet(*args).sample, *given, use_reentrant=False).square().mean().backward()
+    drawn: torch.Tensor = checkpoint(lambda *args: unet(*args).sample, *given, use_reentrant=False)
+    return drawn.square().mean()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_component_that_is_checkpointed_whole(at_once: bool) -> None:
+    """Twice: the second forward meets what the first one left, with its backward before it or still to come."""
+    unet, bank, inputs = adapted(checkpointed=False)
+    calls = count_calls(unet)
+    if at_once:
+        (whole(unet, inputs) + whole(unet, inputs)).backward()
+    else:
+        whole(unet, inputs).backward()
+        whole(unet, inputs).backward()
     assert relative(gradient_of(bank), plain_gradient(2)) < 1e-6
+    assert set(calls.values()) == {4}
+
+
+def test_a_component_checkpointed_whole_is_not_recomputed_with_another_strength() -> None:
+    unet, bank, inputs = adapted(checkpointed=False)
+    loss = whole(unet, inputs)
+    bank.set_adapters(["default"], 0.3)
+    with pytest.raises(AdapterError, match="strength"):
+        loss.backward()
 
 
 def test_loss_and_gradients_are_those_of_a_plain_forward() -> None:

@@ -162,6 +162,18 @@ def test_beside_hooks_that_replace_forwards_too(two: nn.Sequential) -> None:
     assert frozen(two) == ["2"]
 
 
+def test_offloaded_after_it_was_adapted(two: nn.Sequential) -> None:
+    """Its weights are elsewhere when the backward comes, so the library's own graph is asked."""
+    x = torch.randn(3, 64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(two(x).sum(), x)
+    for layer in (two[0], two[2]):
+        add_hook_to_module(layer, AlignDevicesHook("cpu"))
+    answer = two(x)
+    assert "_Frozen" not in str(answer.grad_fn)
+    (found,) = torch.autograd.grad(answer.sum(), x)
+    assert relative(found, wanted) < 1e-5
+
+
 def test_compiled(two: nn.Sequential) -> None:
     x = torch.randn(3, 64, requires_grad=True)
     (wanted,) = torch.autograd.grad(two(x).sum(), x)

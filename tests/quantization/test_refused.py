@@ -27,7 +27,7 @@ from oft_diffusion.training.memory import LiveStorages
 from oft_diffusion.training.preflight import preflight
 from oft_diffusion.training.prepare import load_family
 from tests.library.support import assert_one_sentence, excite
-from tests.quantization.backends import BACKENDS, GGUF, bytes_held, settings, write_gguf
+from tests.quantization.backends import BACKENDS, GGUF, bytes_held, quantized_layers, settings, write_gguf
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("quanto-int8", "optimum.quanto")])
@@ -158,6 +158,13 @@ def test_a_base_on_the_hub_is_looked_at_before_it_is_loaded(
     with pytest.raises(ConfigError) as error:
         load_pipeline("someone/quantized", quantization="quanto-int8")
     assert_one_sentence(error, "unet", "bitsandbytes", "quanto-int8")
+
+
+def test_what_the_index_does_not_name_is_not_looked_at(model: Path, saved_quantized: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(model, folder)
+    shutil.copytree(saved_quantized / "unet", folder / "unet_4bit")
+    assert not quantized_layers(load_pipeline(folder).unet)
 
 
 def test_a_base_saved_quantized_is_counted_by_its_files(saved_quantized: Path, pictures: Path, tmp_path: Path) -> None:
