@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from huggingface_hub.errors import GatedRepoError
 
+from oft_diffusion import load
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.load import load_pipeline
 from oft_diffusion.training.find import download_base, find_base
@@ -103,6 +104,7 @@ def test_a_gated_repository_is_told_from_a_wrong_name(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", download)
+    monkeypatch.setattr(load, "snapshot_download", download)
     for fetch in (download_base, load_pipeline):
         with pytest.raises(ConfigError) as caught:
             fetch("owner/name")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ import torch
 from oft_diffusion import fuse_oft, load_oft_weights, set_oft_adapters, unfuse_oft
 from oft_diffusion.files import load_adapter_file
 from oft_diffusion.load import load_pipeline
-from oft_diffusion.quantization import SCHEMES
 from oft_diffusion.training import TrainConfig, TrainResult, train
 from tests.library.support import draw
 from tests.quantization.backends import (
@@ -23,13 +21,11 @@ from tests.quantization.backends import (
     GGUF,
     GGUF_4_BITS,
     ON_A_PROCESSOR,
-    STEPS,
     contents,
     quantized_layers,
     settings,
 )
 
-ROOT = Path(__file__).parent.parent.parent
 # Relative error of quantizing a rotated weight anew, at most: a step of each kind of number.
 LOST = {"nf4": 0.15, GGUF_4_BITS: 0.15, "torchao-float8": 0.05, "quanto-float8": 0.05}
 USUAL = 0.02
@@ -139,23 +135,3 @@ def test_merge_and_unmerge(trained: Trained) -> None:
         assert after.keys() == own.keys()
         assert all(torch.equal(own[name], after[name]) for name in own)
     assert torch.equal(draw(pipe), live)
-
-
-def test_the_matrix_in_the_docs_is_what_ran() -> None:
-    """Each tick is a test above, which the committed log says passed; a "no" is one of `test_refused.py`."""
-    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    row = r"^\| `([a-z0-9-]+)` \| [^|]+ \| [^|]+ \|((?: [^|]*\|){" + str(len(STEPS)) + "})$"
-    rows = re.findall(row, text.partition('Each "yes"')[0], re.MULTILINE)
-    ticks = {name: [cell.strip() for cell in cells.split("|")[:-1]] for name, cells in rows}
-    assert set(ticks) == {*SCHEMES, GGUF}
-    here = {*ON_A_PROCESSOR, GGUF}
-    assert {name for name, cells in ticks.items() if cells == ["yes"] * len(STEPS)} == here
-    log = (ROOT / "docs" / "logs" / "test-quantization.log").read_text(encoding="utf-8")
-    passed = set(re.findall(r"PASSED tests/quantization/test_backends\.py::(\w+\[[^]]+\])", log))
-    for name in here:
-        assert {f"test_{step}[{name}]" for step in ("train", "save", "merge_and_unmerge")} <= passed
-        assert {f"test_load[{name}-{onto}]" for onto in ("the same", "another", "the base itself")} <= passed
-    assert not re.search(r"\b(FAILED|ERROR)\b", log)
-    others = {name: cells for name, cells in ticks.items() if name not in here}
-    assert all(cells[0] == ("not run" if SCHEMES[name].trains else "no") for name, cells in others.items())
-    assert all(cells[1:] == ["not run"] * (len(STEPS) - 1) for cells in others.values())
