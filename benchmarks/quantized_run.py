@@ -122,13 +122,13 @@ class Bench:
         if plan.class_images is not None and plan.class_images.missing:
             make_class_images(plan.class_images, load_family(config, plan.base, self.device), lambda found, _: found)
 
-    def draw_base(self, task: Task, family: Family | None = None) -> list[Row]:
+    def draw_base(self, task: Task) -> list[Row]:
         """What a base without adapter draws, read; from the folder, if it is there."""
         path = self.folder / "base" / f"{task.quantization}-{task.subject}-{task.seed}.json"
         if path.exists():
             return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
         config = config_of(task, self.settings, self.folder)
-        rows = self._draw(task, config, family or load_family(config, preflight(config).base, self.device), on=False)
+        rows = self._draw(task, config, load_family(config, preflight(config).base, self.device), on=False)
         write_atomically(path, json.dumps([row.to_json() for row in rows]).encode())
         return rows
 
