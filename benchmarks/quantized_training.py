@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=1, help="processes at once (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, help="after these no run is begun")
     add("--float32", action="store_true", help="even where the processor computes in bfloat16")
-    add("--busy", action="store_true", help="other work runs meanwhile: show no times")
+    add("--busy", action="store_true", help="other work runs meanwhile: the rows say so")
     add("--quantizations", nargs="+", default=QUANTIZATIONS, choices=QUANTIZATIONS)
     add("--methods", nargs="+", default=METHODS, choices=(*METHODS, *ON_DEMAND))
     add("--subjects", nargs="+", default=FINAL[:2], choices=FINAL)

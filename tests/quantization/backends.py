@@ -30,9 +30,9 @@ STEPS = ("train", "save", "load", "merge", "unmerge")
 
 def settings(backend: str, model: Path, pictures: Path, folder: Path, **knobs: Any) -> TrainConfig:
     """A few steps on the tiny base, denoiser and text encoder quantized and adapted."""
-    own: dict[str, Any] = {"quantization": backend, "text_encoder_quantization": backend}
-    if backend.startswith(GGUF):
-        own = {"denoiser_file": str(write_gguf(model, folder / "unet.gguf", *backend.split()[1:]))}
+    own = denoiser_knobs(backend, model, folder)
+    if "quantization" in own:
+        own["text_encoder_quantization"] = backend
     small: dict[str, Any] = {
         "model": str(model), "instance_dir": str(pictures), "trigger": "sks", "class_word": "mug",
         "output_dir": str(folder / "run"), "resolution": RESOLUTION, "block_size": 16, "steps": 4,
@@ -40,6 +40,13 @@ def settings(backend: str, model: Path, pictures: Path, folder: Path, **knobs: A
         "validation_count": 1, "checkpoint_every": 2, "mixed_precision": "bf16", "text_encoder": True,
     }  # fmt: skip
     return TrainConfig.from_dict(small | own | knobs)
+
+
+def denoiser_knobs(backend: str, model: Path, folder: Path) -> dict[str, Any]:
+    """What has a denoiser quantized so, of settings and of `load_pipeline`; a GGUF file is written for it."""
+    if backend.startswith(GGUF):
+        return {"denoiser_file": str(write_gguf(model, folder / "unet.gguf", *backend.split()[1:]))}
+    return {"quantization": backend}
 
 
 def write_gguf(model: Path, path: Path, kind: str = "Q8_0") -> Path:
@@ -89,8 +96,9 @@ def bytes_held(module: nn.Module) -> int:
         own = [p for key, p in layer._parameters.items() if p is not None and not (weight and key == "weight")]
         plain |= {id(parameter): parameter.nbytes for parameter in own}
         quantized += sum(tensor.nbytes for tensor in weight.tensors().values()) if weight else 0
-    tables = {name: b.nbytes for name, b in module.named_buffers() if name in _saved(module) and b.is_floating_point()}
-    return sum(plain.values()) + quantized + sum(tables.values())
+    saved = _saved(module)
+    tables = sum(b.nbytes for name, b in module.named_buffers() if name in saved and b.is_floating_point())
+    return sum(plain.values()) + quantized + tables
 
 
 def _saved(module: nn.Module) -> set[str]:

@@ -22,7 +22,7 @@ from oft_diffusion.quantized import FourBit
 from oft_diffusion.training.memory import LiveStorages
 from tests.core.reference import relative
 from tests.library.support import excite
-from tests.quantization.backends import DEVICE, GGUF, ON_A_PROCESSOR, contents, quantized_layers, write_gguf
+from tests.quantization.backends import DEVICE, GGUF, ON_A_PROCESSOR, contents, denoiser_knobs, quantized_layers
 from tests.quantization.test_numerics import BOUNDS, answer, inputs
 
 KEEPING = [*(name for name in ON_A_PROCESSOR if name != "nf4"), GGUF]
@@ -30,10 +30,7 @@ WEIGHTS = ("torchao-int8", "torchao-float8", GGUF)  # of which autograd would ke
 
 
 def adapted(backend: str, model: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    own: dict[str, Any] = {"quantization": backend}
-    if backend == GGUF:
-        own = {"denoiser_file": str(write_gguf(model, folder / "unet.gguf"))}
-    unet = load_pipeline(model, dtype, DEVICE, **own).unet.train()
+    unet = load_pipeline(model, dtype, DEVICE, **denoiser_knobs(backend, model, folder)).unet.train()
     excite(inject_oft(unet, OFTConfig(block_size=16)), norm=0.3)
     return unet
 

@@ -34,9 +34,9 @@ from tests.quantization.backends import (
     GGUF,
     ON_A_PROCESSOR,
     contents,
+    denoiser_knobs,
     dequantized,
     quantized_layers,
-    write_gguf,
 )
 
 
@@ -67,10 +67,7 @@ EIGHT_BITS = (0.05, 0.1, 0.1)  # LLM.int8 rounds inputs to these, too
 def test_as_on_the_dequantized_weights(
     backend: str, training: bool, dtype: torch.dtype, model: Path, tmp_path: Path
 ) -> None:
-    own: dict[str, Any] = {"quantization": backend}
-    if backend == GGUF:
-        own = {"denoiser_file": str(write_gguf(model, tmp_path / "unet.gguf"))}
-    pipe = load_pipeline(model, dtype, DEVICE, **own)
+    pipe = load_pipeline(model, dtype, DEVICE, **denoiser_knobs(backend, model, tmp_path))
     plain = copy.deepcopy(load_pipeline(model, dtype, DEVICE).unet)
     for name, weight in quantized_layers(pipe.unet).items():
         with torch.no_grad():
