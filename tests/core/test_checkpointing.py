@@ -73,8 +73,8 @@ def test_a_component_that_is_checkpointed_whole(at_once: bool) -> None:
 def test_a_component_checkpointed_whole_is_not_recomputed_with_another_strength() -> None:
     unet, bank, inputs = adapted(checkpointed=False)
     loss = whole(unet, inputs)
-    bank.set_adapters(["default"], 0.3)
-    with pytest.raises(AdapterError, match="strength"):
+    bank.set_adapters("default", 0.5, "linear")
+    with pytest.raises(AdapterError, match="other adapters or strengths"):
         loss.backward()
 
 
