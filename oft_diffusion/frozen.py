@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oft_diffusion.quantized import FourBit, QuantizedWeight, quantized_weight
+from oft_diffusion.quantized import FourBit, LayerWeight, quantized_weight
 
 
 def freeze_quantized(model: nn.Module) -> None:
@@ -33,7 +33,7 @@ def freeze_quantized(model: nn.Module) -> None:
 def thaw_quantized(model: nn.Module) -> None:
     """Give layers their own forward back."""
     for layer in model.modules():
-        if isinstance(layer.__dict__.get("forward"), FrozenForward):
+        if type(layer.__dict__.get("forward")) is FrozenForward:  # streamed ones stay so
             del layer.forward
 
 
@@ -41,13 +41,13 @@ _OFFLOADING = ("_hf_hook", "_diffusers_hook")  # what accelerate and diffusers k
 
 
 class FrozenForward:
-    """In the place of a quantized layer's forward: the same answer, with `grad W` for its whole backward.
+    """In the place of a frozen layer's forward: the same answer, with `grad W` for its whole backward.
 
     The innermost of a layer's call, so that all hooks have seen the input. An object, so that a copied component's
     layers have their own.
     """
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: LayerWeight) -> None:
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -65,14 +65,18 @@ class FrozenForward:
         answer: Tensor = type(self.weight.layer).forward(self.weight.layer, x)
         return answer
 
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The weight as floats, `(out, in)`."""
+        return self.weight.values(dtype)
+
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: FrozenForward) -> Tensor:
-        ctx.weight, ctx.dtype = frozen.weight, x.dtype
+        ctx.frozen, ctx.dtype = frozen, x.dtype
         return frozen.as_it_is(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return (grad @ ctx.weight.values(grad.dtype)).to(ctx.dtype), None
+        return (grad @ ctx.frozen.values(grad.dtype)).to(ctx.dtype), None

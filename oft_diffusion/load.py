@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,19 @@ def no_access(model: str, error: BaseException) -> ConfigError | None:
     )
 
 
-def refuse_hollow(pipe: Any, name: str) -> None:
+def refuse_hollow(pipe: Any, name: str, given: Collection[str] = ()) -> None:
     """Raise where a tensor got no values: of a single file, diffusers loads what it recognises, and says nothing.
+
+    Args:
+        pipe: a pipeline that was just loaded.
+        name: the model's.
+        given: components that were not loaded with it.
 
     Raises:
         ConfigError: there is such a tensor.
     """
-    modules = {part: module for part, module in pipe.components.items() if isinstance(module, nn.Module)}
+    loaded = {part: module for part, module in pipe.components.items() if part not in given}
+    modules = {part: module for part, module in loaded.items() if isinstance(module, nn.Module)}
     hollow = [f"{part}.{key}" for part, module in modules.items() for key, p in module.named_parameters() if p.is_meta]
     if hollow:
         raise ConfigError(

@@ -30,6 +30,7 @@ class Scheme:
         config: by library and dtype to compute in, the config to load a component with.
         size: bytes of a weight `(out, in)` and of what goes with it, whose scales may be of the dtype computed in, with
             its bytes.
+        bits: of one number of it, without what goes with it.
         needs_cuda: whether its library has no code for a processor.
         trains: whether gradients pass through its layers, which an adapter before them needs.
     """
@@ -38,6 +39,7 @@ class Scheme:
     package: str
     config: Callable[[Library, torch.dtype], Any]
     size: Callable[[int, int, int], int]
+    bits: int = 8
     needs_cuda: bool = False
     trains: bool = True
 
@@ -160,7 +162,7 @@ def _bytes_and_row_scales(out: int, columns: int, scale: int) -> int:
 SCHEMES: dict[str, Scheme] = {
     found.name: found
     for found in (
-        Scheme("nf4", "bitsandbytes", _nf4, _nf4_size),
+        Scheme("nf4", "bitsandbytes", _nf4, _nf4_size, bits=4),
         Scheme(
             "int8", "bitsandbytes", _int8,
             lambda out, columns, _: _bytes_and_row_scales(out, columns, 4),
@@ -171,8 +173,8 @@ SCHEMES: dict[str, Scheme] = {
         ),
         Scheme(
             "torchao-int4", "torchao", _torchao("int4"),
-            lambda out, columns, scale: out * columns // 2 + 2 * scale * out * columns // 32, needs_cuda=True,
-            trains=False,  # torch has no derivative of _weight_int4pack_mm
+            lambda out, columns, scale: out * columns // 2 + 2 * scale * out * columns // 32, bits=4,
+            needs_cuda=True, trains=False,  # torch has no derivative of _weight_int4pack_mm
         ),
         Scheme(
             "torchao-float8", "torchao", _torchao("float8"),

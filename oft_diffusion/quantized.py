@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from oft_diffusion.errors import TargetError
 
 
-class QuantizedWeight(ABC):
-    """One quantized layer's weight.
+class LayerWeight(ABC):
+    """One layer's weight, in whatever way it is kept.
 
     Attributes:
         layer: the layer.
@@ -35,7 +35,23 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the layer multiplies by it, `(out, in)`, in new memory."""
+        """The weight as the layer multiplies by it, `(out, in)`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the weight consists of, by name, where it lies in the layer."""
+
+    def bulk(self) -> Tensor:
+        """Of `tensors` the one that holds nearly all bytes."""
+        return max(self.tensors().values(), key=lambda tensor: tensor.nbytes)
+
+    def exchange(self, data: Tensor) -> None:
+        """Have the layer look for `bulk` in a copy of it, on whatever device. Scales and the like stay as they are."""
+        self.weight.data = data
+
+
+class QuantizedWeight(LayerWeight):
+    """One that a library has quantized. Its `values` are in new memory."""
 
     def dequantized(self) -> Tensor:
         """`values` in float32."""
@@ -48,10 +64,6 @@ class QuantizedWeight(ABC):
         Raises:
             TargetError: the library cannot quantize to this kind, only read it.
         """
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the quantized weight consists of, by name, where it lies in the layer."""
 
     def notes(self) -> Any:
         """What belongs to `tensors` and is no tensor; plain objects."""
@@ -153,12 +165,17 @@ class EightBit(QuantizedWeight):
 
     def follow(self) -> None:
         """Take what `Module.to` left behind, which moves the parameter's data alone, to where that is by now."""
-        data = self.weight.data
+        self.exchange(self.weight.data)
         for holder in (self.weight, self.layer.state):
-            if holder.CB is not None:  # the same bytes as the data, which the layer puts back after each call
-                holder.CB = data
             if holder.SCB is not None:
-                holder.SCB = holder.SCB.to(data.device)
+                holder.SCB = holder.SCB.to(self.weight.data.device)
+
+    def exchange(self, data: Tensor) -> None:
+        """As in `LayerWeight`; the layer puts `CB` back into its parameter after each call."""
+        self.weight.data = data
+        for holder in (self.weight, self.layer.state):
+            if holder.CB is not None:
+                holder.CB = data
 
     def tensors(self) -> dict[str, Tensor]:
         holder = self.layer.state if self.layer.state.CB is not None else self.weight
@@ -184,6 +201,11 @@ class OfSubclass(QuantizedWeight):
         made = self.made_of(weight.to(own.device, own.dtype))
         for name, tensor in _inner(made).items():
             self.tensors()[name].copy_(tensor)
+
+    def exchange(self, data: Tensor) -> None:
+        """As in `LayerWeight`."""
+        own = _inner(self.weight)  # of the parameter itself: its `data` is another object, with tensors of its own
+        max(own.values(), key=lambda tensor: tensor.nbytes).data = data
 
     @abstractmethod
     def made_of(self, weight: Tensor) -> Tensor:

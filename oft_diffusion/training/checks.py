@@ -9,6 +9,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import torch
+
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import ConfigError, OFTError
 from oft_diffusion.training.config import TrainConfig, hints
@@ -36,6 +38,7 @@ _IDLE: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     ),
     (("validation_every",), "validation_prompts", lambda c: bool(c.validation_prompts)),
     (("config_dir",), "a single-file model", lambda c: Path(c.model).suffix == ".safetensors"),
+    (("layer_offload",), "a CUDA card", lambda _: torch.cuda.is_available()),
 )
 
 _EXCLUSIVE = (

@@ -291,7 +291,17 @@ class TrainConfig:
             "memory and speed", "encode every prompt once and keep the text encoder off the device", free=True
         ),
     )
-
+    layer_offload: float = field(
+        default=0.0,
+        metadata=_about(
+            "memory and speed",
+            "share of the denoiser's layers whose weights wait in the processor's memory, and come to the card one by "
+            "one; 1 for all, 0 for none",
+            minimum=0.0,
+            maximum=1.0,
+            free=True,
+        ),
+    )
     drop_encoders: bool = field(
         default=False,
         metadata=_about(

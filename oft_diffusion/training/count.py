@@ -15,6 +15,7 @@ from oft_diffusion.gguf_file import gguf_bytes
 from oft_diffusion.inject import inject_oft
 from oft_diffusion.quantization import Scheme
 from oft_diffusion.rotation import packed_size
+from oft_diffusion.streaming import streamed_layers
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
@@ -35,6 +36,7 @@ class Counts:
         trained: of the adapter.
         saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
         moment_bytes: of Adam's two moments.
+        streamed: of the base's bytes, those that wait off a card for their layers; of a GGUF file about.
     """
 
     base: int
@@ -42,6 +44,7 @@ class Counts:
     trained: int
     saved: int
     moment_bytes: int
+    streamed: int = 0
 
     @property
     def base_bytes(self) -> int:
@@ -75,7 +78,7 @@ def count(config: TrainConfig, base: Base) -> Counts:
     Raises:
         OFTError: as the checks before a run.
     """
-    numbers = trained = saved = moments = 0
+    numbers = trained = saved = moments = streamed = 0
     weights: dict[str, int] = {}
     settings = adapted(config, base)
     quantized = quantizing(config, base)
@@ -90,6 +93,8 @@ def count(config: TrainConfig, base: Base) -> Counts:
             weights[name] = sum(path.stat().st_size for path in (base.weights / name).glob("*.safetensors"))
         else:
             weights[name] = _bytes_loaded(module, dtype, base, way)
+        if name in base.denoisers and config.layer_offload:
+            streamed += _streamed_bytes(module, config, weights[name], dtype, way)
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
@@ -98,7 +103,15 @@ def count(config: TrainConfig, base: Base) -> Counts:
             moments += sum(2 * _moment_bytes(config, numel) for numel in own)
             parts = bank.adapters[ADAPTER].parts
             saved += sum(packed_size(part.block_size) * sum(part.blocks.values()) for part in parts)
-    return Counts(numbers, weights, trained, saved, moments)
+    return Counts(numbers, weights, trained, saved, moments, streamed)
+
+
+def _streamed_bytes(module: nn.Module, config: TrainConfig, loaded: int, dtype: torch.dtype, way: Scheme | None) -> int:
+    """Of a denoiser that is `loaded` bytes in all, quantized in some way, or as in a file."""
+    numbers = sum(layer.weight.numel() for layer in streamed_layers(module, config.layer_offload))
+    if config.denoiser_file is not None:
+        return loaded * numbers // sum(p.numel() for p in module.parameters())
+    return numbers * way.bits // 8 if way is not None else numbers * dtype.itemsize
 
 
 def _moment_bytes(config: TrainConfig, numel: int) -> int:

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
-from oft_diffusion.errors import TrainingError
+from oft_diffusion.streaming import streamed_bytes
 from oft_diffusion.training.batches import Batches
 from oft_diffusion.training.checkpoint import read_state
 from oft_diffusion.training.class_images import ClassImages
@@ -27,10 +26,10 @@ from oft_diffusion.training.data import Picture
 from oft_diffusion.training.families import AT_ONCE, Family, where
 from oft_diffusion.training.loop import draws_after
 from oft_diffusion.training.memory import Meter
-from oft_diffusion.training.memory_presets import is_single_file
 from oft_diffusion.training.page import pictures_on_page
 from oft_diffusion.training.preflight import Plan, preflight
-from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of
+from oft_diffusion.training.prepare import Parts, accelerated, assemble, load_family, pictures_of, streams
+from oft_diffusion.training.savings import Phase, savings, size, too_large
 from oft_diffusion.training.state import resume
 from oft_diffusion.training.step import Stepper
 from oft_diffusion.training.timing import batch_numbers, caching, drawing, now, stepping
@@ -53,7 +52,7 @@ class Memory:
 
     Attributes:
         base: the base's weights; counted.
-        parked: of these, what is moved off a GPU or dropped during steps; counted.
+        parked: of these, what is moved off a GPU, streamed to it or dropped during steps; counted.
         adapter: its generators; counted.
         training: their gradients and Adam's moments; counted.
         caches: latents and embeddings, where they lie on the device; counted.
@@ -164,17 +163,17 @@ class Estimate:
             "encoding and drawing": memory.pictures,
             "the allocator's gaps and libraries": memory.beside,
         }
-        free = "" if self.free is None else f", and {_size(self.free)} were free"
+        free = "" if self.free is None else f", and {size(self.free)} were free"
         lines = [
             f"time     about {_duration(self.seconds)}, {_duration(self.seconds_per_step)} per step, on {self.device}",
             "         " + ", ".join(f"{what} {_duration(value)}" for what, value in took.items() if value),
-            f"memory   at most about {_size(memory.peak)}{free}",
-            "         " + ", ".join(f"{what} {_size(value)}" for what, value in held.items() if value),
-            f"adapter  {_size(self.file_bytes)} and a header: {self.trained:,} parameters, the base has {self.total:,}",
+            f"memory   at most about {size(memory.peak)}{free}",
+            "         " + ", ".join(f"{what} {size(value)}" for what, value in held.items() if value),
+            f"adapter  {size(self.file_bytes)} and a header: {self.trained:,} parameters, the base has {self.total:,}",
         ]
         if self.fits is False:
             lines.append(
-                f"This does not fit: the run needs about {_size(memory.peak)}, and {_size(self.free or 0)} were free. "
+                f"This does not fit: the run needs about {size(memory.peak)}, and {size(self.free or 0)} were free. "
                 f"What would help: {'; '.join(self.savings)}."
             )
         return "\n".join(lines)
@@ -205,15 +204,15 @@ def estimate(config: TrainConfig, on_part: Callable[[str], object] = _silent) ->
         least = counts.base_bytes + counts.adapter_bytes + counts.training_bytes
         if config.drop_encoders and meter.device.type != "cpu":
             least -= sum(counts.parts[name] for name in plan.base.text_encoders)
+        if streams(config, meter.device):
+            least -= counts.streamed
         if meter.free is not None and least > meter.free:
-            raise _too_large(
-                f"{_size(least)} without activations", meter.free, _savings(config, "loading", meter.device)
-            )
+            raise too_large(f"{size(least)} without activations", meter.free, savings(config, "loading", meter.device))
         try:
             return _measure(config, plan, counts, accelerator, meter, on_part)
         except torch.OutOfMemoryError as error:
-            fixes = _savings(config, "steps", meter.device)
-            raise _too_large("more, as a few steps showed", meter.free or 0, fixes) from error
+            fixes = savings(config, "steps", meter.device)
+            raise too_large("more, as a few steps showed", meter.free or 0, fixes) from error
 
 
 def _measure(
@@ -233,7 +232,9 @@ def _measure(
 
     def there() -> int:
         """Bytes of the base that are on the device now."""
-        return sum(size for name, size in counts.parts.items() if where(family.module(name)).type == device.type)
+        found = {name: family.module(name) for name in counts.parts}
+        here = {name: module for name, module in found.items() if where(module).type == device.type}
+        return sum(counts.parts[name] - streamed_bytes(module) for name, module in here.items())
 
     at_first = there()
     pictures = pictures_of(config, plan)
@@ -266,7 +267,7 @@ def _measure(
         pictures=max(early, late) - kept,
         process=meter.process_growth(),
     )
-    most: _Phase = "steps" if not memory.peak_is_pictures else "grids" if shown.growth and not missing else "encoding"
+    most: Phase = "steps" if not memory.peak_is_pictures else "grids" if shown.growth and not missing else "encoding"
     return Estimate(
         device=_name(device),
         steps=config.steps - done,
@@ -285,7 +286,7 @@ def _measure(
         file_bytes=counts.file_bytes,
         class_images=len(missing),
         pictures=drawn,
-        savings=_savings(config, most, device),
+        savings=savings(config, most, device),
         notes=tuple(notes),
     )
 
@@ -331,54 +332,6 @@ def _prompts_at_once(config: TrainConfig) -> list[str]:
     return [config.fill(prompt)] * min(count, AT_ONCE)
 
 
-# -- what would take less memory ---------------------------------------------------------------------------------------
-
-_Phase = Literal["loading", "encoding", "grids", "steps"]  # by what of them most memory is taken
-
-
-def _savings(config: TrainConfig, phase: _Phase, device: torch.device) -> tuple[str, ...]:
-    """Settings that take less memory than the config's, where most of it is needed."""
-    c, on_gpu, stepping = config, device.type == "cuda", phase == "steps"
-    cached, whole = c.cache_latents and c.cache_text_embeddings, not is_single_file(c.model)
-    # What is dropped is on no card but for prompts and pictures, and on a processor gone while training alone.
-    dropping = phase in ("loading", "encoding") if on_gpu else stepping
-    known = {
-        'mixed_precision = "bf16"': c.mixed_precision == "no",
-        'quantization = "nf4"': whole and not (c.quantization or c.denoiser_file),
-        'text_encoder_quantization = "nf4"': (
-            whole and not c.text_encoder_quantization and _encoders_are_there(c, phase, on_gpu)
-        ),
-        'optimizer = "adamw8bit"': c.optimizer == "adamw" and phase != "encoding",
-        "gradient_checkpointing = true": stepping and not c.gradient_checkpointing,
-        f"batch_size = 1 with accumulation = {c.accumulation * c.batch_size}": stepping and c.batch_size > 1,
-        "class_batch_size = 1": stepping and c.prior_preservation and (c.class_batch_size or c.batch_size) > 1,
-        "drop_encoders = true": dropping and cached and not c.drop_encoders,
-        # A processor's memory is where these park the encoders.
-        "cache_latents = true": stepping and on_gpu and not c.cache_latents,
-        "cache_text_embeddings = true": stepping and on_gpu and not (c.cache_text_embeddings or c.text_encoder),
-        "validation_count = 1": phase == "grids" and bool(c.validation_prompts) and c.validation_count > 1,
-        f"a resolution below {c.resolution}": phase != "loading",
-        "a smaller base": True,
-    }
-    return tuple(words for words, possible in known.items() if possible)
-
-
-def _encoders_are_there(config: TrainConfig, phase: _Phase, on_gpu: bool) -> bool:
-    """Whether text encoders are on the device when most of it is taken; on a card they may come for prompts alone."""
-    if not on_gpu:
-        return not (phase == "steps" and config.drop_encoders)
-    parked = config.drop_encoders if phase == "loading" else config.cache_text_embeddings
-    return phase == "encoding" or not parked
-
-
-def _too_large(needed: str, free: int, savings: Sequence[str]) -> TrainingError:
-    return TrainingError(
-        f"the run does not fit: it takes {needed}, and {_size(free)} are free",
-        expected="a device with memory for base, adapter and activations",
-        fix=f"use {', or '.join(savings)}",
-    )
-
-
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +350,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -34,19 +34,23 @@ class Row:
         about: which bases, in words.
         pipelines: their diffusers classes; any where there are none.
         layers: the most that such a base's denoiser has, of those that say; larger ones are of the next row.
-        settings: by memory, from the least that suffices on.
+        settings: by memory.
+        unquantized: the least memory in which the base as it is trains with all of its layers streamed.
     """
 
     about: str
     pipelines: tuple[str, ...]
     settings: Mapping[str, Settings]
     layers: float = float("inf")
+    unquantized: str | None = None
 
     def possible(self, single_file: bool) -> Mapping[str, Settings]:
-        """Settings by memory; of a single file, those that quantize nothing, which a folder alone is loaded with."""
+        """Settings by memory, from the least on; of a single file, those that quantize nothing."""
         if not single_file:
             return self.settings
-        return {memory: own for memory, own in self.settings.items() if not own.keys() & _QUANTIZED}
+        found = {memory: _STREAMED if own.keys() & _QUANTIZED else own for memory, own in self.settings.items()}
+        least = MEMORIES[self.unquantized] if self.unquantized is not None else float("inf")
+        return {memory: own for memory, own in found.items() if own is not _STREAMED or MEMORIES[memory] >= least}
 
 
 _QUANTIZED = {"quantization", "text_encoder_quantization"}
@@ -61,6 +65,10 @@ def _in_bits(denoiser: str | None, text_encoders: str | None) -> Settings:
     return {**_FRUGAL, **{knob: name for knob, name in chosen.items() if name is not None}}
 
 
+_STREAMED: Settings = {**_FRUGAL, "layer_offload": 1.0}
+_LEAST: Settings = {**_in_bits("nf4", "nf4"), **_STREAMED}
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "Stable Diffusion 1.x, 2.x",
@@ -71,6 +79,7 @@ ROWS: tuple[Row, ...] = (
         "SDXL",
         ("StableDiffusionXLPipeline",),
         {"8 GB": _in_bits("nf4", None), "12 GB": _FRUGAL, "16 GB": _CHECKPOINTED, "24 GB": _CHECKPOINTED},
+        unquantized="8 GB",
     ),
     Row(
         "Stable Diffusion 3 or 3.5 Medium",
@@ -82,18 +91,31 @@ ROWS: tuple[Row, ...] = (
             "24 GB": _CHECKPOINTED,
         },
         layers=24,
+        unquantized="16 GB",
     ),
     Row(
         "Stable Diffusion 3.5 Large",
         ("StableDiffusion3Pipeline",),
-        {"12 GB": _in_bits("nf4", "nf4"), "16 GB": _in_bits("int8", "int8"), "24 GB": _in_bits(None, "int8")},
+        {
+            "8 GB": _LEAST,
+            "12 GB": _in_bits("nf4", "nf4"),
+            "16 GB": _in_bits("int8", "int8"),
+            "24 GB": _in_bits(None, "int8"),
+        },
+        unquantized="16 GB",
     ),
     Row(
         "Flux.1",
         ("FluxPipeline",),
-        {"12 GB": _in_bits("nf4", "nf4"), "16 GB": _in_bits("nf4", "int8"), "24 GB": _in_bits("int8", "int8")},
+        {
+            "8 GB": _LEAST,
+            "12 GB": _in_bits("nf4", "nf4"),
+            "16 GB": _in_bits("nf4", "int8"),
+            "24 GB": _in_bits("int8", "int8"),
+        },
+        unquantized="12 GB",
     ),
-    Row("other bases, not counted", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4"))),
+    Row("other bases, not counted", (), dict.fromkeys(MEMORIES, _in_bits("nf4", "nf4")) | {"8 GB": _LEAST}),
 )
 
 
@@ -134,7 +156,7 @@ def filled(given: Settings) -> dict[str, Any]:
     row = row_for(Path(configs or model))
     possible = row.possible(single_file)
     if memory not in possible:
-        raise _too_little(memory, row) if not single_file else _too_little_for_a_file(memory, row, str(model))
+        raise _too_little_for_a_file(memory, row, str(model))
     excluded = {knob for other, knobs in _EXCLUDED.items() if settings.get(other) for knob in knobs}
     if False in (settings.get("cache_latents"), settings.get("cache_text_embeddings")):
         excluded.add("drop_encoders")
@@ -156,15 +178,6 @@ def _spelled(memory: Any) -> str:
 def is_single_file(model: str | Path) -> bool:
     """Whether a model is one checkpoint file, by its name."""
     return Path(model).suffix == ".safetensors"
-
-
-def _too_little(memory: str, row: Row) -> ConfigError:
-    least = next(iter(row.settings))
-    return ConfigError(
-        f"memory = {memory!r} is too little to train {row.about}, quantized, checkpointed and all",
-        expected=f"at least {least}",
-        fix=f'use memory = "{least}" or more, or a smaller base',
-    )
 
 
 def _too_little_for_a_file(memory: str, row: Row, model: str) -> ConfigError:

@@ -19,7 +19,8 @@ class AdaptedModel(nn.Module):
     """Components that carry adapters, and their banks, in one module.
 
     A bank is not registered on its component, so a wrapper such as DistributedDataParallel sees the generators only
-    through this container, as ordinary parameters.
+    through this container, as ordinary parameters. What is frozen it leaves alone: each process has read that from the
+    same files, buffers would be sent around with every forward, and streamed weights are on no card.
     """
 
     def __init__(self, family: Family, banks: Mapping[str, OFTBank], resolution: int) -> None:
@@ -28,6 +29,8 @@ class AdaptedModel(nn.Module):
         self.banks = nn.ModuleDict(banks)
         self.resolution = resolution
         self.family = family  # no module, hence not registered
+        frozen = (*self.components.named_parameters("components"), *self.components.named_buffers("components"))
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in frozen]
 
     def forward(
         self, noisy: Tensor, times: Tensor, prompts: Sequence[str], encoded: Sequence[Conditioning] | None

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from oft_diffusion.gguf_file import gguf_digest
 from oft_diffusion.inject import inject_oft, load_oft_state_dict
 from oft_diffusion.quantization import eight_bit_adamw
 from oft_diffusion.quantized import send
+from oft_diffusion.streaming import stream_weights
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.batches import Batches
@@ -132,16 +134,27 @@ def prepare(config: TrainConfig, plan: Plan, accelerator: Accelerator, console: 
 def load_family(config: TrainConfig, base: Base, device: torch.device) -> Family:
     """The base in the run's precision, all of it on the device; text encoders that are to be dropped on the CPU.
 
+    On a card the denoiser is there first, with its weights streamed as the config has it, so that it leaves room for
+    the others.
+
     Raises:
         OFTError: it cannot be loaded.
     """
     dtype = DTYPES[config.mixed_precision]
     file = None if config.denoiser_file is None else Path(config.denoiser_file)
     quantized = quantizing(config, base, device.type)
-    family = FAMILIES[base.pipeline].load(base, dtype, config.clip_skip, quantized, file)
+    streamed = base.denoisers if streams(config, device) else ()
+    on_denoiser = partial(stream_weights, share=config.layer_offload, device=device) if streamed else None
+    family = FAMILIES[base.pipeline].load(base, dtype, config.clip_skip, quantized, file, on_denoiser)
     for name in base.modules:
-        send(family.module(name), "cpu" if config.drop_encoders and name in base.text_encoders else device)
+        if name not in streamed:
+            send(family.module(name), "cpu" if config.drop_encoders and name in base.text_encoders else device)
     return family
+
+
+def streams(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the denoiser's weights are streamed: not on a processor, in whose memory they would wait."""
+    return bool(config.layer_offload) and device.type == "cuda"
 
 
 def pictures_of(config: TrainConfig, plan: Plan) -> dict[str, list[Picture]]:
@@ -184,7 +197,8 @@ def assemble(
         family.quicken_backward(config.resolution)
     model = AdaptedModel(family, banks, config.resolution)
     adamw = make_optimizer(config, plan.base, banks)
-    wrapped, optimizer = accelerator.prepare(model, adamw)
+    # All of it is on the device already, but for weights that are streamed to it.
+    wrapped, optimizer = accelerator.prepare(model, adamw, device_placement=[False, None])
     schedule = make_schedule(config, adamw)
     identity = {
         "base model": plan.base.fingerprint(),

@@ -95,12 +95,12 @@ def test_every_preset_is_there_and_fits_by_memory() -> None:
     assert {tuple(sorted(names)) for names in sdxl.values()} == {("sdxl", "sdxl 12 GB", "sdxl 16 GB", "sdxl 8 GB")}
     assert fitting(SDXL, 8e9)["sdxl 16 GB"].about == "SDXL, for 16 GB of memory or more"
     assert fitting(SDXL, 8e9)["sdxl"] == ("SDXL, however much memory that takes", "sdxl", None)
-    assert list(fitting(FLUX, 8e9)) == ["flux 12 GB", "flux 16 GB", "flux 24 GB", "flux"]
+    assert list(fitting(FLUX, 8e9)) == ["flux 8 GB", "flux 12 GB", "flux 16 GB", "flux 24 GB", "flux"]
     assert next(iter(fitting(SD3, 8e9, layers=24))) == "sd35 8 GB"
-    assert next(iter(fitting(SD3, 8e9, layers=38))) == "sd35 12 GB"
-    assert list(fitting("SanaPipeline", 80e9)) == ["sd35", "sd35 8 GB"]
+    assert next(iter(fitting(SD3, 8e9, layers=38))) == "sd35 8 GB"
+    assert list(fitting("SanaPipeline", 80e9)) == ["sd35", "sd35 12 GB", "sd35 8 GB"]
     for memory in (12e9, 25.4e9):  # a card of 24 GiB has no more than the largest size
-        assert list(fitting("SanaPipeline", memory)) == ["sd35 8 GB", "sd35"]
+        assert list(fitting("SanaPipeline", memory)) == ["sd35 12 GB", "sd35 8 GB", "sd35"]
 
 
 def test_a_trained_text_encoder_is_offered_without_a_size() -> None:
@@ -110,11 +110,12 @@ def test_a_trained_text_encoder_is_offered_without_a_size() -> None:
 
 
 def test_of_a_single_file_presets_quantize_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(fitting(SDXL, 12e9, single_file=True)) == ["sdxl 12 GB", "sdxl 16 GB", "sdxl"]
-    assert fitting(FLUX, 12e9, single_file=True) == {"flux": ("Flux.1", "flux", None)}
+    assert list(fitting(SDXL, 12e9, single_file=True)) == ["sdxl 12 GB", "sdxl 8 GB", "sdxl 16 GB", "sdxl"]
+    assert list(fitting(FLUX, 8e9, single_file=True)) == ["flux 12 GB", "flux"]
+    assert fitting("SanaPipeline", 12e9, single_file=True) == {"sd35": ("large models", "sd35", None)}
     model = Model(str(tmp_path / "x.safetensors"))
     monkeypatch.setattr(Model, "studio", lambda _: SimpleNamespace(pipe=type(FLUX, (), {})()))
-    assert list(model.presets()) == ["flux"]
+    assert set(model.presets()) == {"flux", "flux 12 GB"}
 
 
 def test_without_bitsandbytes_no_preset_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from oft_diffusion import OFTConfig, inject_oft, save_oft_weights
-from oft_diffusion.training import TrainConfig
+from oft_diffusion.training import TrainConfig, prepare
 from oft_diffusion.training import train as start_run
 from oft_diffusion.training.model import AdaptedModel
 from tests.core.reference import relative, unet_inputs
@@ -102,7 +102,8 @@ def loop_worker(rank: int, folder: str, knobs: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(knobs.pop("port")), "WORLD_SIZE": "2"}
     os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
-    save_file(loop(knobs | {"batch_size": 1}), Path(folder) / f"loop-{rank}.safetensors")
+    prepare.streams = lambda config, device: bool(config.layer_offload)  # on a processor, too
+    save_file(loop(knobs | {"batch_size": 1, "layer_offload": 0.5}), Path(folder) / f"loop-{rank}.safetensors")
     dist.destroy_process_group()
 
 

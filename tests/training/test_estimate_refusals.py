@@ -16,6 +16,7 @@ from oft_diffusion.errors import OFTError, TrainingError
 from oft_diffusion.training import TrainConfig, estimate, memory, train
 from oft_diffusion.training.batches import Batch, Batches
 from oft_diffusion.training.command import main
+from oft_diffusion.training.savings import savings
 from oft_diffusion.training.step import Stepper
 from tests.helpers.tiny_sd import write_tiny_sd
 from tests.training.conftest import Run
@@ -126,20 +127,21 @@ def test_what_does_not_fit_is_said_with_what_helps(config: Config, monkeypatch: 
 
 CACHED = {"cache_latents": True, "cache_text_embeddings": True}
 DROP, ENCODERS, EIGHT = "drop_encoders = true", 'text_encoder_quantization = "nf4"', 'optimizer = "adamw8bit"'
+OFFLOAD = "layer_offload = 1"
 
 
 @pytest.mark.parametrize(
     ("device", "phase", "knobs", "offered"),
     [
-        ("cuda", "loading", CACHED, {DROP, ENCODERS, EIGHT}),
-        ("cuda", "encoding", CACHED, {DROP, ENCODERS}),
-        ("cuda", "steps", CACHED, {EIGHT}),
-        ("cuda", "steps", {}, {ENCODERS, EIGHT}),
-        ("cuda", "grids", CACHED, {EIGHT}),
-        ("cuda", "loading", {**CACHED, "drop_encoders": True}, {EIGHT}),
-        ("cuda", "encoding", {**CACHED, "drop_encoders": True}, {ENCODERS}),
-        ("cuda", "loading", {"optimizer": "adamw8bit", "text_encoder_quantization": "int8"}, set()),
-        ("cuda", "loading", {"model": "x.safetensors"}, {EIGHT}),
+        ("cuda", "loading", CACHED, {DROP, ENCODERS, EIGHT, OFFLOAD}),
+        ("cuda", "encoding", CACHED, {DROP, ENCODERS, OFFLOAD}),
+        ("cuda", "steps", CACHED, {EIGHT, OFFLOAD}),
+        ("cuda", "steps", {}, {ENCODERS, EIGHT, OFFLOAD}),
+        ("cuda", "grids", {**CACHED, "layer_offload": 0.5}, {EIGHT, OFFLOAD}),
+        ("cuda", "loading", {**CACHED, "drop_encoders": True, "layer_offload": 1.0}, {EIGHT}),
+        ("cuda", "encoding", {**CACHED, "drop_encoders": True}, {ENCODERS, OFFLOAD}),
+        ("cuda", "loading", {"optimizer": "adamw8bit", "text_encoder_quantization": "int8"}, {OFFLOAD}),
+        ("cuda", "loading", {"model": "x.safetensors"}, {EIGHT, OFFLOAD}),
         ("cpu", "loading", CACHED, {ENCODERS, EIGHT}),
         ("cpu", "steps", CACHED, {DROP, ENCODERS, EIGHT}),
         ("cpu", "steps", {**CACHED, "drop_encoders": True}, {EIGHT}),
@@ -148,9 +150,8 @@ DROP, ENCODERS, EIGHT = "drop_encoders = true", 'text_encoder_quantization = "nf
 def test_settings_that_help_are_offered_where_they_do(
     device: str, phase: Any, knobs: dict[str, object], offered: set[str], config: Config
 ) -> None:
-    savings = importlib.import_module("oft_diffusion.training.estimate")._savings
     found = savings(config(**knobs), phase, torch.device(device))
-    assert {DROP, ENCODERS, EIGHT} & set(found) == offered
+    assert {DROP, ENCODERS, EIGHT, OFFLOAD} & set(found) == offered
 
 
 def test_running_out_of_memory_is_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import functools
 import gc
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -119,6 +119,7 @@ class Family:
         clip_skip: int | None = None,
         quantizing: Quantizing | None = None,
         denoiser_file: Path | None = None,
+        on_denoiser: Callable[[nn.Module], object] | None = None,
     ) -> Family:
         """Load a base that `find_base` accepted, onto the CPU; what a card's library quantizes, onto that.
 
@@ -128,13 +129,14 @@ class Family:
             clip_skip: as the pipeline's call takes it, for prompts in training and for pictures.
             quantizing: which components to quantize; of a folder only.
             denoiser_file: a GGUF file with the denoiser's weights; likewise.
+            on_denoiser: called with each denoiser, frozen, before the rest of a folder is loaded.
 
         Raises:
             TrainingError: diffusers cannot load it.
             ConfigError: a single file lacks some of its weights.
         """
         source = Source(base, dtype, quantizing, denoiser_file)
-        return cls(source.pipe(), source, clip_skip)
+        return cls(source.pipe(on_denoiser), source, clip_skip)
 
     def module(self, name: str) -> Any:
         """A component. Typed Any: nn.Module's stubs take every attribute of theirs for a tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,36 @@ class Source:
     quantizing: Quantizing | None = None
     denoiser_file: Path | None = None
 
-    def pipe(self) -> Any:
+    def pipe(self, on_denoiser: Callable[[nn.Module], object] | None = None) -> Any:
         """The whole pipeline.
+
+        Args:
+            on_denoiser: called with each denoiser, frozen, before the rest is loaded; of a single file, after that.
 
         Raises:
             TrainingError: diffusers cannot load it.
             ConfigError: a single file lacks some of its weights.
         """
-        if self.denoiser_file is None:
-            return self._load({})
-        base, part = self.base, self.base.denoisers[0]
-        return self._load({part: load_gguf(self.denoiser_file, base.classes[part], base.configs, part, self.dtype)})
+        base, pipe = self.base, None
+        if self.denoiser_file is not None:
+            (part,) = base.denoisers
+            denoisers = {part: load_gguf(self.denoiser_file, base.classes[part], base.configs, part, self.dtype)}
+        elif on_denoiser is not None and not base.single_file:
+            denoisers = self._denoisers()
+        else:
+            pipe = self._load({})
+            denoisers = {name: pipe.components[name] for name in base.denoisers}
+        if on_denoiser is not None:
+            for denoiser in denoisers.values():
+                on_denoiser(denoiser.requires_grad_(False))
+        return self._load(denoisers) if pipe is None else pipe
+
+    def _denoisers(self) -> dict[str, nn.Module]:
+        """The denoisers alone, with what stands for the others beside them."""
+        base = self.base
+        others = [name for name in base.modules if name not in base.denoisers]
+        pipe = self._load({name: component_skeleton(base.configs / name, base.classes[name]) for name in others})
+        return {name: pipe.components[name] for name in base.denoisers}
 
     def again(self, components: Mapping[str, Any], names: Collection[str]) -> dict[str, nn.Module]:
         """Some components by name, loaded a second time; the others are at hand. No random number is drawn.
@@ -96,7 +115,7 @@ class Source:
                 expected=f"weights that fit {'config_dir' if base.single_file else 'the configs beside them'}",
                 fix="check that the model is whole, and that a single file's config_dir is of the same architecture",
             ) from error
-        refuse_hollow(pipe, base.name)
+        refuse_hollow(pipe, base.name, given)
         return pipe
 
 
