@@ -6,6 +6,7 @@ ones, whose tokens all are in the real vocabularies.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
 from benchmarks import works
@@ -149,3 +151,22 @@ def write_full_size(name: str, folder: Path, device: str) -> Path:
     kind: Any = getattr(diffusers, whole.pipeline)
     kind(**modules, **tokenizers, scheduler=whole.scheduler(), **dict(whole.more)).save_pretrained(folder / name)
     return folder / name
+
+
+def write_stub(name: str, folder: Path) -> Path:
+    """A base of full size without its weights: configs, tokenizers, and files that hold a number each."""
+    whole, model = FULL_SIZE[name], folder / "model"
+    told: dict[str, Any] = {"_class_name": whole.pipeline, "scheduler": ["diffusers", type(whole.scheduler()).__name__]}
+    for part, module in full_size(name, "meta", torch.bfloat16).items():
+        library = "transformers" if part.startswith("text_encoder") else "diffusers"
+        (module.save_config if library == "diffusers" else module.config.save_pretrained)(model / part)
+        save_file({"x": torch.zeros(1)}, model / part / "model.safetensors")
+        told[part] = [library, type(module).__name__]
+        if library == "transformers":
+            tokenizer = t5_tokenizer() if "T5" in type(module).__name__ else tiny_tokenizer(folder / "files")
+            own = part.replace("text_encoder", "tokenizer")
+            tokenizer.save_pretrained(model / own)
+            told[own] = ["transformers", type(tokenizer).__name__]
+    whole.scheduler().save_pretrained(model / "scheduler")
+    (model / "model_index.json").write_text(json.dumps(told))
+    return model

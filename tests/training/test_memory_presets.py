@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
 
-from benchmarks.full_size import FULL_SIZE, full_size
+from benchmarks.full_size import FULL_SIZE, write_stub
 from benchmarks.step_memory import step_gigabytes
 from oft_diffusion.errors import ConfigError
 from oft_diffusion.training import TrainConfig, memory_presets, train
@@ -23,8 +21,6 @@ from oft_diffusion.training.config import REQUIRED
 from oft_diffusion.training.count import Counts, count
 from oft_diffusion.training.find import find_base
 from oft_diffusion.training.memory_presets import MEMORIES, ROWS, filled, row_for, row_of
-from tests.helpers.tiny_families import t5_tokenizer
-from tests.helpers.tiny_sd import tiny_tokenizer
 
 Config = Callable[..., TrainConfig]
 KNOBS = {f.name for f in fields(TrainConfig)} - set(REQUIRED)
@@ -205,25 +201,6 @@ def test_what_steps_are_allowed_is_twice_what_is_counted(checkpointed: bool) -> 
     assert STEP["SD 1.5"][not checkpointed] == pytest.approx(2 * counted, rel=0.05)
 
 
-def stub(name: str, folder: Path) -> Path:
-    """A base of full size without its weights: configs, tokenizers, and files that hold a number each."""
-    whole, model = FULL_SIZE[name], folder / "model"
-    told: dict[str, Any] = {"_class_name": whole.pipeline, "scheduler": ["diffusers", type(whole.scheduler()).__name__]}
-    for part, module in full_size(name, "meta", torch.bfloat16).items():
-        library = "transformers" if part.startswith("text_encoder") else "diffusers"
-        (module.save_config if library == "diffusers" else module.config.save_pretrained)(model / part)
-        save_file({"x": torch.zeros(1)}, model / part / "model.safetensors")
-        told[part] = [library, type(module).__name__]
-        if library == "transformers":
-            tokenizer = t5_tokenizer() if "T5" in type(module).__name__ else tiny_tokenizer(folder / "files")
-            own = part.replace("text_encoder", "tokenizer")
-            tokenizer.save_pretrained(model / own)
-            told[own] = ["transformers", type(tokenizer).__name__]
-    whole.scheduler().save_pretrained(model / "scheduler")
-    (model / "model_index.json").write_text(json.dumps(told))
-    return model
-
-
 def peak(name: str, settings: TrainConfig, counts: Counts) -> float:
     """GB at most on a card."""
     part = {key: size / 1e9 for key, size in counts.parts.items()}
@@ -244,7 +221,7 @@ def peak(name: str, settings: TrainConfig, counts: Counts) -> float:
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_presets_fit_the_memory_that_they_are_for(name: str, tmp_path: Path) -> None:
-    model = stub(name, tmp_path)
+    model = write_stub(name, tmp_path)
     base = find_base(str(model))
     row = row_for(model)
     assert row.about in (r.about for r in ROWS[:-1])
