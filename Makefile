@@ -73,7 +73,7 @@ bench-gpu: install  ## the same on a CUDA card, its kernels, and what the preset
 
 test-gpu: install  ## the tests that need a CUDA card, and the quantized bases on it
 	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -m gpu
-	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -m "not slow" $(addprefix tests/quantization/test_,backends.py numerics.py frozen.py gguf.py)
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -m "not slow" $(addprefix tests/quantization/test_,backends.py numerics.py frozen.py gguf.py streaming.py)
 
 lint: install  ## ruff: rules and format; hadolint: the Dockerfile
 	$(BIN)/ruff check $(SOURCES)

@@ -117,10 +117,11 @@ class DeltaBuilder:
 
     def _member(self, stage: Stage, member: Member, device: torch.device) -> Tensor:
         delta = self.part(member.active, member.part, device)
-        if member.rows is None:
+        rows = member.rows_on(device)
+        if rows is None:
             return delta
         identity = delta.new_zeros(1, stage.block_size, stage.block_size)
-        return torch.cat([delta, identity]).index_select(0, member.rows.to(device))
+        return torch.cat([delta, identity]).index_select(0, rows)
 
     def _compute(self, active: Active, part: Part, device: torch.device) -> Tensor:
         parameter, config = self._generators[part.key], self._adapters[active.name].config

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oft_diffusion.bank import OFTBank
 
 Deltas = tuple[Tensor, ...]
+_NOTHING: Deltas = ()
 
 
 class LayerHook:
@@ -51,6 +52,9 @@ class LayerHook:
         module.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> Any:
+        if self.grad_deltas == _NOTHING == self.eval_deltas:
+            self.fired = True
+            return None  # no adapter of this layer is active, or all are merged
         x: Tensor = args[0] if args else self._input(args)
         rotated = self._at_once(module, x)
         if rotated is None:

@@ -114,6 +114,15 @@ class Member:
     active: Active
     part: Part
     rows: Tensor | None
+    _there: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """`rows` on a device, sent there once: a copy in each step would have the card wait for the processor."""
+        if self.rows is None or torch.compiler.is_compiling():  # or a graph's tensor would outlive it
+            return None if self.rows is None else self.rows.to(device)
+        if device not in self._there:
+            self._there[device] = self.rows.to(device)
+        return self._there[device]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.counting import leaf_operations, python_calls
 from oft_diffusion import OFTConfig, base_copy, inject_oft, merge, merge_oft, remove_oft, unmerge_oft
 from oft_diffusion.errors import AdapterError, TargetError
+from oft_diffusion.hooks import hooked_layers
 from tests.core.reference import SEEDS, dense_rotation, relative, two_layers, unet_inputs
 from tests.library.support import assert_one_sentence, excite, tiny_unet
 
@@ -243,3 +245,21 @@ def test_one_name_may_be_passed_without_a_list() -> None:
     bank = inject_oft(unet, OFTConfig(block_size=8), "mug")
     merge_oft(unet, "mug")
     assert bank.merged == ("mug",)
+
+
+def test_merged_layers_cost_a_look_at_their_hook() -> None:
+    """Operations and Python functions of a forward, torch's own around a hook included."""
+    unet = tiny_unet()
+    inputs = unet_inputs(unet, 0)
+
+    def counts() -> tuple[float, int]:
+        run(unet, inputs)
+        return leaf_operations(lambda: run(unet, inputs)), python_calls(lambda: run(unet, inputs))
+
+    operations, calls = counts()
+    excite(inject_oft(unet, OFTConfig(block_size=8)))
+    layers = len(hooked_layers(unet))
+    merge_oft(unet)
+    merged_operations, merged_calls = counts()
+    assert merged_operations == operations
+    assert 0 < merged_calls - calls <= 4 * layers + 20

@@ -239,3 +239,18 @@ def test_channels_turn_before_patches(model: Net) -> None:
         with pytest.raises(AdapterError, match="'channels' turns the channels of circular after 'patches'"):
             bank.set_adapters(["patches", "channels"])
         torch.testing.assert_close(model(X), got, rtol=0, atol=3e-6)
+
+
+def test_which_blocks_a_stage_takes_is_sent_to_a_device_once() -> None:
+    net = Net()
+    inject_oft(net, OFTConfig(block_size=6, targets="first"), "one")
+    bank = inject_oft(net, OFTConfig(block_size=6, targets="first|second"), "two")
+    bank.set_adapters(["one", "two"])
+    members = [member for stage in bank._stages for member in stage.members]
+    some = [member for member in members if member.rows is not None]
+    assert some
+    for member in some:
+        sent = member.rows_on(torch.device("meta"))
+        assert sent is not None
+        assert sent.is_meta
+        assert member.rows_on(torch.device("meta")) is sent
