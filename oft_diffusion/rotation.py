@@ -112,10 +112,11 @@ class _CayleyDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (delta,) = ctx.saved_tensors
-        return _cayley_grad(delta, grad)
+        return cayley_delta_grad(delta, grad)
 
 
-def _cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
+def cayley_delta_grad(delta: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `cayley_delta`'s Q, of D and D's own gradient, all `(..., b, b)`: `_CayleyDelta`."""
     turned = delta.transpose(-2, -1)
     half = torch.baddbmm(grad, turned, grad, beta=2.0)
     return torch.baddbmm(half, half, turned, alpha=0.5)
@@ -134,7 +135,7 @@ class _PackedCayleyDelta(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (delta,) = ctx.saved_tensors
         if processor.derived_by_torch(delta, delta.shape[-1], (grad,)):
-            skew = _cayley_grad(delta, grad)
+            skew = cayley_delta_grad(delta, grad)
             return pack(skew - skew.transpose(1, 2)), None
         return processor.cayley_grad(delta, grad), None
 
