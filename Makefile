@@ -63,11 +63,11 @@ test-full: install  ## everything that this machine can run; writes docs/logs/te
 	@HYPOTHESIS_PROFILE=full $(PYTEST) $(TESTS) --durations=15 2>&1 \
 	  | sed -u -e "s#$(CURDIR)#.#g" -e "s#$${HOME:-/nonexistent}#~#g" | tee $(FULL_LOG)
 
-bench: install  ## speed and memory beside LoRA and others, on this processor: under 15 minutes, on an idle machine
+bench: install  ## speed and memory beside LoRA and others, on this processor, idle: 13 minutes a call, the next goes on
 	$(QUIET) $(PYTHON) -m benchmarks.speed
 	@$(PYTHON) -m benchmarks.speed --table
 
-bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: meant for 20 minutes
+bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take: never run whole yet
 	-$(PYTHON) -m benchmarks.on_card
 	@$(PYTHON) -m benchmarks.speed --table
 

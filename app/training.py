@@ -131,7 +131,12 @@ class Training:
         """
         photos, wish = self.photos(person), dataclasses.replace(wish, name=wish.name or "nameless")
         self.runs.check(wish, photos)
-        return self.machine.start(person, "estimate", lambda job: self.runs.estimate(wish, photos, job))
+
+        def work(job: Job) -> None:
+            self.model.studio().rest()  # as before a training, which has the device to itself
+            self.runs.estimate(wish, photos, job)
+
+        return self.machine.start(person, "estimate", work)
 
     def resume(self, person: str, run_id: str) -> Job:
         """Go on with a run that was paused or cut off.

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.counting import NOT_WORK, saved_bytes
 from benchmarks.methods import BASE, DENSE, EQUAL_LORA, LORA, METHODS, NATIVE, OURS, TRITON, WEIGHT_CENTRIC
 from benchmarks.records import DATA, append, load
+from benchmarks.stamps import commits
 from benchmarks.step_memory import FAMILIES, fused_attention
 from benchmarks.turns import told
 from benchmarks.works import WORKS, Sizes
@@ -176,8 +177,19 @@ def table(rows: Sequence[Row]) -> str:
         f"- {method}: {row['reason']}" for step in found for method, row in step.rows.items() if row["reason"]
     )
     last = rows[-1]
-    about = f"Float32, one picture, b = {BLOCK_SIZE}; torch {last['torch']}, diffusers {last['diffusers']}; commit "
-    return "\n".join([*lines, "", *reasons, "", f"{about}{last['commit']}; {last['date']}."])
+    about = f"Float32, one picture, b = {BLOCK_SIZE}; torch {last['torch']}, diffusers {last['diffusers']}; "
+    return "\n".join([*lines, "", *reasons, "", f"{about}{_counted_at(found)}."])
+
+
+def _counted_at(found: Iterable[Step]) -> str:
+    """The commits of what is shown; where there are several, the methods of all but the most usual one."""
+    methods: dict[str, list[str]] = {}
+    for step in found:
+        for method, row in step.rows.items():
+            methods.setdefault(commits([row]), []).append(method)
+    usual = max(methods, key=lambda commit: len(methods[commit]))
+    others = [f"{', '.join(dict.fromkeys(own))}: {commit}" for commit, own in methods.items() if commit != usual]
+    return "; ".join([f"commit {usual}", *others])
 
 
 def _reached(value: float | None, bound: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import platform
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 
+from oft_diffusion import __version__
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -24,7 +27,8 @@ def environment(device: str) -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware,
         "threads": str(torch.get_num_threads()),
-        **{name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers", "oft-diffusion")},
+        **{name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers")},
+        "oft-diffusion": __version__,  # a checkout that is only on the path is not installed
         "commit": _commit(),
     }
 
@@ -62,20 +66,22 @@ def _header(path: Path) -> list[str]:
 
 
 def _commit() -> str:
-    """Of the working tree, with a + where a tracked file beside the data differs from it; empty outside of git."""
-    root = Path(__file__).parent.parent
+    """Of the working tree; where tracked files beside the data differ from it, with a + and a digest of how they do.
+
+    So what was measured of a changed tree is known to be of this one. Empty outside of git.
+    """
+    root = DATA.parent.parent
+    alike = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv")  # whatever somebody's settings are
     try:
-        found = _git(root, "rev-parse", "--short", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{DATA.relative_to(root)}")
+        found = _git(root, "rev-parse", "--short", "HEAD").decode().strip()
+        changes = _git(root, "diff", *alike, "HEAD", "--", ".", f":!{DATA.relative_to(root)}")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found + "+" * bool(changed)
+    return f"{found}+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else found
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
+def _git(root: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True).stdout
 
 
 def _processor() -> str:

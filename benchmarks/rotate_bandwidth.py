@@ -12,13 +12,15 @@ bandwidth.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.command import run
 from benchmarks.records import DATA, append, load
+from benchmarks.stamps import commits
 from oft_diffusion.kernels import block_rotate
 from oft_diffusion.kernels.block_rotate import triton_kernels
 
@@ -33,6 +35,8 @@ SHAPES = {
     "Flux.1, out of a single block": (4608, 15360),
 }
 SIZES = (8, 16, 32, 64, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+WAYS = ("rotate", "dx", "dD")  # beside a copy
 
 
 def measure(device: str, rounds: int) -> None:
@@ -43,10 +47,11 @@ def measure(device: str, rounds: int) -> None:
         raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_KERNELS=0")
     for shape, (n, columns) in SHAPES.items():
         rows = []
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            x, grad = (torch.randn(n, columns, device=device).to(dtype) for _ in range(2))
+        for dtype in DTYPES:
+            kind: torch.dtype = getattr(torch, dtype)
+            x, grad = (torch.randn(n, columns, device=device).to(kind) for _ in range(2))
             for size in SIZES:
-                delta = torch.zeros(columns // size, size, size, device="cuda", dtype=dtype)
+                delta = torch.zeros(columns // size, size, size, device="cuda", dtype=kind)
                 ways = _ways(x, grad, delta)
                 times: dict[str, list[float]] = {way: [] for way in ways}
                 for _ in range(rounds):
@@ -55,8 +60,8 @@ def measure(device: str, rounds: int) -> None:
                 moved = 2 * x.numel() * x.element_size()
                 rows += [
                     {
-                        "shape": shape, "rows": n, "columns": columns, "dtype": str(dtype).removeprefix("torch."),
-                        "block_size": size, "way": way, "repeats": rounds,
+                        "shape": shape, "rows": n, "columns": columns, "dtype": dtype, "block_size": size,
+                        "way": way, "repeats": rounds,
                         "gigabytes_per_second": f"{moved / statistics.median(took) / 1e6:.1f}",
                         "of_copy": f"{statistics.median(times['copy']) / statistics.median(took):.3f}",
                     }
@@ -76,21 +81,32 @@ def _ways(x: Tensor, grad: Tensor, delta: Tensor) -> dict[str, Callable[[], obje
 
 
 def table() -> str:
-    """The newest run."""
+    """The newest day's figures, the last of each."""
     rows = load(FILE)
     if not rows:
         return "Not measured yet: no card was there."
     newest = [row for row in rows if (row["date"], row["hardware"]) == (rows[-1]["date"], rows[-1]["hardware"])]
     figures = {(row["shape"], row["dtype"], row["block_size"], row["way"]): row for row in newest}
-    ways = ("copy", "rotate", "dx", "dD")
-    lines = ["| | dtype | b | copy, GB/s | " + " | ".join(f"{way}, of it" for way in ways[1:]) + " |"]
+    lines = ["| | dtype | b | copy, GB/s | " + " | ".join(f"{way}, of it" for way in WAYS) + " |"]
     lines.append("|---|---|---|---|---|---|---|")
     for shape, dtype, size in dict.fromkeys(key[:3] for key in figures):
-        copy, *others = (figures[shape, dtype, size, way] for way in ways)
+        copy, *others = (figures[shape, dtype, size, way] for way in ("copy", *WAYS))
         shares = " | ".join(f"{100 * float(row['of_copy']):.0f} %" for row in others)
         lines.append(f"| {shape} | {dtype} | {size} | {float(copy['gigabytes_per_second']):.0f} | {shares} |")
-    lines += ["", f"{newest[-1]['hardware']}, torch {newest[-1]['torch']}."]
-    return "\n".join(lines)
+    last = newest[-1]
+    about = f"{last['hardware']}, torch {last['torch']}; commit {commits(figures.values())}."
+    return "\n".join([*lines, "", *filter(None, [about, _measured_again(newest)])])
+
+
+def _measured_again(rows: Sequence[Mapping[str, str]]) -> str:
+    """What several runs of the day have measured, of which the last counts."""
+    times = Counter((row["shape"], row["dtype"], row["block_size"], row["way"]) for row in rows)
+    again: dict[str, dict[str, None]] = {}  # block sizes by input, each once
+    for (shape, _, size, _), count in times.items():
+        if count > 1:
+            again.setdefault(shape, {})[size] = None
+    told = "; ".join(f"{shape} (b = {', '.join(sizes)})" for shape, sizes in again.items())
+    return f"Of another run, later on that day: {told}." if told else ""
 
 
 if __name__ == "__main__":

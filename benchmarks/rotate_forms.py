@@ -3,29 +3,37 @@
 python -m benchmarks.rotate_forms            # measures and appends
 python -m benchmarks.rotate_forms --table    # the newest run as Markdown
 
-`block_rotate` takes the batched product and adds it, or for many rows multiplies block by block where x lies; which of
-the two, and why neither einsum nor a compiled form, is told by these figures.
+`block_rotate` runs in C, in float32 on Linux with a C compiler. In plain PyTorch it takes the batched product and adds
+it, or for many rows multiplies block by block where x lies; which of the two, and why neither einsum nor a compiled
+form, is told by these figures. It is measured with the kernels switched off and on; where there is no C, cells are
+empty.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.command import run
+from benchmarks.methods import kernels_switched
 from benchmarks.records import DATA, append, load
-from benchmarks.turns import spread, take_turns
+from benchmarks.stamps import commits
+from benchmarks.turns import Around, Calls, spread, take_turns
 from oft_diffusion.autocast import computes_in_bfloat16
-from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels import block_rotate, processor
 
 FILE = DATA / "rotate_forms.csv"
 # (rows, columns): SD 1.5's at 512 x 512, its text, and SDXL's two at 1024 x 1024.
 SHAPES = ((77, 768), (256, 1280), (1024, 640), (4096, 320), (1024, 1280), (4096, 640))
 SIZES = (16, 32, 64)
-OURS = "block_rotate"
+PLAIN, IN_C = "block_rotate in plain PyTorch", "block_rotate in C"
+OTHERS = ("bmm and add", "baddbmm", "einsum", "compiled")
+_FORMER = {"block_rotate": PLAIN}  # of rows that are older than C
+_AROUND: dict[str, Around] = {name: partial(kernels_switched, on=name == IN_C) for name in (PLAIN, IN_C)}
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,10 +58,8 @@ def einsum(x: Tensor, delta: Tensor) -> Tensor:
 
 def forms() -> dict[str, Form]:
     """All of them; the compiled one is the batched product's."""
-    return {
-        OURS: block_rotate, "bmm and add": added, "baddbmm": in_place, "einsum": einsum,
-        "compiled": torch.compile(added, dynamic=False),
-    }  # fmt: skip
+    others = (added, in_place, einsum, torch.compile(added, dynamic=False))
+    return {PLAIN: block_rotate, IN_C: block_rotate, **dict(zip(OTHERS, others, strict=True))}
 
 
 def measure(device: str, rounds: int) -> None:
@@ -73,17 +79,27 @@ def _measure(device: str, rounds: int) -> None:
                 x = torch.randn(n, columns, device=device).to(dtype)
                 delta = (torch.randn(columns // size, size, size, device=device) * 0.05).to(dtype)
                 stage = {name: _calls(form, x, delta) for name, form in ways.items()}
-                take_turns(stage, 3)
-                times, reasons = take_turns(stage, rounds)
                 shape = {"rows": n, "columns": columns, "dtype": str(dtype).removeprefix("torch."), "block_size": size}
-                append(
-                    FILE,
-                    [
-                        {**shape, "form": name, "kind": kind, **spread(times.get(name, {}).get(kind, [])),
-                         "reason": reasons.get(name, "")}
-                        for name, calls in stage.items() for kind in calls
-                    ],
-                )  # fmt: skip
+                append(FILE, [shape | row for row in _in_turns(stage, rounds, in_c=_is_for_c(x, size))])
+
+
+def _is_for_c(x: Tensor, size: int) -> bool:
+    with kernels_switched(on=True):
+        return processor.fits(x, size)
+
+
+def _in_turns(stage: Mapping[str, Calls], rounds: int, *, in_c: bool) -> list[dict[str, str]]:
+    """A row for each form and kind; without C its own are empty, and give the reason."""
+    running = {name: calls for name, calls in stage.items() if in_c or name != IN_C}
+    take_turns(running, 3, around=_AROUND)
+    times, reasons = take_turns(running, rounds, around=_AROUND)
+    if not in_c:
+        reasons[IN_C] = "C needs Linux, a C compiler and float32"
+    return [
+        {"form": name, "kind": kind, **spread(times.get(name, {}).get(kind, [])), "reason": reasons.get(name, "")}
+        for name, calls in stage.items()
+        for kind in calls
+    ]
 
 
 def _calls(form: Form, x: Tensor, delta: Tensor) -> dict[str, Callable[[], object]]:
@@ -96,28 +112,30 @@ def _calls(form: Form, x: Tensor, delta: Tensor) -> dict[str, Callable[[], objec
 
 
 def table() -> str:
-    """The newest run: of each form, time over `block_rotate`'s in the same round."""
+    """The newest run: of each form, time over that of `block_rotate` in plain PyTorch in the same round."""
     rows = load(FILE)
     if not rows:
         return "Not measured yet."
     newest = [row for row in rows if (row["date"], row["hardware"]) == (rows[-1]["date"], rows[-1]["hardware"])]
-    names = [name for name in dict.fromkeys(row["form"] for row in newest) if name != OURS]
-    lines = [f"| rows x columns | dtype | b | {OURS}, ms | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    names = (IN_C, *OTHERS)
+    lines = [f"| rows x columns | dtype | b | {PLAIN}, ms | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    shown: list[dict[str, str]] = []
     for kind in ("rotate", "rotate and backward"):
         lines.append(f"| **{kind}** |" + " |" * (3 + len(names)))
         found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
         for row in newest:
             if row["kind"] == kind:
                 key = row["rows"], row["columns"], row["dtype"], row["block_size"]
-                found.setdefault(key, {})[row["form"]] = row
+                found.setdefault(key, {})[_FORMER.get(row["form"], row["form"])] = row
         for shape, made in found.items():
-            own = _seconds(made[OURS])
-            cells = [_ratio(_seconds(made[name]), own) for name in names]
+            shown += made.values()
+            own = _seconds(made[PLAIN])
+            cells = [_ratio(_seconds(made[name]), own) if name in made else "" for name in names]
             first = f"{shape[0]} x {shape[1]} | {shape[2]} | {shape[3]} | {1000 * statistics.median(own):.2f}"
             lines.append(f"| {first} | {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", f"{newest[-1]['hardware']}, {newest[-1]['threads']} threads, torch {newest[-1]['torch']}."]
-    )
+    last = newest[-1]
+    about = f"{last['hardware']}, {last['threads']} threads, torch {last['torch']}; commit {commits(shown)}."
+    return "\n".join([*lines, "", about])
 
 
 def _seconds(row: dict[str, str]) -> list[float]:

@@ -7,7 +7,8 @@ python -m benchmarks.speed --table          # the newest figures as Markdown, fr
 
 All methods of a setup (`speed_setups`) lie in one process, upon the same weights. After a warm-up they take turns: in
 each round every method makes one step, and each round begins with another method, so that noise hits all alike. What
-was measured by the same commit on the same hardware is skipped, so a run that was cut off goes on.
+was measured of the same tree on the same hardware is skipped, so a run that was cut off, or had too little time, goes
+on when it is called again.
 """
 
 from __future__ import annotations
@@ -208,10 +209,11 @@ def make_work(setup: Setup, device: str) -> Work:
 
 
 def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the data has every row of a setup, by this commit and hardware. What differs from a commit never is."""
+    """Whether the data has every row of a setup, of this tree and hardware.
+
+    Old rows of trees that differed from their commit have a + without a digest, as no tree has now: they never count.
+    """
     now = environment(device) | _versions()
-    if now["commit"].endswith("+"):
-        return False
     wanted = {name: now[name] for name in _SAME} | setup.columns()
     found = {(row["method"], row["kind"]) for row in rows if all(row.get(k) == v for k, v in wanted.items())}
     return found >= set(setup.cells())
@@ -271,7 +273,7 @@ def main() -> None:
         "--only", action="append", metavar="WORDS", help="setups whose line in --list has these words in it (or others)"
     )
     parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave a method out")
-    parser.add_argument("--minutes", type=float, default=13.0, help="start nothing that takes longer (default: 13)")
+    parser.add_argument("--minutes", type=float, default=13.0, help="begin nothing after these (default: 13)")
     parser.add_argument("--rounds", type=int, help="in place of each setup's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default: all)")
     parser.add_argument("--out", type=Path, default=FILE, help="another file to append to, and to read")

@@ -193,8 +193,9 @@ class OfSubclass(QuantizedWeight):
     owner: ClassVar[str]
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        found: Tensor = self.weight.data.dequantize()
-        return found.to(dtype)
+        with torch.no_grad():
+            found: Tensor = self.weight.dequantize()
+        return found.detach().to(dtype)
 
     def quantize(self, weight: Tensor) -> None:
         own = self.weight
@@ -202,17 +203,16 @@ class OfSubclass(QuantizedWeight):
         for name, tensor in _inner(made).items():
             self.tensors()[name].copy_(tensor)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return _inner(self.weight)  # its `data` is another object, with tensors of its own, all on one device
+
     def exchange(self, data: Tensor) -> None:
         """As in `LayerWeight`."""
-        own = _inner(self.weight)  # of the parameter itself: its `data` is another object, with tensors of its own
-        max(own.values(), key=lambda tensor: tensor.nbytes).data = data
+        self.bulk().data = data
 
     @abstractmethod
     def made_of(self, weight: Tensor) -> Tensor:
         """A weight quantized as the layer's is."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        return _inner(self.weight.data)
 
 
 class TorchAO(OfSubclass):
@@ -221,7 +221,7 @@ class TorchAO(OfSubclass):
     owner = "torchao"
 
     def made_of(self, weight: Tensor) -> Tensor:
-        own = self.weight.data
+        own = self.weight
         known: dict[str, Any] = {name: getattr(own, name) for name in _plain_attributes(own)}
         if isinstance(size := known.get("block_size"), (list, tuple)):
             known["granularity"] = _granularity(list(size), list(own.shape))
@@ -288,9 +288,8 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
         return _BITSANDBYTES[name](layer)
     if name == "GGUFParameter":
         return GGUF(layer)
-    inner = type(weight.data) if weight is not None and isinstance(weight, nn.Parameter) else type(weight)
     for kind in (TorchAO, Quanto):
-        if inner.__module__.startswith(kind.owner):
+        if type(weight).__module__.startswith(kind.owner):
             return kind(layer)
     return None
 

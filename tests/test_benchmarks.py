@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from benchmarks import (
     records,
     swapping,
 )
+from oft_diffusion import __version__
 from oft_diffusion.evaluation import Row
 from oft_diffusion.evaluation.figures import SETS
 from oft_diffusion.pocket.world import ATTRIBUTES
@@ -39,6 +43,45 @@ def test_rows_are_appended_with_hardware_and_versions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the columns"):
         records.append(file, [{"other": 1}])
     assert records.load(file) == rows
+
+
+def test_a_checkout_that_is_not_installed_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_others(name: str) -> str:
+        if name == "oft-diffusion":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(records, "version", of_others)
+    assert records.environment("cpu")["oft-diffusion"] == __version__
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{__version__}"\n' in project
+
+
+def test_a_changed_tree_is_told_by_how_it_differs_from_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, row = tmp_path / "code.py", tmp_path / "benchmarks" / "data" / "rows.csv"
+    row.parent.mkdir(parents=True)
+    monkeypatch.setattr(records, "DATA", row.parent)
+    assert records._commit() == ""
+    for file in (code, row):
+        file.write_bytes(b"one\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    marks = []
+    for file, content in ((row, b"2"), (code, b"2"), (code, b"\xff"), (row, b"3"), (code, b"\x00"), (code, b"one\n")):
+        file.write_bytes(content)
+        marks.append(records._commit())
+    clean, two, three, same, binary, back = marks
+    assert clean == back == git("rev-parse", "--short", "HEAD")
+    assert all(re.fullmatch(clean + r"\+[0-9a-f]{8}", mark) for mark in (two, three, binary))
+    assert three == same
+    assert len({two, three, binary}) == 3
 
 
 @pytest.fixture

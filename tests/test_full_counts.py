@@ -72,4 +72,6 @@ def test_ratios_are_of_the_newest_counts_and_empty_where_a_method_has_none() -> 
     assert "| peak above the weights, of PEFT LoRA's | 1.00 | 0.750 |" in text
     assert f"- {EQUAL_LORA}: it broke" in text
     assert all(f"| {method} |" in text for method in COUNTED)
+    assert text.endswith("commit abc of today.")
+    assert table([*rows, _row(LORA, commit="d")]).endswith(f"commit abc of today; {LORA}: d of today.")
     assert Step("SD 1.5", True, step.rows).of(OURS, "peak") == 1500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -54,12 +55,13 @@ from benchmarks.methods import (
     disturb,
     equal_rank,
 )  # fmt: skip
+from benchmarks.speed_pooled import pooled
 from benchmarks.speed_setups import BUILDS, KINDS, SETUPS, STACK, Setup
-from benchmarks.speed_tables import groups, plots, scaling, table, unmeasured
+from benchmarks.speed_tables import pictures, table
 from benchmarks.turns import CardStoppedError, take_turns, told
 from benchmarks.weight_centric import rotate_weight
 from benchmarks.works import WORKS, Sizes, Work
-from oft_diffusion.kernels import block_rotate
+from oft_diffusion.kernels import block_rotate, processor
 from oft_diffusion.quantization import scheme
 from oft_diffusion.rotation import cayley_delta, unpack
 from oft_diffusion.targets import find_targets
@@ -274,16 +276,17 @@ def test_what_was_measured_by_the_same_commit_is_skipped(tmp_path: Path, monkeyp
     assert len(own) == 2
     monkeypatch.setattr(speed, "measure", lambda *_: records.append(out, own))
     counts = []
-    for commit, again in (("abc", False), ("abc", True), ("def", False), ("def", False), ("d+", False), ("d+", False)):
+    for commit, again in (("abc", False), ("abc", True), ("d", False), ("d", False), ("d+1", False), ("d+1", False)):
         monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
         speed.run([setup], "cpu", out, minutes=1, again=again)
         counts.append(len(records.load(out)))
-    assert counts == [2, 4, 6, 6, 8, 10]
+    assert counts == [2, 4, 6, 6, 8, 8]
     monkeypatch.setattr(records, "_commit", lambda: "abc")
     assert speed.is_done(setup, "cpu", records.load(out))
     assert not speed.is_done(Setup(STACK, methods=(BASE, OURS, LORA), sizes=TINY), "cpu", records.load(out))
     assert not speed.is_done(Setup(STACK, methods=(BASE, OURS)), "cpu", records.load(out))
     assert not speed.is_done(setup, "cpu", [row | {"hardware": "another"} for row in records.load(out)])
+    assert not speed.is_done(setup, "cpu", [row | {"commit": "abc+"} for row in records.load(out)])
 
 
 def test_nothing_is_written_where_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,15 +326,15 @@ def test_measurements_of_a_card_go_on_behind_one_that_fails(
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         ran.append(command[2:])
+        (tmp_path / "data" / "speed.csv").write_text("a\n1\n")
         return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
 
     monkeypatch.setattr(subprocess, "run", run)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "speed.csv").write_text("a\n1\n")
     monkeypatch.setattr(on_card, "DATA", tmp_path / "data")
     assert on_card.measure(tuple(on_card.PARTS), 9, tmp_path / "out") == ["rotate_bandwidth"]
     assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "9"]
-    assert [command[0] for command in ran[1:3]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
+    assert [command[0] for command in ran[2:4]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
     assert all(importlib.util.find_spec(command[0]) for command in ran)
     assert (tmp_path / "out" / "speed.csv").read_text() == "a\n1\n"
 
@@ -378,77 +381,6 @@ def test_the_most_that_is_allocated_at_once_is_counted() -> None:
     assert 4_000_000 <= peak_allocated(call) < 4_100_000
 
 
-# -- tables
-
-
-ROW = {
-    "date": "2030-01-01", "hardware": "A card", "threads": "2", "torch": "3", "diffusers": "1", "transformers": "1",
-    "oft-diffusion": "1", "commit": "abc", "peft": "1", "lycoris": "1", "cuda": "13", "device": "cuda",
-    "work": "SDXL", "cut": "",
-    "base_parameters": "1", "base_bytes": "2", "dtype": "bfloat16", "quantization": "none", "block_size": "32",
-    "compiled": "no",
-    "checkpointing": "no", "text": "no", "small": "no", "batch": "1", "tokens": "", "width": "", "layers": "",
-    "kind": "train", "settings": "", "trained": "", "adapter_bytes": "", "peak_bytes": "", "operations": "",
-    "saved_bytes": "", "kernels": "", "kernel_seconds": "", "load": "0.1", "reason": "", "run": "one",
-}  # fmt: skip
-
-
-def row(method: str, *seconds: float, **figures: object) -> dict[str, str]:
-    times = {"rounds": str(len(seconds)), "seconds": " ".join(map(str, seconds))}
-    return ROW | {"method": method} | times | {name: str(value) for name, value in figures.items()}
-
-
-ROWS = [
-    row(OURS, 9.0, 9.0, run="an older one"),
-    row(BASE, 1.0, 2.0, 1.0, operations=100, peak_bytes=5_000_000),
-    row(OURS, 1.2, 2.2, 1.2, operations=120, peak_bytes=6_000_000, trained=1234),
-    row(LORA, 1.5, 2.5, 1.5, operations=200, peak_bytes=7_000_000),
-    row(BOFT, reason="no | such thing"),
-]
-
-
-def test_tables_pair_rounds_and_leave_out_what_is_empty() -> None:
-    text = table(ROWS)
-    lines = text.splitlines()
-    head = next(line for line in lines if line.startswith("| | "))
-    assert head == (
-        "| | trained | ms | of LoRA | of the base | overhead, ms | operations | peak above weights, MB | why not |"
-    )
-    [own] = [line for line in lines if line.startswith("| ours |")]
-    assert own == (
-        "| ours | 1,234 | 1200.0 (1200.0 to 1700.0) | 0.80 (0.80 to 0.84) | 1.20 (1.15 to 1.20) | "
-        "200.0 (200.0 to 200.0) | 120 | 6.0 |  |"
-    )
-    assert "| PEFT BOFT |  |  |  |  |  |  |  | no / such thing |" in lines
-    assert "A card, 2 threads, CUDA 13" in text
-
-
-def test_aims_stand_beside_what_was_reached() -> None:
-    lines = table(ROWS).splitlines()
-    aims = lines[: lines.index("")]
-    told = {line.split(" | ")[0][2:]: [*line.split(" | ")[1:3], line.split(" | ")[-1]] for line in aims[2:]}
-    assert told["adapter operations, of PEFT LoRA's"] == ["0.35", "0.20", "yes |"]
-    assert told["training step, of PEFT LoRA's"] == ["1.00", "0.80 (0.80 to 0.84)", "yes |"]
-    assert told["overhead, of PEFT LoRA's"] == ["0.50", "0.40", "yes |"]
-    assert not any("weight-centric" in line for line in aims)  # not measured
-    slow = [row(OURS, 1.6, 2.6, 1.6) if r["method"] == OURS else r for r in ROWS]
-    assert any(line.startswith("| training step") and line.endswith("| no |") for line in table(slow).splitlines())
-    near = [row(OURS, 1.47, 2.55, 1.49) if r["method"] == OURS else r for r in ROWS]
-    [line] = [line for line in table(near).splitlines() if line.startswith("| training step, of PEFT LoRA's |")]
-    assert line.endswith("| yes, within the spread |")
-    assert table([]) == "No figures have been taken yet."
-
-
-def test_what_has_no_figure_is_told() -> None:
-    missing = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in unmeasured(ROWS).splitlines()[2:]}
-    [where, methods] = missing["SDXL (train, bfloat16, batch 1, b = 32)"]
-    assert where == "a card"
-    assert WEIGHT_CENTRIC in methods
-    assert not {BASE, OURS, LORA, BOFT} & set(methods.removesuffix(" |").split("; "))  # BOFT has a reason
-    assert missing["SD 1.5 (train, float32, batch 1, small, b = 32)"] == ["a processor", "all |"]
-    assert len(unmeasured([]).splitlines()) == 2 + sum(map(len, SETUPS.values()))
-
-
 def test_a_card_that_stops_leaves_a_reason_and_the_next_setup_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,26 +410,28 @@ def test_a_card_that_stops_leaves_a_reason_and_the_next_setup_goes_on(
     assert {row["reason"] for row in rows} == {"the card stopped in 'base': CUDA error: a reason"}
 
 
-def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
-    usual = {"work": STACK, "tokens": 64, "width": 32, "layers": 2}
-    stacks = [
-        row(method, *(n * factor for n in (1.0, 1.0, 1.0)), run=f"{i}", **(usual | change))
-        for i, change in enumerate(({}, {"tokens": 128}, {"tokens": 32}, {"width": 64}))
-        for method, factor in ((BASE, 1.0), (OURS, 2.0 + i))
-    ]
-    found = groups(stacks)
-    assert scaling(found, "tokens") == [{OURS: [(32.0, 3000.0), (64.0, 1000.0), (128.0, 2000.0)]}]
-    assert scaling(found, "width") == [{OURS: [(32.0, 1000.0), (64.0, 4000.0)]}]
-    assert scaling(found, "layers") == []
-    written = plots([*ROWS, *stacks], tmp_path / "plots")
-    assert [path.name for path in written] == ["speed_step_0.png", "speed_tokens_0.png", "speed_width_0.png"]
-    assert all(path.stat().st_size > 1000 for path in written)
+# -- pages and single benchmarks
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_pages_show_the_pictures_that_are_drawn_from_the_data() -> None:
+    folder = DOCS / "images" / "benchmarks"
+    shown = re.findall(r"\(images/benchmarks/(\S+\.png)\)", (DOCS / "benchmarks.md").read_text(encoding="utf-8"))
+    assert set(shown) <= pictures(records.load(speed.FILE)).keys()
+    assert sorted(shown) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def test_the_page_of_tables_is_what_is_printed() -> None:
+    text = (DOCS / "benchmark_tables.md").read_text(encoding="utf-8")
+    assert text[text.index("| aim |") :] == table(records.load(speed.FILE)) + "\n"
 
 
 @pytest.mark.parametrize(
     ("page", "made"),
     [
-        ("benchmark_tables.md", lambda: table(records.load(speed.FILE))),
+        ("benchmarks.md", lambda: pooled(records.load(speed.FILE))),
         ("benchmarks.md", lambda: full_counts.table(records.load(full_counts.FILE))),
         ("benchmarks.md", stages.table),
         ("benchmarks.md", build_forms.table),
@@ -510,21 +444,44 @@ def test_scaling_is_drawn_along_one_size_alone(tmp_path: Path) -> None:
     ],
 )
 def test_the_pages_show_what_the_data_says(page: str, made: Any) -> None:
-    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    text = (DOCS / page).read_text(encoding="utf-8")
     assert [line for line in made().splitlines() if line not in text] == []
 
 
 def test_forms_are_what_they_are_called() -> None:
     """Those that rotate give what `block_rotate` does; of those that build D, the exact ones the exact rotation."""
     x, packed = torch.randn(5, 32), build_forms.generators(0.1, "cpu")[:4]
-    delta = cayley_delta(unpack(packed)).float()
-    delta = delta[:, :8, :8].contiguous()
+    exact = cayley_delta(unpack(packed))
+    delta = exact.float()[:, :8, :8].contiguous()
     for name, form in rotate_forms.forms().items():
         if name != "compiled":
             torch.testing.assert_close(form(x, delta), block_rotate(x, delta))
     for name, build in build_forms.FORMS.items():
-        wrong = (build(unpack(packed)) - cayley_delta(unpack(packed))).abs().max()
-        assert wrong < (1e-5 if "m = 5" in name else 1e-7), name
+        if name not in (build_forms.IN_C, build_forms.IN_TRITON):
+            assert (build(packed) - exact).abs().max() < (1e-5 if "m = 5" in name else 1e-7), name
+    if processor.library() is not None:
+        assert (build_forms.in_c(packed.float()) - exact).abs().max() < 1e-6
+
+
+def test_where_there_is_no_c_its_cells_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows and tables; rows that are older than C are of plain PyTorch, whatever they were called."""
+    monkeypatch.setattr(build_forms, "BLOCKS", 4)
+    monkeypatch.setattr(build_forms, "FILE", tmp_path / "build.csv")
+    with methods.kernels_switched(on=False):
+        build_forms.measure("cpu", 3)
+    rows = [r for r in records.load(tmp_path / "build.csv") if r["form"] == build_forms.IN_C]
+    assert len(rows) == 5
+    assert not any(r["median"] or r["error"] for r in rows)
+    assert f"| {build_forms.IN_C} |  |  |  |  |  |" in build_forms.table().splitlines()
+    stage = {name: {"rotate": lambda: None} for name in (rotate_forms.PLAIN, rotate_forms.IN_C)}
+    [plain, native] = rotate_forms._in_turns(stage, 3, in_c=False)
+    assert plain["seconds"]
+    assert native == {
+        "form": rotate_forms.IN_C, "kind": "rotate", "rounds": "0", "median": "", "low": "", "high": "", "seconds": "",
+        "reason": "C needs Linux, a C compiler and float32",
+    }  # fmt: skip
+    [plain, native] = rotate_forms._in_turns(stage, 3, in_c=True)
+    assert native["seconds"]
 
 
 def test_stages_are_of_every_adapted_layer() -> None:

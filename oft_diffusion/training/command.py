@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
-from oft_diffusion.errors import OFTError
+from oft_diffusion.errors import OFTError, TrainingError, first_line
 from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.estimate import estimate
 from oft_diffusion.training.loop import TrainingRun, train
+from oft_diffusion.training.savings import savings
 
 
 def main(
@@ -49,6 +51,9 @@ def main(
     except OFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {_too_little(config, error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted" if options.estimate else _cut_off(run), file=sys.stderr)
         return 130
@@ -68,6 +73,16 @@ def _estimate(config: TrainConfig) -> int:
     if PartialState().is_main_process:
         print("\n".join((*found.notes, found.summary())))
     return 0
+
+
+def _too_little(config: TrainConfig, error: torch.OutOfMemoryError) -> TrainingError:
+    """The error for a card that was full."""
+    helping = savings(config, "steps", torch.device("cuda"))
+    return TrainingError(
+        f"the card's memory does not suffice ({first_line(error)})",
+        expected="a card with more of it, or settings that take less (--estimate says how much they take)",
+        fix=f"use {', or '.join(helping)}",
+    )
 
 
 def _cut_off(run: TrainingRun | None) -> str:

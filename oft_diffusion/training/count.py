@@ -36,7 +36,8 @@ class Counts:
         trained: of the adapter.
         saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
         moment_bytes: of Adam's two moments.
-        streamed: of the base's bytes, those that wait off a card for their layers; of a GGUF file about.
+        streamed: of the base's bytes, those that wait off a card for their layers; about, where a file is quantized.
+        arriving: bytes that bitsandbytes puts on a card before they are streamed from there, with what stays.
     """
 
     base: int
@@ -45,6 +46,7 @@ class Counts:
     saved: int
     moment_bytes: int
     streamed: int = 0
+    arriving: int = 0
 
     @property
     def base_bytes(self) -> int:
@@ -78,7 +80,7 @@ def count(config: TrainConfig, base: Base) -> Counts:
     Raises:
         OFTError: as the checks before a run.
     """
-    numbers = trained = saved = moments = streamed = 0
+    numbers = trained = saved = moments = streamed = arriving = 0
     weights: dict[str, int] = {}
     settings = adapted(config, base)
     quantized = quantizing(config, base)
@@ -94,7 +96,9 @@ def count(config: TrainConfig, base: Base) -> Counts:
         else:
             weights[name] = _bytes_loaded(module, dtype, base, way)
         if name in base.denoisers and config.layer_offload:
-            streamed += _streamed_bytes(module, config, weights[name], dtype, way)
+            saved_so = base.parts.get(name, {}).get("quantization_config")
+            streamed += _streamed_bytes(module, config, None if saved_so else way, dtype, weights[name])
+            arriving += weights[name] if saved_so or (way is not None and way.package == "bitsandbytes") else 0
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
@@ -103,15 +107,16 @@ def count(config: TrainConfig, base: Base) -> Counts:
             moments += sum(2 * _moment_bytes(config, numel) for numel in own)
             parts = bank.adapters[ADAPTER].parts
             saved += sum(packed_size(part.block_size) * sum(part.blocks.values()) for part in parts)
-    return Counts(numbers, weights, trained, saved, moments, streamed)
+    return Counts(numbers, weights, trained, saved, moments, streamed, arriving)
 
 
-def _streamed_bytes(module: nn.Module, config: TrainConfig, loaded: int, dtype: torch.dtype, way: Scheme | None) -> int:
-    """Of a denoiser that is `loaded` bytes in all, quantized in some way, or as in a file."""
+def _streamed_bytes(module: nn.Module, config: TrainConfig, way: Scheme | None, dtype: torch.dtype, loaded: int) -> int:
+    """Of a denoiser, which is quantized in some way while it is loaded, or in its file, and so many bytes then."""
     numbers = sum(layer.weight.numel() for layer in streamed_layers(module, config.layer_offload))
-    if config.denoiser_file is not None:
-        return loaded * numbers // sum(p.numel() for p in module.parameters())
-    return numbers * way.bits // 8 if way is not None else numbers * dtype.itemsize
+    if way is not None:
+        return numbers * way.bits // 8
+    every = sum(p.numel() for p in module.parameters())
+    return min(numbers * dtype.itemsize, numbers * loaded // every)
 
 
 def _moment_bytes(config: TrainConfig, numel: int) -> int:

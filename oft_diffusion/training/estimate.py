@@ -61,6 +61,7 @@ class Memory:
             parked of the base, as far as it is there at once; measured.
         process: by how much this process really grew meanwhile, on a processor under Linux, with the allocator's gaps
             and libraries' buffers; 0 where that cannot be told.
+        arriving: what is on the device before its weights are streamed; counted.
     """
 
     base: int
@@ -71,11 +72,12 @@ class Memory:
     activations: int
     pictures: int
     process: int
+    arriving: int = 0
 
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return max(self.while_training, self._pictures, self.process)
+        return max(self.while_training, self._pictures, self.process, self.arriving)
 
     @property
     def beside(self) -> int:
@@ -205,7 +207,7 @@ def estimate(config: TrainConfig, on_part: Callable[[str], object] = _silent) ->
         if config.drop_encoders and meter.device.type != "cpu":
             least -= sum(counts.parts[name] for name in plan.base.text_encoders)
         if streams(config, meter.device):
-            least -= counts.streamed
+            least = max(least - counts.streamed, counts.arriving)
         if meter.free is not None and least > meter.free:
             raise too_large(f"{size(least)} without activations", meter.free, savings(config, "loading", meter.device))
         try:
@@ -266,6 +268,7 @@ def _measure(
         activations=max(step.growth - counts.gradient_bytes, 0),
         pictures=max(early, late) - kept,
         process=meter.process_growth(),
+        arriving=counts.arriving if streams(config, device) else 0,
     )
     most: Phase = "steps" if not memory.peak_is_pictures else "grids" if shown.growth and not missing else "encoding"
     return Estimate(

@@ -105,6 +105,8 @@ def accelerated(config: TrainConfig, base: Base) -> Iterator[Accelerator]:
     finally:
         restore_rng(random_states)
         accelerator.free_memory()
+        if config.layer_offload and torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # where streamed weights were: the system gets it back
         if owned:
             # accelerate keeps the precision of its first use for the whole process; the next run may want another.
             AcceleratorState._reset_state()

@@ -38,6 +38,17 @@ def test_time_and_memory_are_measured_and_nothing_is_left(
     assert kept(filled) == before
 
 
+def test_the_device_is_free_before_it_is_measured(
+    filled: Session, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    done: list[str] = []
+    studio = filled.model.studio()
+    monkeypatch.setattr(studio, "rest", lambda: done.append("the app's model rests"))
+    monkeypatch.setattr(filled.training.runs, "estimate", lambda *_: done.append("measured"))
+    ended(filled.training.estimate(person, wish()))
+    assert done == ["the app's model rests", "measured"]
+
+
 def test_it_waits_its_turn_and_can_be_cancelled_there(filled: Session, person: str, busy: threading.Event) -> None:
     before = kept(filled)
     job = filled.training.estimate(person, wish())

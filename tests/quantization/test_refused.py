@@ -30,7 +30,10 @@ from tests.library.support import assert_one_sentence, excite
 from tests.quantization.backends import BACKENDS, GGUF, bytes_held, quantized_layers, settings, write_gguf
 
 
-@pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("quanto-int8", "optimum.quanto")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("nf4", "bitsandbytes"), ("torchao-int8", "torchao"), ("quanto-int8", "optimum.quanto")],
+)
 def test_a_library_that_is_missing(
     name: str, package: str, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,3 +229,16 @@ def test_the_estimate_of_a_step_is_what_the_step_holds(
             next(steps)
     gradients = found.adapter
     assert alive.most == pytest.approx(found.activations + gradients, rel=0.01)
+
+
+def test_gguf_that_is_missing(model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(model, tmp_path / "unet.gguf")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *a: None if asked == "gguf" else find(asked, *a))
+    for call in (
+        lambda: load_pipeline(model, denoiser_file=file),
+        lambda: preflight(settings("nf4", model, pictures, tmp_path, quantization=None, denoiser_file=str(file))),
+    ):
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert_one_sentence(error, "gguf", INSTALL)

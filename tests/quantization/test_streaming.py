@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-import weakref
-from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks.full_size import full_size
 from oft_diffusion import OFTConfig, inject_oft, remove_oft
+from oft_diffusion.frozen import FrozenForward
 from oft_diffusion.load import load_pipeline
-from oft_diffusion.streaming import StreamedForward, stream_weights, streamed_bytes, streamed_layers
+from oft_diffusion.quantized import EightBit, LayerWeight, OfSubclass
+from oft_diffusion.streaming import Homes, StreamedForward, stream_weights, streamed_bytes, streamed_layers
 from oft_diffusion.training import TrainConfig, estimate, prepare, train
 from oft_diffusion.training.count import count
 from oft_diffusion.training.find import find_base
@@ -76,7 +78,7 @@ def test_answers_and_gradients_are_those_without(
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", PLAIN])
-def test_two_weights_are_there_at_once_and_none_is_sent_for_in_vain(
+def test_each_weight_is_sent_once_for_its_forward_and_its_backward(
     kind: str, checkpointed: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet = denoiser(kind, model, tmp_path)
@@ -86,32 +88,147 @@ def test_two_weights_are_there_at_once_and_none_is_sent_for_in_vain(
         unet.enable_gradient_checkpointing()
     forwards = streamed(unet)
     (stream,) = {forward.stream for forward in forwards}
-    there: list[Any] = []
-    most, sent, taken = list[int](), Counter[StreamedForward](), Counter[StreamedForward]()
-    send_for, take = stream._send_for, stream.take
+    events: list[tuple[str, StreamedForward]] = []
+    send, take = stream._send, stream.take
 
-    def sending(owner: StreamedForward) -> Any:
-        sent[owner] += 1
-        coming = send_for(owner)
-        there.append(weakref.ref(coming.data.untyped_storage()))
-        alive = [storage for own in there if (storage := own()) is not None]
-        assert len(alive) <= 2
-        most.append(sum(storage.nbytes() for storage in alive))
-        return coming
+    def sending(owner: StreamedForward, place: Any) -> None:
+        events.append(("sent", owner))
+        send(owner, place)
 
     def taking(owner: StreamedForward, *, backward: bool) -> Tensor:
-        taken[owner] += 1
-        return take(owner, backward=backward)
+        data = take(owner, backward=backward)
+        assert torch.equal(data.view(torch.uint8).cpu(), owner.home.view(torch.uint8))
+        events.append(("taken", owner))
+        return data
 
-    monkeypatch.setattr(stream, "_send_for", sending)
+    monkeypatch.setattr(stream, "_send", sending)
     monkeypatch.setattr(stream, "take", taking)
-    for _ in range(3):
-        sent.clear()
-        taken.clear()
+    for _ in range(3):  # the third knows all that follows
+        events.clear()
         unet(*inputs(torch.float32)).sample.sum().backward()
-    assert all(0 < sent[forward] <= taken[forward] for forward in forwards)
-    assert sent.total() <= taken.total()
-    assert max(most) <= 2 * max(forward.home.nbytes for forward in forwards) < streamed_bytes(unet) / 2
+    taken = [owner for what, owner in events if what == "taken"]
+    sent = [owner for what, owner in events if what == "sent"]
+    turns = [owner for i, owner in enumerate(taken) if i == 0 or taken[i - 1] is not owner]
+    assert set(taken) == set(forwards)
+    # Each turn's weight is sent while the one before is used, unless it is there from the turn before that.
+    before = [turns[-1], *turns[:-1]]
+    after = [*turns[1:], turns[0]]
+    assert sent == [owner for old, owner in zip(before, after, strict=True) if owner is not old]
+    held = sum(place.memory.nbytes for place in stream._places)
+    assert held == pytest.approx(2 * max(forward.home.nbytes for forward in forwards), abs=1024)
+    assert held < streamed_bytes(unet) / 2
+
+
+def test_on_a_card_copies_and_work_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place is written to after the work with what was there, and worked with after it was written to."""
+    log: list[tuple[str, str, str]] = []  # on which stream, what, of which
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> tuple[str, int]:
+            log.append((self.name, "record", ""))
+            return self.name, len(log) - 1
+
+        def wait_event(self, event: tuple[str, int]) -> None:
+            log.append((self.name, "wait", str(event[1])))
+
+    main, side = Stream("main"), Stream("side")
+    net = nn.Sequential(nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))).requires_grad_(False)
+    stream_weights(net, 1.0, torch.device("cpu"))
+    forwards = streamed(net)
+    stream = forwards[0].stream
+    stream._side = side  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    send = stream._send
+
+    def sending(owner: StreamedForward, place: Any) -> None:
+        send(owner, place)
+        log.append(("side", f"copied into {id(place)}", str(forwards.index(owner))))
+
+    monkeypatch.setattr(stream, "_send", sending)
+    for _ in range(2):
+        for forward in forwards:
+            stream.take(forward, backward=False)
+            log.append(("main", f"works with {id(stream._places[0])}", str(forwards.index(forward))))
+    ready: dict[str, int] = {"main": -1, "side": -1}  # up to where each knows the other to be done
+    last_work: dict[str, int] = {}
+    last_copy: dict[str, int] = {}
+    for i, (who, what, which) in enumerate(log):
+        if what == "wait":
+            ready[who] = max(ready[who], int(which))
+        elif what.startswith("copied into"):
+            place = what.rpartition(" ")[2]
+            assert last_work.get(place, -1) <= ready["side"], f"{i}: overwritten while in use"
+            last_copy[place] = i
+        elif what.startswith("works with"):
+            place = what.rpartition(" ")[2]
+            # the event is recorded right before the copy is noted here
+            assert last_copy[place] - 1 <= ready["main"], f"{i}: used before it was there"
+            last_work[place] = i
+    assert sum(what.startswith("copied") for _, what, _ in log) == 9  # the next round's first, too
+
+
+def test_weights_wait_in_large_pieces_that_lie_as_they_did() -> None:
+    homes = Homes(WHERE)
+    tensors = [torch.randn(24, 16).t(), torch.arange(7, dtype=torch.int8), torch.randn(5, 3).to(torch.float8_e4m3fn)]
+    copies = [homes.copy(tensor) for tensor in tensors]
+    for tensor, copied in zip(tensors, copies, strict=True):
+        assert (copied.dtype, copied.shape, copied.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+        assert torch.equal(copied.float(), tensor.float())
+        assert copied.is_pinned() is (DEVICE == "cuda")
+    if DEVICE == "cuda":
+        assert len({copied.untyped_storage().data_ptr() for copied in copies}) == 1
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its calls a layer's weight lies on another device, here `meta`: whoever reads it then gets nothing."""
+
+    def exchange(weight: Any, data: Tensor) -> None:
+        away = data if data is not homes.get(weight.layer) else data.to("meta")
+        if isinstance(weight, OfSubclass):
+            own = weight.weight
+            names, _ = own.__tensor_flatten__()
+            setattr(own, max(names, key=lambda name: getattr(own, name).nbytes), away)
+            return
+        parameter = weight.layer._parameters["weight"]
+        made = torch.Tensor._make_subclass(type(parameter), away, False)
+        made.__dict__.update(parameter.__dict__)
+        weight.layer._parameters["weight"] = made
+        if isinstance(weight, EightBit):
+            for holder in (made, weight.layer.state):
+                if holder.CB is not None:
+                    holder.CB = away
+
+    homes: dict[nn.Module, Tensor] = {}
+
+    def begin(self: StreamedForward, weight: Any, stream: Any, places: Any) -> None:
+        FrozenForward.__init__(self, weight)
+        self.stream, self.home = stream, places.copy(weight.bulk())
+        stream.most = max(stream.most, self.home.nbytes)
+        homes[weight.layer] = self.home
+        weight.exchange(self.home)
+
+    for kind in (LayerWeight, EightBit, OfSubclass):
+        monkeypatch.setattr(kind, "exchange", exchange)
+    monkeypatch.setattr(StreamedForward, "__init__", begin)
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a card has two devices by itself")
+@pytest.mark.parametrize("kind", KINDS)
+def test_nobody_reads_a_weight_that_is_away(kind: str, model: Path, tmp_path: Path) -> None:
+    wanted = answer(adapted(denoiser(kind, model, tmp_path)), torch.float32)
+    unet = denoiser(kind, model, tmp_path)
+    stream_weights(unet, 1.0, WHERE)
+    adapted(unet).enable_gradient_checkpointing()
+    for _ in range(2):
+        for own, want in zip(answer(unet, torch.float32), wanted, strict=True):
+            assert torch.equal(own, want)
+    assert all(forward.weight.bulk().is_meta for forward in streamed(unet))
 
 
 def test_which_layers_are_streamed() -> None:
@@ -163,8 +280,10 @@ def trained(config: TrainConfig) -> tuple[list[float], list[bytes]]:
     return losses, [run.result.adapter.read_bytes(), run.result.pictures[-1].read_bytes()]
 
 
-@pytest.mark.usefixtures("as_on_a_card")
-@pytest.mark.parametrize("kind", ["nf4", GGUF])
+@pytest.mark.thinned(3)
+@pytest.mark.usefixtures("as_on_a_card", "two_devices")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a card has two devices by itself")
+@pytest.mark.parametrize("kind", [*ON_A_PROCESSOR, GGUF])
 def test_a_run_learns_the_same(kind: str, model: Path, pictures: Path, tmp_path: Path) -> None:
     common = {"prior_preservation": True, "num_class_images": 2, "text_encoder": False}
     caches = {"cache_text_embeddings": True, "drop_encoders": True, "gradient_checkpointing": True}
@@ -201,6 +320,28 @@ def test_the_estimate_leaves_out_what_waits(model: Path, pictures: Path, tmp_pat
     config = settings("nf4", model, pictures, tmp_path, layer_offload=1.0)
     assert streamed.base == whole.base
     assert streamed.parked - whole.parked == count(config, find_base(config.model)).streamed > 0
+
+
+def test_what_bitsandbytes_puts_on_a_card_first_is_counted(model: Path, pictures: Path, tmp_path: Path) -> None:
+    for kind in ("nf4", "torchao-int8"):
+        config = settings(kind, model, pictures, tmp_path, layer_offload=0.5)
+        found = count(config, find_base(config.model))
+        assert found.arriving == (found.parts["unet"] if kind == "nf4" else 0)
+    memory = estimate(replace(config, quantization=None, text_encoder_quantization=None)).memory
+    assert replace(memory, arriving=2 * memory.peak).peak == 2 * memory.peak
+
+
+def test_of_what_was_saved_in_few_bits_that_share_is_counted(model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = settings("nf4", model, pictures, tmp_path, layer_offload=1.0, quantization=None)
+    base = find_base(config.model)
+    plain = count(config, base)
+    told = {**base.parts, "unet": {**base.parts["unet"], "quantization_config": {"quant_method": "bitsandbytes"}}}
+    files = tmp_path / "saved"
+    (files / "unet").mkdir(parents=True)
+    (files / "unet" / "model.safetensors").write_bytes(bytes(plain.parts["unet"] // 4))
+    found = count(config, replace(base, parts=told, weights=files))
+    assert found.parts["unet"] == found.arriving == plain.parts["unet"] // 4
+    assert plain.streamed / 5 < found.streamed < plain.streamed / 3
 
 
 def test_on_a_processor_it_does_nothing_and_says_so(model: Path, pictures: Path, tmp_path: Path) -> None:

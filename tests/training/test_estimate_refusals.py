@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,23 @@ def test_running_out_of_memory_is_a_sentence(config: Config, monkeypatch: pytest
     monkeypatch.setattr(Stepper, "learn", full)
     with pytest.raises(TrainingError, match=r"does not fit.*gradient_checkpointing"):
         estimate(config())
+
+
+def test_a_full_card_is_a_sentence_of_the_command(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    (tmp_path / "c.toml").write_text(config().to_toml())
+    loading: Any = importlib.import_module("oft_diffusion.training.families.source").Source
+    for place, name in ((Stepper, "learn"), (loading, "_load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            assert main(["--config", str(tmp_path / "c.toml")]) == 1
+        told = capsys.readouterr().err
+        assert "the card's memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB)" in told
+        assert 'layer_offload = 1, or optimizer = "adamw8bit"' in told
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ class Source:
                 )
                 if quantizing is not None:
                     quantizing.finish(pipe)
+        except torch.OutOfMemoryError:
+            raise  # nothing is wrong with the model
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise TrainingError(
                 f"diffusers cannot load {base.name} ({first_line(error)})",

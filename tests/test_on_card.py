@@ -1,0 +1,131 @@
+"""What is measured where a card is lent for minutes: what comes first, what it takes, and which files come back."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import full_counts, on_card, records, speed
+from benchmarks.methods import (
+    BASE,
+    BOFT,
+    DORA,
+    EQUAL_LORA,
+    FULL,
+    LORA,
+    LYCORIS,
+    METHODS,
+    OURS,
+    TRITON,
+    WEIGHT_CENTRIC,
+)  # fmt: skip
+from benchmarks.speed_setups import KINDS, SETUPS, Setup
+
+FAMILIES = ("SD 1.5", "SDXL", "SD 3.5 Medium", "Flux.1")
+AIMED = [
+    *(("train", compiled, family) for compiled in (False, True) for family in FAMILIES),
+    *(("inference", False, family) for family in FAMILIES[1:]),
+    *(("inference", True, family) for family in ("SDXL", "Flux.1")),
+]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Of data, as it is, and of copies."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(records.DATA, data)
+    monkeypatch.setattr(on_card, "DATA", data)
+    return data, out
+
+
+def test_only_the_files_that_a_card_changes_are_copied(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = folders
+    modules = [f"benchmarks.{module}" for commands in on_card.PARTS.values() for module, *_ in commands]
+    files = {module: importlib.import_module(module).FILE.name for module in modules}
+    copies = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        copies.append(sorted(file.name for file in out.iterdir()) if out.exists() else [])
+        with (data / files[command[2]]).open("a") as file:
+            file.write("a row\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    on_card.measure(tuple(on_card.PARTS), 1, out)
+    assert copies[:3] == [[], ["speed.csv"], ["speed.csv"]]
+    assert {file.name for file in out.iterdir()} == set(files.values())
+    assert len(set(files.values())) <= 8  # no more come back from a machine that is lent
+    assert all(file.read_bytes() == (data / file.name).read_bytes() for file in out.iterdir())
+
+
+def test_rows_are_copied_while_a_card_measures_on(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = folders
+    found: list[str] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        (data / "speed.csv").write_text("a row")
+        end = time.monotonic() + 10
+        while not found and time.monotonic() < end:
+            time.sleep(0.01)
+            found.extend(file.read_text() for file in out.glob("*") if file.read_text())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(on_card, "COPIED_EVERY", 0.01)
+    monkeypatch.setattr(subprocess, "run", run)
+    on_card.measure(["models"], 1, out)
+    assert found == ["a row"]
+
+
+def test_a_card_begins_with_what_the_aims_ask_for_and_takes_flux_last_each_time() -> None:
+    assert [(setup.kind, setup.compiled, setup.work) for setup in SETUPS["cuda"][: len(AIMED)]] == AIMED
+
+
+def test_the_aims_fit_into_eight_minutes_by_what_an_h200_took() -> None:
+    rows = [row for row in records.load(speed.FILE) if row["hardware"] == "NVIDIA H200" and row["seconds"]]
+    took = {
+        (row["work"], row["kind"], row["method"]): statistics.fmean(map(float, row["seconds"].split())) for row in rows
+    }
+    counted = {
+        (row["work"], row["checkpointing"], row["method"]): float(row["operations"])
+        for row in records.load(full_counts.FILE)
+        if row["operations"]
+    }
+
+    def operations(setup: Setup) -> float:
+        names = (OURS if method == TRITON else method for method in setup.methods)
+        return sum(counted[setup.work, "yes" if setup.checkpointing else "no", name] for name in names)
+
+    def training(setup: Setup) -> float:
+        return sum(took[setup.work, "train", method] for method in setup.methods)
+
+    aimed = SETUPS["cuda"][: len(AIMED)]
+    an_operation = sum(map(training, aimed[:2])) / sum(map(operations, aimed[:2]))
+    live = sum(took["SDXL", "live", method] for method in (BASE, TRITON, LORA))
+    others = sum(took.get(("SDXL", kind, m), 0.0) for kind in KINDS["inference"][1:] for m in (BASE, TRITON, LORA))
+
+    def reckoned(setup: Setup) -> float:
+        """Two steps and a round to settle, then what is counted: of what is compiled two steps, else four."""
+        around = 3 + (2 if setup.compiled else 4)
+        if setup.kind == "inference":  # of all as of SDXL; twice merged beside the rounds
+            return (setup.rounds + around) * live + (setup.rounds + 2) * others
+        measured = setup.work in ("SD 1.5", "SDXL")
+        return (setup.rounds + around) * (training(setup) if measured else an_operation * operations(setup))
+
+    making = 5.0 * len(aimed)
+    assert 400 < making + sum(map(reckoned, aimed)) < 8 * 60
+
+
+def test_peers_are_all_methods_upon_one_model() -> None:
+    [[_, *options]] = on_card.PARTS["peers"]
+    [peers] = [setup for setup in SETUPS["cuda"] if options[options.index("--only") + 1] in str(setup)]
+    assert (peers.work, peers.dtype, peers.methods) == ("SD 1.5", "bfloat16", tuple(METHODS))
+    assert {DORA, BOFT, LYCORIS, EQUAL_LORA, WEIGHT_CENTRIC, FULL} < set(peers.methods)
