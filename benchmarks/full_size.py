@@ -77,7 +77,7 @@ def _t5_xxl() -> Any:
     )  # fmt: skip
 
 
-def _sd3_large() -> Any:
+def sd3_large() -> Any:
     """Stable Diffusion 3.5 Large."""
     return SD3Transformer2DModel(
         sample_size=128, num_layers=38, attention_head_dim=64, num_attention_heads=38, joint_attention_dim=4096,
@@ -128,7 +128,7 @@ FULL_SIZE: dict[str, Whole] = {
     "SD 3.5 Medium": Whole(
         "StableDiffusion3Pipeline", 1024, _sd3_modules(lambda: works.sd35(Sizes()).denoiser), _flow()
     ),
-    "SD 3.5 Large": Whole("StableDiffusion3Pipeline", 1024, _sd3_modules(_sd3_large), _flow()),
+    "SD 3.5 Large": Whole("StableDiffusion3Pipeline", 1024, _sd3_modules(sd3_large), _flow()),
     "Flux.1": Whole("FluxPipeline", 1024, _flux_modules, _flow(use_dynamic_shifting=True)),
 }
 
