@@ -79,7 +79,8 @@ def _merge(weight: Weight, sites: Mapping[str, tuple[Tensor, ...]]) -> float | N
     if not isinstance(weight, QuantizedWeight):
         return None
     weight.quantize(wide)
-    return float((weight.dequantized() - wide).norm() / wide.norm())
+    norm = wide.norm()
+    return float(wide.sub_(weight.dequantized()).norm() / norm)
 
 
 def _by_layer(found: Mapping[str, tuple[Tensor, ...]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
@@ -330,12 +331,12 @@ def _rotate_(weight: Tensor, site: str, deltas: Sequence[Tensor]) -> None:
         for delta in deltas:
             _rotate_columns_(weight.transpose(0, 1), delta.transpose(1, 2))
         return
-    columns = weight.flatten(1) if place == "patches" else weight  # a view: weights are contiguous
     # W takes the last one's rotation first.
     for delta in reversed(deltas):
-        _rotate_columns_(columns, delta)
-    if columns.data_ptr() != weight.data_ptr():
-        weight.copy_(columns.view(weight.shape))
+        if place == "patches":
+            _rotate_patches_(weight, delta)
+        else:
+            _rotate_columns_(weight, delta)
 
 
 def _rotate_columns_(weight: Tensor, delta: Tensor) -> None:
@@ -343,6 +344,21 @@ def _rotate_columns_(weight: Tensor, delta: Tensor) -> None:
     block_size = delta.shape[-1]
     for index, block in enumerate(delta):
         columns = weight[:, index * block_size : (index + 1) * block_size].movedim(1, -1)
-        wide = columns.to(torch.promote_types(columns.dtype, torch.float32)).reshape(-1, block_size)
-        turned = torch.addmm(wide, wide, block.T.to(device=wide.device, dtype=wide.dtype))
-        columns.copy_(turned.view(columns.shape))
+        columns.copy_(_turned(columns, block))
+
+
+def _rotate_patches_(weight: Tensor, delta: Tensor) -> None:
+    """The same, of columns that are `(in, kh, kw)` flattened, in whichever order they lie in memory."""
+    height, width = weight.shape[2:]
+    block_size = delta.shape[-1]
+    for index, block in enumerate(delta):
+        column = torch.arange(index * block_size, (index + 1) * block_size, device=weight.device)
+        at = (slice(None), column // (height * width), column // width % height, column % width)
+        weight[at] = _turned(weight[at], block).to(weight.dtype)
+
+
+def _turned(columns: Tensor, block: Tensor) -> Tensor:
+    """`W_i + W_i D_i^T` of `(..., b)`, computed in at least 32 bits."""
+    wide = columns.to(torch.promote_types(columns.dtype, torch.float32)).reshape(-1, len(block))
+    turned = torch.addmm(wide, wide, block.T.to(device=wide.device, dtype=wide.dtype))
+    return turned.view(columns.shape)
