@@ -135,3 +135,19 @@ def test_merge_and_unmerge(trained: Trained) -> None:
         assert after.keys() == own.keys()
         assert all(torch.equal(own[name], after[name]) for name in own)
     assert torch.equal(draw(pipe), live)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nf4", "int8"])
+def test_a_folder_that_was_saved_in_few_bits_is_trained_as_it_is(
+    backend: str, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    load_pipeline(model, torch.bfloat16, DEVICE, quantization=backend).save_pretrained(saved)
+    assert quantized_layers(load_pipeline(saved, torch.bfloat16, DEVICE).unet)
+    knobs = {"quantization": None, "text_encoder_quantization": None, "layer_offload": 0.5}
+    with train(settings(backend, saved, pictures, tmp_path, **knobs), progress=False) as run:
+        assert run.parts is not None
+        assert quantized_layers(run.parts.family.denoiser)
+        steps = list(run)
+    assert all(step.applied for step in steps)
