@@ -22,6 +22,7 @@ from benchmarks import (
     fused_linear,
     methods,
     on_card,
+    quantized_layers,
     quantized_merge,
     quantized_tables,
     quantized_times,
@@ -440,6 +441,7 @@ def test_the_page_of_tables_is_what_is_printed() -> None:
         ("benchmarks.md", fused_linear.table),
         ("quantization.md", quantized_merge.table),
         ("quantization.md", lambda: quantized_times.table(records.load(quantized_times.FILE))),
+        ("quantization.md", quantized_layers.table),
         ("quantization.md", lambda: quantized_tables.table(records.load(quantized_training.FILE))),
     ],
 )
