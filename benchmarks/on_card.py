@@ -6,7 +6,7 @@ python -m benchmarks.on_card --parts peers --minutes 3 --out FOLDER    # all met
 
 It takes a Python that has this checkout on its path, installed or not, what the package needs with its extras train,
 eval and quant, and peft and lycoris-lora. Rows are appended to benchmarks/data. What changes there is copied to FOLDER
-every few seconds, seven files at most, so that a machine that is taken away has given what it had. With these back in
+every few seconds, eight files at most, so that a machine that is taken away has given what it had. With these back in
 benchmarks/data of the same tree, on the same hardware, `models` and `peers` go on where they stopped.
 """
 
@@ -32,7 +32,10 @@ PARTS: dict[str, list[list[str]]] = {
     "kernels": [
         ["rotate_bandwidth"], ["stages", "--device", "cuda"], ["build_forms", "--device", "cuda"], ["fused_linear"],
     ],
-    "memory": [["card_memory", "--minutes", "2"]],
+    "memory": [
+        ["card_memory", "--minutes", "2"],
+        ["card_memory", "--families", "SDXL", "--minutes", "1", "--settings", '{"layer_offload": 1.0}'],
+    ],
     "quantized": [["quantized_times", "--device", "cuda"], ["quantized_layers", "--device", "cuda"]],
 }  # fmt: skip
 COPIED_EVERY = 5.0  # seconds

@@ -214,6 +214,8 @@ def is_done(setup: Setup, device: str, rows: Sequence[Mapping[str, str]]) -> boo
     Old rows of trees that differed from their commit have a + without a digest, as no tree has now: they never count.
     """
     now = environment(device) | _versions()
+    if not now["commit"]:
+        return False  # outside of git nothing tells which code it was
     wanted = {name: now[name] for name in _SAME} | setup.columns()
     found = {(row["method"], row["kind"]) for row in rows if all(row.get(k) == v for k, v in wanted.items())}
     return found >= set(setup.cells())

@@ -1,5 +1,7 @@
 """Quantized layers below an adapter: what a training step keeps of them, and how it gets past them.
 
+Layers whose weights are streamed go the same way (`streaming.py`), quantized or not.
+
 A frozen layer has one gradient, that of its input, `grad W`, for which the quantized weight is enough. Libraries leave
 it to autograd: torchao and GGUF dequantize in the forward, and the graph keeps each float weight to the backward, as
 much as the base would be in full; bitsandbytes' int8 and quanto keep each layer's input, for the gradient of a weight
@@ -51,14 +53,16 @@ class FrozenForward:
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer = self.weight.layer
-        trained = layer.bias is not None and layer.bias.requires_grad
-        elsewhere = any(name in layer.__dict__ for name in _OFFLOADING)  # by the time a backward comes
-        if not torch.is_grad_enabled() or not x.requires_grad or trained or elsewhere or torch.compiler.is_compiling():
-            answer: Tensor = self.as_it_is(x)
-            return answer
+        if not torch.is_grad_enabled() or not x.requires_grad or self.wants_the_librarys_graph():
+            return self.as_it_is(x)
         out: Tensor = _Frozen.apply(x, self)
         return out
+
+    def wants_the_librarys_graph(self) -> bool:
+        """Whether a backward finds more than the input's gradient, or the weight elsewhere, or is traced."""
+        layer = self.weight.layer
+        trained = layer.bias is not None and layer.bias.requires_grad
+        return trained or any(name in layer.__dict__ for name in _OFFLOADING) or torch.compiler.is_compiling()
 
     def as_it_is(self, x: Tensor) -> Tensor:
         """What the library makes of `x`, `(..., in)` to `(..., out)`."""

@@ -121,7 +121,8 @@ class Member:
         if self.rows is None or torch.compiler.is_compiling():  # or a graph's tensor would outlive it
             return None if self.rows is None else self.rows.to(device)
         if device not in self._there:
-            self._there[device] = self.rows.to(device)
+            with torch.inference_mode(False):  # or no later step could take part in a graph
+                self._there[device] = self.rows.to(device)
         return self._there[device]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oft_diffusion.errors import TargetError
 from oft_diffusion.frozen import FrozenForward
 from oft_diffusion.quantized import EightBit, LayerWeight, quantized_weight
 
@@ -32,12 +33,17 @@ def stream_weights(model: nn.Module, share: float, device: torch.device) -> None
     chosen = set(streamed_layers(model, share))
     stream, homes = WeightStream(device), Homes(device)
     for module in model.modules():
-        module._apply(lambda tensor: tensor.to(device), recurse=False)  # one after another: all would not fit
         weight = quantized_weight(module)
+        if module in chosen and weight is None:
+            module.forward = StreamedForward(PlainWeight(module), stream, homes)  # type: ignore[assignment]
+            if module.bias is not None:
+                module.bias.data = module.bias.data.to(device)
+            continue
+        module._apply(lambda tensor: tensor.to(device), recurse=False)  # one after another: all would not fit
         if isinstance(weight, EightBit):
             weight.follow()
-        if module in chosen:
-            module.forward = StreamedForward(weight or PlainWeight(module), stream, homes)  # type: ignore[assignment]
+        if module in chosen and weight is not None:
+            module.forward = StreamedForward(weight, stream, homes)  # type: ignore[assignment]
 
 
 def streamed_layers(model: nn.Module, share: float) -> Iterator[nn.Linear]:
@@ -54,8 +60,10 @@ def streamed_layers(model: nn.Module, share: float) -> Iterator[nn.Linear]:
 
 
 def streamed_bytes(model: nn.Module) -> int:
-    """Of a component's weights that wait in the processor's memory."""
-    return sum(found.home.nbytes for layer in model.modules() if isinstance(found := _own(layer), StreamedForward))
+    """By how much less of a component is on the device: what waits, but for two places there."""
+    found = [own for layer in model.modules() if isinstance(own := _own(layer), StreamedForward)]
+    sizes = [forward.home.nbytes for forward in found]
+    return max(0, sum(sizes) - 2 * max(sizes, default=0))
 
 
 def _own(layer: nn.Module) -> Any:
@@ -122,6 +130,21 @@ class StreamedForward(FrozenForward):
         self.home = homes.copy(weight.bulk())
         stream.most = max(stream.most, self.home.nbytes)
         weight.exchange(self.home)
+
+    def wants_the_librarys_graph(self) -> bool:
+        """Never: it would keep a place on the device, which the next weight is written to.
+
+        Raises:
+            TargetError: the layer's bias is trained, whose gradient that would find.
+        """
+        bias = self.weight.layer.bias
+        if bias is not None and bias.requires_grad:
+            raise TargetError(
+                "a layer whose weight is streamed has a bias that is trained",
+                expected="a frozen base",
+                fix="freeze it (requires_grad_(False)), or leave layer_offload out",
+            )
+        return False
 
     def as_it_is(self, x: Tensor) -> Tensor:
         """What the library makes of `x`, `(..., in)` to `(..., out)`."""
@@ -211,6 +234,8 @@ class WeightStream:
     def _make_places(self) -> list[_Place]:
         with torch.inference_mode(False):  # or no later step could write there
             both = torch.empty(2, _aligned(self.most), dtype=torch.uint8, device=self.device)
+        if self._side is not None:
+            both.record_stream(self._side)  # where it is written to, perhaps still as this goes
         self._places = [_Place(memory) for memory in both]
         for place in self._places:
             place.free = self._now()  # the memory may have been another's until now

@@ -15,7 +15,7 @@ from oft_diffusion.training.checkpoint import list_checkpoints
 from oft_diffusion.training.config import TrainConfig
 from oft_diffusion.training.estimate import estimate
 from oft_diffusion.training.loop import TrainingRun, train
-from oft_diffusion.training.savings import savings
+from oft_diffusion.training.savings import Phase, savings
 
 
 def main(
@@ -77,7 +77,8 @@ def _estimate(config: TrainConfig) -> int:
 
 def _too_little(config: TrainConfig, error: torch.OutOfMemoryError) -> TrainingError:
     """The error for a card that was full."""
-    helping = savings(config, "steps", torch.device("cuda"))
+    phases: tuple[Phase, ...] = ("steps", "encoding", "loading", "grids")  # which it was is not known here
+    helping = dict.fromkeys(words for phase in phases for words in savings(config, phase, torch.device("cuda")))
     return TrainingError(
         f"the card's memory does not suffice ({first_line(error)})",
         expected="a card with more of it, or settings that take less (--estimate says how much they take)",

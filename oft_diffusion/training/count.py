@@ -36,7 +36,8 @@ class Counts:
         trained: of the adapter.
         saved: entries of the adapter file's tensors; more than `trained` with share_qkv, as files hold every layer's.
         moment_bytes: of Adam's two moments.
-        streamed: of the base's bytes, those that wait off a card for their layers; about, where a file is quantized.
+        streamed: of the base's bytes, those that wait off a card for their layers, but for two places there; about,
+            where a file is quantized.
         arriving: bytes that bitsandbytes puts on a card before they are streamed from there, with what stays.
     """
 
@@ -96,9 +97,10 @@ def count(config: TrainConfig, base: Base) -> Counts:
         else:
             weights[name] = _bytes_loaded(module, dtype, base, way)
         if name in base.denoisers and config.layer_offload:
-            saved_so = base.parts.get(name, {}).get("quantization_config")
+            saved_so = base.parts.get(name, {}).get("quantization_config", {}).get("quant_method")
+            library = saved_so or (way.package if way is not None else None)
             streamed += _streamed_bytes(module, config, None if saved_so else way, dtype, weights[name])
-            arriving += weights[name] if saved_so or (way is not None and way.package == "bitsandbytes") else 0
+            arriving += weights[name] if library == "bitsandbytes" else 0
         if name in settings:
             used = last_hidden_state(base.pipeline, name, config.clip_skip or 0)
             bank = inject_oft(module, settings[name], ADAPTER, hidden_state=used)
@@ -112,7 +114,8 @@ def count(config: TrainConfig, base: Base) -> Counts:
 
 def _streamed_bytes(module: nn.Module, config: TrainConfig, way: Scheme | None, dtype: torch.dtype, loaded: int) -> int:
     """Of a denoiser, which is quantized in some way while it is loaded, or in its file, and so many bytes then."""
-    numbers = sum(layer.weight.numel() for layer in streamed_layers(module, config.layer_offload))
+    sizes = [layer.weight.numel() for layer in streamed_layers(module, config.layer_offload)]
+    numbers = max(0, sum(sizes) - 2 * max(sizes, default=0))
     if way is not None:
         return numbers * way.bits // 8
     every = sum(p.numel() for p in module.parameters())

@@ -82,7 +82,12 @@ class Memory:
     @property
     def beside(self) -> int:
         """What the process grew beyond all that was counted and measured."""
-        return self.peak - max(self.while_training, self._pictures)
+        return self.peak - max(self.while_training, self._pictures, self.arriving)
+
+    @property
+    def peak_is_loading(self) -> bool:
+        """Whether most is there before its weights are streamed."""
+        return self.arriving > max(self.while_training, self._pictures)
 
     @property
     def peak_is_pictures(self) -> bool:
@@ -163,6 +168,7 @@ class Estimate:
             "activations": memory.activations,
             "caches": memory.caches,
             "encoding and drawing": memory.pictures,
+            "all at once while loading": memory.arriving if memory.peak_is_loading else 0,
             "the allocator's gaps and libraries": memory.beside,
         }
         free = "" if self.free is None else f", and {size(self.free)} were free"
@@ -270,7 +276,9 @@ def _measure(
         process=meter.process_growth(),
         arriving=counts.arriving if streams(config, device) else 0,
     )
-    most: Phase = "steps" if not memory.peak_is_pictures else "grids" if shown.growth and not missing else "encoding"
+    most: Phase = "grids" if shown.growth and not missing else "encoding"
+    if memory.peak_is_loading or not memory.peak_is_pictures:
+        most = "loading" if memory.peak_is_loading else "steps"
     return Estimate(
         device=_name(device),
         steps=config.steps - done,

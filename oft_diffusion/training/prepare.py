@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -90,7 +91,10 @@ def accelerated(config: TrainConfig, base: Base) -> Iterator[Accelerator]:
     try:
         # Of several experts, those that no sample of a batch comes to have no gradient.
         several = DistributedDataParallelKwargs(find_unused_parameters=bool(base.experts))
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[several])
+        # Nothing is to be moved: all is where it belongs, of a denoiser that is streamed in part off the device.
+        accelerator = Accelerator(
+            device_placement=False, mixed_precision=config.mixed_precision, kwargs_handlers=[several]
+        )
     except ValueError as error:
         raise TrainingError(
             f"accelerate is in use in this process with other settings ({error})",
@@ -106,7 +110,8 @@ def accelerated(config: TrainConfig, base: Base) -> Iterator[Accelerator]:
         restore_rng(random_states)
         accelerator.free_memory()
         if config.layer_offload and torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
-            torch.accelerator.empty_host_cache()  # where streamed weights were: the system gets it back
+            gc.collect()  # layers and what streams their weights hold each other
+            torch.accelerator.empty_host_cache()  # so that the system gets their memory back
         if owned:
             # accelerate keeps the precision of its first use for the whole process; the next run may want another.
             AcceleratorState._reset_state()
@@ -199,8 +204,7 @@ def assemble(
         family.quicken_backward(config.resolution)
     model = AdaptedModel(family, banks, config.resolution)
     adamw = make_optimizer(config, plan.base, banks)
-    # All of it is on the device already, but for weights that are streamed to it.
-    wrapped, optimizer = accelerator.prepare(model, adamw, device_placement=[False, None])
+    wrapped, optimizer = accelerator.prepare(model, adamw)
     schedule = make_schedule(config, adamw)
     identity = {
         "base model": plan.base.fingerprint(),

@@ -26,7 +26,7 @@ def savings(config: TrainConfig, phase: Phase, device: torch.device) -> tuple[st
         'text_encoder_quantization = "nf4"': (
             whole and not c.text_encoder_quantization and _encoders_are_there(c, phase, on_gpu)
         ),
-        "layer_offload = 1": on_gpu and c.layer_offload < 1,
+        "layer_offload = 1": on_gpu and c.layer_offload < 1 and not (phase == "loading" and c.layer_offload),
         'optimizer = "adamw8bit"': c.optimizer == "adamw" and phase != "encoding",
         "gradient_checkpointing = true": stepping and not c.gradient_checkpointing,
         f"batch_size = 1 with accumulation = {c.accumulation * c.batch_size}": stepping and c.batch_size > 1,

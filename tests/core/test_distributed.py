@@ -90,6 +90,13 @@ def loop(knobs: dict[str, Any]) -> dict[str, torch.Tensor]:
     with start_run(TrainConfig.from_dict(knobs), progress=False) as run:
         assert run.parts is not None
         assert isinstance(getattr(run.parts.model, "module", run.parts.model), AdaptedModel)
+        if isinstance(run.parts.model, DistributedDataParallel):  # which leaves alone what is frozen
+            left = {name.partition(".")[0] for name in run.parts.model.parameters_to_ignore}
+            sent = [name for name, _ in run.parts.model.module.named_parameters()]
+            assert left == {"components"}
+            assert {name for name in sent if name not in run.parts.model.parameters_to_ignore} == {
+                name for name in sent if name.startswith("banks.")
+            }
         steps = list(run)
         result = {"losses": torch.tensor([s.loss for s in steps]), "norms": torch.tensor([s.grad_norm for s in steps])}
         for name, bank in run.parts.banks.items():

@@ -250,7 +250,9 @@ def test_which_blocks_a_stage_takes_is_sent_to_a_device_once() -> None:
     some = [member for member in members if member.rows is not None]
     assert some
     for member in some:
-        sent = member.rows_on(torch.device("meta"))
+        with torch.inference_mode():  # as a first picture may be
+            sent = member.rows_on(torch.device("meta"))
         assert sent is not None
         assert sent.is_meta
         assert member.rows_on(torch.device("meta")) is sent
+        assert not sent.is_inference()

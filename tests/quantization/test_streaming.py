@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from benchmarks.full_size import full_size
 from oft_diffusion import OFTConfig, inject_oft, remove_oft
-from oft_diffusion.frozen import FrozenForward
+from oft_diffusion.errors import TargetError
 from oft_diffusion.load import load_pipeline
-from oft_diffusion.quantized import EightBit, LayerWeight, OfSubclass
 from oft_diffusion.streaming import Homes, StreamedForward, stream_weights, streamed_bytes, streamed_layers
 from oft_diffusion.training import TrainConfig, estimate, prepare, train
 from oft_diffusion.training.count import count
 from oft_diffusion.training.find import find_base
-from tests.library.support import excite
+from tests.helpers.two_devices import pretend_two_devices
+from tests.library.support import assert_one_sentence, excite
 from tests.quantization.backends import DEVICE, GGUF, ON_A_PROCESSOR, denoiser_knobs, settings
 from tests.quantization.test_numerics import answer, inputs
 
@@ -116,7 +116,8 @@ def test_each_weight_is_sent_once_for_its_forward_and_its_backward(
     assert sent == [owner for old, owner in zip(before, after, strict=True) if owner is not old]
     held = sum(place.memory.nbytes for place in stream._places)
     assert held == pytest.approx(2 * max(forward.home.nbytes for forward in forwards), abs=1024)
-    assert held < streamed_bytes(unet) / 2
+    assert streamed_bytes(unet) == pytest.approx(sum(forward.home.nbytes for forward in forwards) - held, abs=1024)
+    assert held < streamed_bytes(unet)
 
 
 def test_on_a_card_copies_and_work_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +143,7 @@ def test_on_a_card_copies_and_work_wait_for_each_other(monkeypatch: pytest.Monke
     stream._side = side  # type: ignore[assignment]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
     send = stream._send
 
     def sending(owner: StreamedForward, place: Any) -> None:
@@ -185,36 +187,7 @@ def test_weights_wait_in_large_pieces_that_lie_as_they_did() -> None:
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its calls a layer's weight lies on another device, here `meta`: whoever reads it then gets nothing."""
-
-    def exchange(weight: Any, data: Tensor) -> None:
-        away = data if data is not homes.get(weight.layer) else data.to("meta")
-        if isinstance(weight, OfSubclass):
-            own = weight.weight
-            names, _ = own.__tensor_flatten__()
-            setattr(own, max(names, key=lambda name: getattr(own, name).nbytes), away)
-            return
-        parameter = weight.layer._parameters["weight"]
-        made = torch.Tensor._make_subclass(type(parameter), away, False)
-        made.__dict__.update(parameter.__dict__)
-        weight.layer._parameters["weight"] = made
-        if isinstance(weight, EightBit):
-            for holder in (made, weight.layer.state):
-                if holder.CB is not None:
-                    holder.CB = away
-
-    homes: dict[nn.Module, Tensor] = {}
-
-    def begin(self: StreamedForward, weight: Any, stream: Any, places: Any) -> None:
-        FrozenForward.__init__(self, weight)
-        self.stream, self.home = stream, places.copy(weight.bulk())
-        stream.most = max(stream.most, self.home.nbytes)
-        homes[weight.layer] = self.home
-        weight.exchange(self.home)
-
-    for kind in (LayerWeight, EightBit, OfSubclass):
-        monkeypatch.setattr(kind, "exchange", exchange)
-    monkeypatch.setattr(StreamedForward, "__init__", begin)
+    pretend_two_devices(monkeypatch)
 
 
 @pytest.mark.usefixtures("two_devices")
@@ -249,6 +222,17 @@ def test_which_layers_are_streamed() -> None:
 
 def _denoises(module: nn.Module) -> bool:
     return isinstance(module, ModelMixin) and "Autoencoder" not in type(module).__name__
+
+
+def test_a_bias_that_is_trained_is_refused(model: Path, tmp_path: Path) -> None:
+    unet = denoiser(PLAIN, model, tmp_path)
+    stream_weights(unet, 1.0, WHERE)
+    adapted(unet)
+    own = next(forward.weight.layer for forward in streamed(unet) if forward.weight.layer.bias is not None)
+    own.bias.requires_grad_()
+    with pytest.raises(TargetError) as error:
+        unet(*inputs(torch.float32))
+    assert_one_sentence(error, "bias that is trained", "layer_offload")
 
 
 def test_copies_have_weights_of_their_own(model: Path, tmp_path: Path) -> None:
@@ -297,6 +281,8 @@ def test_a_run_learns_the_same(kind: str, model: Path, pictures: Path, tmp_path:
     whole, own = (load(files[0]) for _, files in runs)
     assert whole.keys() == own.keys()
     assert all(torch.equal(whole[key], own[key]) for key in whole)
+    grids = [files[1] for _, files in runs]
+    assert grids[0] == grids[1]
 
 
 @pytest.mark.usefixtures("as_on_a_card")
@@ -328,7 +314,8 @@ def test_what_bitsandbytes_puts_on_a_card_first_is_counted(model: Path, pictures
         found = count(config, find_base(config.model))
         assert found.arriving == (found.parts["unet"] if kind == "nf4" else 0)
     memory = estimate(replace(config, quantization=None, text_encoder_quantization=None)).memory
-    assert replace(memory, arriving=2 * memory.peak).peak == 2 * memory.peak
+    loading = replace(memory, arriving=2 * memory.peak)
+    assert (loading.peak, loading.beside, loading.peak_is_loading) == (2 * memory.peak, 0, True)
 
 
 def test_of_what_was_saved_in_few_bits_that_share_is_counted(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -336,12 +323,14 @@ def test_of_what_was_saved_in_few_bits_that_share_is_counted(model: Path, pictur
     base = find_base(config.model)
     plain = count(config, base)
     told = {**base.parts, "unet": {**base.parts["unet"], "quantization_config": {"quant_method": "bitsandbytes"}}}
+    others = {**told, "unet": {**told["unet"], "quantization_config": {"quant_method": "torchao"}}}
     files = tmp_path / "saved"
     (files / "unet").mkdir(parents=True)
     (files / "unet" / "model.safetensors").write_bytes(bytes(plain.parts["unet"] // 4))
     found = count(config, replace(base, parts=told, weights=files))
     assert found.parts["unet"] == found.arriving == plain.parts["unet"] // 4
     assert plain.streamed / 5 < found.streamed < plain.streamed / 3
+    assert count(config, replace(base, parts=others, weights=files)).arriving == 0  # goes there layer by layer
 
 
 def test_on_a_processor_it_does_nothing_and_says_so(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -216,10 +216,7 @@ def peak(name: str, settings: TrainConfig, counts: Counts) -> float:
     part = {key: size / 1e9 for key, size in counts.parts.items()}
     encoders = sum(size for key, size in part.items() if key.startswith("text_encoder"))
     alone = sum(part.values()) - encoders - counts.streamed / 1e9  # denoiser and VAE
-    alone += 0.3 * bool(counts.streamed)  # two weights at once; the largest, SD 3.5 Large's modulation, has 71 million
-    loading = alone - part["vae"]
-    if settings.quantization is not None:  # onto the card, whole, and first
-        loading += counts.streamed / 1e9
+    loading = max(alone - part["vae"], counts.arriving / 1e9)
     resolution = FULL_SIZE[name].resolution
     steps = alone - part["vae"] + (counts.adapter_bytes + counts.training_bytes) / 1e9
     steps += STEP[name][not settings.gradient_checkpointing]
