@@ -118,8 +118,10 @@ class Member:
 
     def rows_on(self, device: torch.device) -> Tensor | None:
         """`rows` on a device, sent there once: a copy in each step would have the card wait for the processor."""
-        if self.rows is None or torch.compiler.is_compiling():  # or a graph's tensor would outlive it
-            return None if self.rows is None else self.rows.to(device)
+        if self.rows is None:
+            return None
+        if torch.compiler.is_compiling():  # a tensor of its graph must not outlive it
+            return self.rows.to(device)
         if device not in self._there:
             with torch.inference_mode(False):  # or no later step could take part in a graph
                 self._there[device] = self.rows.to(device)

@@ -195,7 +195,7 @@ class OfSubclass(QuantizedWeight):
     def values(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             found: Tensor = self.weight.dequantize()
-        return found.detach().to(dtype)
+        return found.to(dtype)
 
     def quantize(self, weight: Tensor) -> None:
         own = self.weight

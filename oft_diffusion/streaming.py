@@ -7,7 +7,7 @@ or layer offloading.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -61,13 +61,13 @@ def streamed_layers(model: nn.Module, share: float) -> Iterator[nn.Linear]:
 
 def streamed_bytes(model: nn.Module) -> int:
     """By how much less of a component is on the device: what waits, but for two places there."""
-    found = [own for layer in model.modules() if isinstance(own := _own(layer), StreamedForward)]
-    sizes = [forward.home.nbytes for forward in found]
+    own = (layer.__dict__.get("forward") for layer in model.modules())
+    return spared([forward.home.nbytes for forward in own if isinstance(forward, StreamedForward)])
+
+
+def spared(sizes: Sequence[int]) -> int:
+    """What of streamed weights of these sizes is not on the device: all, but for two places of the largest."""
     return max(0, sum(sizes) - 2 * max(sizes, default=0))
-
-
-def _own(layer: nn.Module) -> Any:
-    return layer.__dict__.get("forward")
 
 
 class PlainWeight(LayerWeight):

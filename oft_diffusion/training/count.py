@@ -15,7 +15,7 @@ from oft_diffusion.gguf_file import gguf_bytes
 from oft_diffusion.inject import inject_oft
 from oft_diffusion.quantization import Scheme
 from oft_diffusion.rotation import packed_size
-from oft_diffusion.streaming import streamed_layers
+from oft_diffusion.streaming import spared, streamed_layers
 from oft_diffusion.text_encoders import last_hidden_state
 from oft_diffusion.training.base import Base
 from oft_diffusion.training.config import TrainConfig
@@ -114,8 +114,7 @@ def count(config: TrainConfig, base: Base) -> Counts:
 
 def _streamed_bytes(module: nn.Module, config: TrainConfig, way: Scheme | None, dtype: torch.dtype, loaded: int) -> int:
     """Of a denoiser, which is quantized in some way while it is loaded, or in its file, and so many bytes then."""
-    sizes = [layer.weight.numel() for layer in streamed_layers(module, config.layer_offload)]
-    numbers = max(0, sum(sizes) - 2 * max(sizes, default=0))
+    numbers = spared([layer.weight.numel() for layer in streamed_layers(module, config.layer_offload)])
     if way is not None:
         return numbers * way.bits // 8
     every = sum(p.numel() for p in module.parameters())
