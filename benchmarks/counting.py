@@ -19,7 +19,7 @@ NOT_WORK = {
         "alias", "t", "as_strided", "split", "chunk", "unbind", "_unsafe_view", "narrow", "split_with_sizes",
         "_reshape_alias", "numpy_T", "expand_as", "view_as", "unsafe_split", "lift_fresh", "resolve_conj",
         "resolve_neg", "is_nonzero", "item", "_local_scalar_dense", "result_type", "empty", "empty_like",
-        "empty_strided", "to", "_to_copy", "contiguous", "clone",
+        "empty_strided", "new_empty", "to", "_to_copy", "contiguous", "clone",
     )
 }  # fmt: skip
 

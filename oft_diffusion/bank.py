@@ -16,7 +16,15 @@ from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.choice import AdapterChoice
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.hooks import Deltas, LayerHook, for_recomputation, in_compiled_call, is_compiled, reset_compiler
+from oft_diffusion.hooks import (
+    CompiledParts,
+    Deltas,
+    LayerHook,
+    in_compiled_call,
+    is_compiled,
+    keep_for_recomputation,
+    reset_compiler,
+)
 from oft_diffusion.kernels.processor_graph import Rebuilt, unseen
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
@@ -51,6 +59,7 @@ class OFTBank(AdapterChoice):
         self._in_grad_forward = False
         self.between_forwards = False
         self._audit = BypassAudit()
+        self._compiled = CompiledParts()
         self.register_load_state_dict_pre_hook(_refuse_load)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
@@ -173,8 +182,7 @@ class OFTBank(AdapterChoice):
             for hook in self.hooks.values():
                 hook.eval_deltas = ()  # the base's answers, which training on a prior asks for in every step
             return
-        one_by_c = placement == _BY_C and not compiling and self._builder.is_one_by_c(self._stages)
-        source = self._builder.again(self._stages) if one_by_c and self._in_grad_forward else None
+        source = None if placement != _BY_C or compiling else self._by_c(module)
         if source is None:
             flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         else:
@@ -189,10 +197,18 @@ class OFTBank(AdapterChoice):
                 hook.grad_deltas, hook.eval_deltas = by_site.get(site, ()), None
             else:
                 hook.eval_deltas = by_site.get(site, ())
-        if one_by_c:
-            self.plans.for_forward(self._stages[0], flats[0], source)
+        if source is not None:
+            self.plans.for_forward(self._stages[0], flats[0], source if self._in_grad_forward else None)
         else:
             self._plan_for_slots()
+
+    def _by_c(self, module: nn.Module) -> Rebuilt | None:
+        """What C rotates by in a forward, where it can have that again in the backward."""
+        if not self._builder.is_one_by_c(self._stages):
+            return None
+        if self._builder.is_built_in_place(self._stages) and not self._compiled.there_are(module):
+            return self._builder.generators(self._stages)
+        return self._builder.again(self._stages)
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""
@@ -201,9 +217,10 @@ class OFTBank(AdapterChoice):
             keeping = silent and is_compiled(module)  # such layers do not say that they fire, and need theirs
             for hook in self.hooks.values():
                 hook.eval_deltas = None
-                if self._in_grad_forward:
-                    again = self._rebuilds and (hook.fired or not keeping)
-                    hook.grad_deltas = None if again else for_recomputation(hook.grad_deltas)
+                if self._in_grad_forward and self._rebuilds and (hook.fired or not keeping):
+                    hook.grad_deltas = None
+            if self._in_grad_forward:
+                keep_for_recomputation(self.hooks.values())
             self._in_grad_forward = False
             self.between_forwards = True
             self.plans.end_forward()
@@ -242,6 +259,10 @@ class OFTBank(AdapterChoice):
             self.refuse_lone_call(name)
         flats = self._builder.build(self._stages, self._placement[0])
         return split_by_site(self._stages, flats).get(name, ())
+
+    def deltas_of(self, site: str, generators: Tensor) -> Deltas:
+        """The site's delta, where its slot holds the generators of all: for an input that C does not take."""
+        return (self._builder.delta_of(self._stages, generators, site),)
 
     def fit_deltas(self, hook: LayerHook, deltas: Deltas, placement: Placement) -> Deltas:
         """Deltas in another device and dtype. Constants are converted once for each, and stay in the hook."""

@@ -50,6 +50,30 @@ class DeltaBuilder:
         read = [self._generators[key] for key in _keys(stages)]
         return len(stages) == 1 and all(processor.fits(generators, stages[0].block_size) for generators in read)
 
+    def is_built_in_place(self, stages: Sequence[Stage]) -> bool:
+        """Whether C can build each delta where it rotates by it: those of one adapter, as it is trained."""
+        [member, *others] = stages[0].members
+        config = self._adapters[member.active.name].config
+        as_trained = member.active.strength == 1.0 and config.parametrisation == "cayley"
+        return as_trained and not others and member.rows is None and member.part.key not in self._scales
+
+    def generators(self, stages: Sequence[Stage]) -> Rebuilt:
+        """The generators that C builds deltas of in place, `(blocks, b(b-1)/2)`, for a forward and its backward."""
+        [member] = stages[0].members
+        config = self._adapters[member.active.name].config
+        return Rebuilt(
+            lambda aliases: rotation.effective_generator(aliases[0], config),
+            [self._generators[member.part.key]],
+            lambda packed: rotation.rotation_delta(packed, config),
+        )
+
+    def delta_of(self, stages: Sequence[Stage], generators: Tensor, site: str) -> Tensor:
+        """A site's delta `(r, b, b)` of the generators of all."""
+        entry = stages[0].sites[site]
+        own = generators.narrow(0, stages[0].begins()[entry], stages[0].blocks[entry])
+        with without_autocast(own.device):
+            return rotation.rotation_delta(own, self._adapters[stages[0].members[0].active.name].config)
+
     def again(self, stages: Sequence[Stage]) -> Rebuilt:
         """The flat deltas of the one stage there is, to be built by C in a forward and again in its backward.
 

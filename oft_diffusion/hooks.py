@@ -8,6 +8,7 @@ that a copied or pickled component carries hooks that work.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,15 +91,15 @@ class LayerHook:
         return made[own.own]
 
     def _rotated(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.shared is not None and self.shared.given_up(self, x):
+            rotated = self._at_once(module, x)  # alone from now on, and as a recomputation will do it
+            if rotated is not None:
+                return rotated
         deltas = self._deltas_for(x)
         if deltas and isinstance(module, nn.Conv2d):
             return _rotate_channels(x, deltas)
         if self.shared is not None and len(deltas) == 1 and deltas[0].dim() == 3:
-            rotated = self.shared.rotate(self, x, deltas[0])
-            if rotated is None:  # alone from now on, and as a recomputation will do it
-                rotated = self._at_once(module, x)
-            if rotated is not None:
-                return rotated
+            return self.shared.rotate(self, x, deltas[0])
         return _rotate(x, deltas) if deltas else x
 
     def _input(self, args: tuple[Any, ...]) -> Tensor:
@@ -134,6 +135,8 @@ class LayerHook:
             deltas = self.bank.fresh_deltas(self.site)
         if not deltas:
             return deltas
+        if deltas[0].dim() == 2:
+            deltas = self.bank.deltas_of(self.site, deltas[0])
         if deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
             deltas = self._deltas_of_some_rows(deltas, x)
         device = x.device
@@ -340,6 +343,21 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
+class CompiledParts:
+    """Tells of a component in every forward whether a part of it is compiled by now."""
+
+    def __init__(self) -> None:
+        self._about: list[dict[str, Any]] = []  # what each of its modules has of its own
+
+    def there_are(self, model: nn.Module) -> bool:
+        """What `is_compiled` says, without a walk through all modules, which takes half a millisecond."""
+        self._about = self._about or [module.__dict__ for module in model.modules()]
+        return True in [about.get("_compiled_call_impl") is not None for about in self._about]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_about": []}
+
+
 def in_compiled_call() -> bool:
     """Whether compiled code is traced or running, in frames too that the compiler leaves as they are."""
     if torch.compiler.is_compiling():
@@ -353,15 +371,22 @@ def reset_compiler() -> None:
         torch.compiler.reset()
 
 
-def for_recomputation(deltas: Deltas | None) -> Deltas | None:
-    """What a grad slot keeps after its forward, where nothing builds it again (`kernels.processor_graph.Rebuilt`).
+def keep_for_recomputation(hooks: Iterable[LayerHook]) -> None:
+    """Have grad slots keep what a recomputation reads, where nothing builds it again (`processor_graph.Rebuilt`).
 
-    These are values that require grad, without the graph, which holds memory. A component compiled as a whole
-    recomputes inside its own graph, from which no tensor may escape.
+    These are values that require grad, without the graph, which holds memory; of layers that share a generator they are
+    one, as in the forward. A component compiled as a whole recomputes inside its own graph, from which no tensor may
+    escape.
     """
-    if deltas is None or torch.compiler.is_compiling():
-        return None
-    return tuple(delta.detach().requires_grad_(delta.requires_grad) for delta in deltas)
+    kept: dict[int, Tensor] = {}
+    for hook in hooks:
+        if hook.grad_deltas is None or torch.compiler.is_compiling():
+            hook.grad_deltas = None
+            continue
+        for delta in hook.grad_deltas:
+            if id(delta) not in kept:
+                kept[id(delta)] = delta.detach().requires_grad_(delta.requires_grad)
+        hook.grad_deltas = tuple(kept[id(delta)] for delta in hook.grad_deltas)
 
 
 def _placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, cast
 
 import torch
@@ -144,6 +145,10 @@ class Stage:
     def total_blocks(self) -> int:
         return sum(self.blocks.values())
 
+    def begins(self) -> dict[str, int]:
+        """At which of the stage's blocks each entry's begin."""
+        return dict(zip(self.blocks, accumulate(self.blocks.values(), initial=0), strict=False))
+
     def structure(self) -> tuple[object, ...]:
         """What fixes the shapes of a stage's deltas; strengths and generators may change under it."""
         return self.block_size, tuple(self.blocks.items()), tuple(self.sites.items())
@@ -215,10 +220,13 @@ def rows_in(part: Part, blocks: Mapping[str, int]) -> Tensor | None:
 def split_by_site(stages: Sequence[Stage], flats: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Per site, its deltas of every stage that has it, as views of the stages' flat deltas.
 
-    Flat deltas are `(blocks, b, b)`, or `(images, blocks, b, b)` for a mixed batch.
+    Flat deltas are `(blocks, b, b)`, or `(images, blocks, b, b)` for a mixed batch. Generators, `(blocks, b(b-1)/2)`,
+    of which deltas are to be built where they are used, each site is given whole.
     """
     result: dict[str, tuple[Tensor, ...]] = {}
     for stage, flat in zip(stages, flats, strict=True):
+        if flat.dim() == 2:
+            return dict.fromkeys(stage.sites, (flat,))
         # One split: slicing site by site costs many times as much in backward.
         views = dict(zip(stage.blocks, flat.split(list(stage.blocks.values()), dim=-3), strict=True))
         for site, entry in stage.sites.items():

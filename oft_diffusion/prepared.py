@@ -7,7 +7,6 @@ forwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -39,6 +38,7 @@ class Plans:
         self._hooks = hooks
         self._flat = processor.Flat()  # of the forward that is going on
         self._stage: Stage | None = None  # whose forwards all are planned for
+        self._of_generators = False
         self._slots = processor.Flat()  # in which grad modes those for slots are of use
 
     def forget(self) -> None:
@@ -56,18 +56,20 @@ class Plans:
         self._stage, self._slots = None, processor.Flat(*modes)
         self.renew(self._hooks.values())
 
-    def for_forward(self, stage: Stage, deltas: Tensor, source: Rebuilt | None) -> None:
+    def for_forward(self, stage: Stage, flat: Tensor, source: Rebuilt | None) -> None:
         """Name the deltas of a forward, which are one stage's, and plan for all its forwards, where that is to be done.
 
         Args:
             stage: all that is active.
-            deltas: `(blocks, b, b)`, contiguous, float32; in the graph where there is one.
-            source: what builds them again in the backward; None without grad.
+            flat: deltas `(blocks, b, b)`, or generators `(blocks, b(b-1)/2)`, of which each rotation builds its own;
+                contiguous, float32; in the graph where there is one.
+            source: what has them again in the backward; None without grad.
         """
-        if self._stage is not stage:
-            self._stage = stage
+        of_generators = flat.dim() == 2
+        if self._stage is not stage or self._of_generators != of_generators:
+            self._stage, self._of_generators = stage, of_generators
             self.renew(self._hooks.values())
-        self._flat.hold(deltas, source)
+        self._flat.hold(flat, source)
 
     def end_forward(self) -> None:
         """Let go of the deltas of a forward."""
@@ -109,6 +111,7 @@ class Plans:
         order, counts = [*dict.fromkeys(entries)], {stage.blocks[entry] for entry in entries}
         if len(entries) < len(group) or len(counts) > 1 or len(order) > processor.MOST_LAYERS:
             return None
-        begins = dict(zip(stage.blocks, accumulate(stage.blocks.values(), initial=0), strict=False))
-        plan = processor.plan_in(self._flat, [begins[entry] for entry in order], counts.pop(), stage.block_size)
+        begins, size = stage.begins(), stage.block_size
+        starts = [begins[entry] for entry in order]
+        plan = processor.plan_in(self._flat, starts, counts.pop(), size, of_generators=self._of_generators)
         return plan, [order.index(entry) for entry in entries]

@@ -40,18 +40,22 @@ class SharedInput:
             hook.shared = self
         self._renew_plans()
 
-    def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
-        """What `block_rotate(x, delta)` gives, for one of the layers; None where the group has been given up."""
-        ready = hook.ready
-        if ready is None:
+    def rotate(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor:
+        """What `block_rotate(x, delta)` gives, for one of the layers."""
+        if hook.ready is None:
             return self._for_all(hook, x, delta)
         if (rotated := self.ready_for(hook, x, delta)) is not None:
             return rotated
         hook.ready = None
-        if ready.made_of is not x or ready.version != _version(x):
-            self.give_up()
-            return None
         return block_rotate(as_computed(x), delta)
+
+    def given_up(self, hook: LayerHook, x: Tensor) -> bool:
+        """Whether one of the layers turns out to read another input than the first that was called."""
+        ready = hook.ready
+        if ready is None or (ready.made_of is x and ready.version == _version(x)):
+            return False
+        self.give_up()
+        return True
 
     def ready_for(self, hook: LayerHook, x: Tensor, delta: Tensor) -> Tensor | None:
         """What is ready, handed out once; None where it is of another input, delta, dtype or grad mode."""

@@ -5,6 +5,7 @@
  * A sum never depends on how many threads share the work.
  */
 
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -19,6 +20,7 @@
 #define LANES 8
 #endif
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t ints8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* `CALL(b)` for the b that is asked for, as a constant. */
@@ -91,13 +93,32 @@ INLINE void product(const float *base, long base_stride, const float *x, long x_
 #undef NEXT
 }
 
-/* ---- rotating --------------------------------------------------------------------------------------------------- */
+/* to = from^T, 8 x 8: halves change places between rows 1, 2 and 4 apart. */
+INLINE void turn_8(const float *from, float *to, int b) {
+    static const ints8 low[3] = {{0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+    static const ints8 high[3] = {{1, 9, 3, 11, 5, 13, 7, 15}, {2, 3, 10, 11, 6, 7, 14, 15}, {4, 5, 6, 7, 12, 13, 14, 15}};
+    vec8 rows[8];
+    for (int i = 0; i < 8; i++) rows[i] = *(const vec8 *)(from + i * b);
+    for (int stage = 0; stage < 3; stage++)
+        for (int i = 0; i < 8; i++) {
+            if (i & 1 << stage) continue;
+            vec8 first = rows[i], second = rows[i | 1 << stage];
+            rows[i] = __builtin_shuffle(first, second, low[stage]);
+            rows[i | 1 << stage] = __builtin_shuffle(first, second, high[stage]);
+        }
+    for (int i = 0; i < 8; i++) *(vec8 *)(to + i * b) = rows[i];
+}
 
-INLINE void transposed(const float *d, float *out, float factor, float diagonal, int b) {
-    for (int i = 0; i < b; i++)
-        for (int j = 0; j < b; j++) out[i * b + j] = factor * d[j * b + i];
+/* out = factor m^T + diagonal I */
+INLINE void transposed(const float *m, float *out, float factor, float diagonal, int b) {
+    for (int i = 0; i < b; i += 8)
+        for (int j = 0; j < b; j += 8) turn_8(m + j * b + i, out + i * b + j, b);
+    if (factor != 1.0f)
+        for (int i = 0; i < b * b; i++) out[i] *= factor;
     for (int i = 0; i < b; i++) out[i * b + i] += diagonal;
 }
+
+/* ---- rotating --------------------------------------------------------------------------------------------------- */
 
 /* Rows of a task: few enough that what a task reads and writes stays in a core's cache, many enough that each thread has
  * two tasks and that turning D around costs little. */
@@ -122,18 +143,20 @@ INLINE void rotate_any(const float *x, long x_stride, const float *const *deltas
         }
 }
 
-INLINE void rotate_back_any(const float *const *grads, const float *const *deltas, float *out, long rows, long blocks,
-                            int count, int threads, int b) {
+/* Of deltas, or, where they are turned, of R^T. */
+INLINE void rotate_back_any(const float *const *grads, const float *const *deltas, int turned, float *out, long rows,
+                            long blocks, int count, int threads, int b) {
     long width = blocks * b, step = rows_at_a_time(rows, blocks, threads), tasks = (rows + step - 1) / step * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++) {
-        float turned[LARGEST] ALIGNED;
+        float made[LARGEST] ALIGNED;
         for (long task = SHARE(part); task < SHARE(part + 1); task++) {
             long block = task % blocks, row = task / blocks * step, some = rows - row < step ? rows - row : step;
             long at = row * width + block * b;
             for (int i = 0; i < count; i++) {
-                transposed(deltas[i] + block * b * b, turned, 1.0f, 1.0f, b);
-                product(i ? out + at : NULL, width, grads[i] + at, width, turned, out + at, width, some, b);
+                const float *own = deltas[i] + block * b * b;
+                if (!turned) transposed(own, made, 1.0f, 1.0f, b), own = made;
+                product(i ? out + at : NULL, width, grads[i] + at, width, own, out + at, width, some, b);
             }
         }
     }
@@ -195,10 +218,12 @@ INLINE void delta_grads_any(const float *x, long x_stride, const float *const *g
 /* ---- building D ------------------------------------------------------------------------------------------------- */
 
 INLINE float squares(const float *m, int b) {
-    vec8 sum = {0};
+    vec8 sums[8] = {0};
     float total = 0.0f;
-    for (int i = 0; i < b * b; i += 8) sum += *(const vec8 *)(m + i) * *(const vec8 *)(m + i);
-    for (int lane = 0; lane < 8; lane++) total += sum[lane];
+    for (int i = 0; i < b * b; i += 64)
+        for (int k = 0; k < 8; k++) sums[k] += *(const vec8 *)(m + i + 8 * k) * *(const vec8 *)(m + i + 8 * k);
+    for (int k = 1; k < 8; k++) sums[0] += sums[k];
+    for (int lane = 0; lane < 8; lane++) total += sums[0][lane];
     return total;
 }
 
@@ -217,27 +242,44 @@ INLINE void invert(float *m, int b) {
     }
 }
 
-/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it; where Q is too large for that, 2 (I - Q)^-1 Q. */
-INLINE void build_one(const float *packed, float *delta, float epsilon, int b) {
+/* Q of its strict upper triangle, row by row; of sign -1 its transpose. */
+INLINE void unpacked(const float *packed, float *q, int sign, int b) {
+    float upper[LARGEST] ALIGNED, padded[8 + LARGEST / 2] ALIGNED, *next = padded + 8;
+    const ints8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    memcpy(next, packed, sizeof(float) * b * (b - 1) / 2);
+    for (int i = 0; i < b; next += b - 1 - i, i++)
+        for (int j = 0; j < b; j += 8) /* what stands left of the diagonal is another row's */
+            *(ints8 *)(upper + i * b + j) = *(const ints8 *)(next + j - i - 1) & (lanes + j > i);
+    transposed(upper, q, 1.0f, 0.0f, b);
+    for (int i = 0; i < b * b; i++) q[i] = sign * (upper[i] - q[i]);
+}
+
+/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it; where Q is too large for that, 2 (I - Q)^-1 Q. Of sign
+ * -1 it is D^T. */
+INLINE void build_one(const float *packed, float *delta, int sign, int b) {
     float q[LARGEST] ALIGNED, first[LARGEST] ALIGNED, second[LARGEST] ALIGNED, sum[LARGEST] ALIGNED, more[LARGEST] ALIGNED;
     float *power = first, *squared = second, *total = sum, *doubled = more;
-    for (int i = 0; i < b; i++) {
-        q[i * b + i] = 0.0f;
-        for (int j = i + 1; j < b; j++, packed++) q[i * b + j] = *packed, q[j * b + i] = -*packed;
-    }
+    const float enough = FLT_EPSILON / 4;
+    unpacked(packed, q, sign, b);
     product(NULL, 0, q, b, q, power, b, b, b);
-    for (int i = 0; i < b * b; i++) total[i] = q[i] + power[i];
+    for (int i = 0; i < b * b; i++) total[i] = 2.0f * (q[i] + power[i]);
     for (int doubling = 1;; doubling++) {
-        float norm = squares(power, b); /* squared, and so of what is left out: R (power^2), and R's norm is 1 */
-        if (norm < epsilon / 4) {
+        /* of power, squared; and so of what is left out of 2 m terms: R (power^2), and R's norm is 1 */
+        float norm = squares(power, b);
+        if (norm < enough) {
             product(total, b, power, b, total, delta, b, b, b);
-            break;
+            return;
+        }
+        if (norm * norm * norm < enough * enough) { /* 3 m terms are enough */
+            product(total, b, power, b, total, doubled, b, b, b);
+            product(total, b, power, b, doubled, delta, b, b, b);
+            return;
         }
         if (doubling == 7 || (doubling > 1 && !(norm < 0.49f))) {
-            for (int i = 0; i < b * b; i++) first[i] = (i % (b + 1) == 0) - q[i];
+            for (int i = 0; i < b * b; i++) first[i] = (i % (b + 1) == 0) - q[i], q[i] *= 2.0f;
             invert(first, b);
             product(NULL, 0, first, b, q, delta, b, b, b);
-            break;
+            return;
         }
         product(total, b, power, b, total, doubled, b, b, b);
         product(NULL, 0, power, b, power, squared, b, b, b);
@@ -245,64 +287,98 @@ INLINE void build_one(const float *packed, float *delta, float epsilon, int b) {
         power = squared, squared = other;
         other = total, total = doubled, doubled = other;
     }
-    for (int i = 0; i < b * b; i++) delta[i] *= 2.0f;
 }
 
-/* (R + I)^T G (R + I)^T / 2, of which the generator gets what is skew: `rotation._CayleyDelta`. */
-INLINE void unbuild_one(const float *delta, const float *grad, float *packed, int b) {
-    float turned[LARGEST] ALIGNED, half[LARGEST] ALIGNED, whole[LARGEST] ALIGNED;
-    transposed(delta, turned, 0.5f, 1.0f, b);
+/* T G T, of T = (R + I)^T, of which the generator gets what is skew, times a factor: `rotation._CayleyDelta`. */
+INLINE void unbuild_one(const float *turned, const float *grad, float *packed, float factor, int b) {
+    float half[LARGEST] ALIGNED, whole[LARGEST] ALIGNED;
     product(NULL, 0, turned, b, grad, half, b, b, b);
     product(NULL, 0, half, b, turned, whole, b, b, b);
-    for (int i = 0; i < b; i++)
-        for (int j = i + 1; j < b; j++) *packed++ = 2.0f * (whole[i * b + j] - whole[j * b + i]);
+    transposed(whole, half, 1.0f, 0.0f, b);
+    for (int i = 0; i < b; packed += b - 1 - i, i++)
+        for (int j = i + 1; j < b; j++) packed[j - i - 1] = factor * (whole[i * b + j] - half[i * b + j]);
+}
+
+/* Every D of `count` layers, behind each other, of generators that lie apart; or R^T. */
+INLINE void build_any(const float *const *packed, float *deltas, int turned, long blocks, int count, int threads, int b) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long i = 0; i < count * blocks; i++) {
+        build_one(packed[i / blocks] + i % blocks * (b * (b - 1) / 2), deltas + i * b * b, turned ? -1 : 1, b);
+        for (int k = 0; turned && k < b; k++) deltas[i * b * b + k * (b + 1)] += 1.0f;
+    }
+}
+
+/* The generators' gradients from dD and D; or R^T, to which then I is added. */
+INLINE void unbuild_any(float *deltas, int turned, const float *grads, float *const *packed, long blocks, int count,
+                        int threads, int b) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long i = 0; i < count * blocks; i++) {
+        float made[LARGEST] ALIGNED, *own = deltas + i * b * b;
+        if (!turned) transposed(own, made, 1.0f, 1.0f, b), own = made;
+        for (int k = 0; k < b; k++) own[k * (b + 1)] += 1.0f;
+        unbuild_one(own, grads + i * b * b, packed[i / blocks] + i % blocks * (b * (b - 1) / 2), 0.5f, b);
+    }
 }
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
 
-/* Deltas lie so many bytes behind an address, which may be 0. At most 16 layers read one input. */
-#define DELTAS_AT(TYPE, NAME, base, offsets) \
-    TYPE NAME[16];                           \
+/* What each layer has lies so many bytes behind an address, which may be 0. At most 16 layers read one input. */
+#define EACH(TYPE, NAME, base, offsets) \
+    TYPE NAME[16];                      \
     for (int i = 0; i < count; i++) NAME[i] = (TYPE)((base) + (offsets)[i])
+#define BEHIND(TYPE, NAME, room) \
+    TYPE NAME[16];               \
+    for (int i = 0; i < count; i++) NAME[i] = room ? (room) + i * blocks * size * size : NULL
 
+/* By the deltas that lie there; where there is room for deltas, by those of the generators that lie there. */
 void oft_rotate(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, float *const *out, long rows,
-                long blocks, int count, int threads, int size) {
-    DELTAS_AT(const float *, deltas, base, offsets);
-#define CALL(b) rotate_any(x, x_stride, deltas, out, rows, blocks, count, threads, b)
+                long blocks, int count, int threads, int size, float *room) {
+    EACH(const float *, given, base, offsets);
+    BEHIND(const float *, built, room);
+#define CALL(b)                                                     \
+    if (room) build_any(given, room, 0, blocks, count, threads, b); \
+    rotate_any(x, x_stride, room ? built : given, out, rows, blocks, count, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
-/* dx, where it is not NULL, and every dD, where they are to be: so many bytes behind an address, too, or NULL. */
+/* dx, where it is not NULL, and every dD, or the generators' gradients, where they are to be: so many bytes behind an
+ * address, too, or NULL. Room is for all R^T, then all dD. */
 void oft_backward(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, const float *const *grads,
                   float *dx, uintptr_t grad_base, const uintptr_t *grad_offsets, long rows, long blocks, int count,
-                  int threads, int size) {
+                  int threads, int size, float *room) {
+    EACH(const float *, given, base, offsets);
+    BEHIND(const float *, built, room);
+    if (room) {
+#define CALL(b) build_any(given, room, 1, blocks, count, threads, b)
+        FOR_SIZE(size, CALL)
+#undef CALL
+    }
     if (dx && rows) {
-        DELTAS_AT(const float *, deltas, base, offsets);
-#define CALL(b) rotate_back_any(grads, deltas, dx, rows, blocks, count, threads, b)
+#define CALL(b) rotate_back_any(grads, room ? built : given, room != NULL, dx, rows, blocks, count, threads, b)
         FOR_SIZE(size, CALL)
 #undef CALL
     }
     if (grad_offsets) {
-        DELTAS_AT(float *, ddeltas, grad_base, grad_offsets);
-#define CALL(b) delta_grads_any(x, x_stride, grads, ddeltas, rows, blocks, count, threads, b)
+        EACH(float *, wanted, grad_base, grad_offsets);
+        float *found = room ? room + count * blocks * size * size : NULL;
+        BEHIND(float *, ddeltas, found);
+#define CALL(b)                                                                                          \
+    delta_grads_any(x, x_stride, grads, room ? ddeltas : wanted, rows, blocks, count, threads, b);       \
+    if (room) unbuild_any(room, 1, found, wanted, blocks, count, threads, b)
         FOR_SIZE(size, CALL)
 #undef CALL
     }
 }
 
-void oft_build(const float *packed, float *delta, long blocks, float epsilon, int threads, int size) {
-#define CALL(b)                                                                     \
-    _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
-        build_one(packed + i * (b * (b - 1) / 2), delta + i * b * b, epsilon, b)
+void oft_build(const float *packed, float *delta, long blocks, int threads, int size) {
+#define CALL(b) build_any(&packed, delta, 0, blocks, 1, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
 void oft_unbuild(const float *delta, const float *grad, float *packed, long blocks, int threads, int size) {
-#define CALL(b)                                                                     \
-    _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
-        unbuild_one(delta + i * b * b, grad + i * b * b, packed + i * (b * (b - 1) / 2), b)
+#define CALL(b) unbuild_any((float *)delta, 0, grad, &packed, blocks, 1, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }

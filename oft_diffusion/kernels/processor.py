@@ -42,9 +42,9 @@ _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _addresses, _sizes = ctypes.c_char_p, (_long, _long, _int, _int, _int)
 _deltas = (_pointer, _addresses)
 _SIGNATURES = {
-    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes),
-    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes),
-    "oft_build": (_pointer, _pointer, _long, ctypes.c_float, _int, _int),
+    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes, _pointer),
+    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes, _pointer),
+    "oft_build": (_pointer, _pointer, _long, _int, _int),
     "oft_unbuild": (_pointer, _pointer, _pointer, _long, _int, _int),
 }
 
@@ -96,12 +96,12 @@ def is_seen_by_modes() -> bool:
 
 
 class Flat:
-    """All deltas of a component, `(blocks, b, b)`, which are other tensors in every forward: plans tell places in it.
+    """All deltas of a component, `(blocks, b, b)`, or their generators, `(blocks, b(b-1)/2)`: plans tell places in it.
 
     Attributes:
-        tensor: contiguous, float32, in the graph where there is one; None between forwards.
+        tensor: another one in every forward, contiguous, float32, in the graph where there is one; None between them.
         address: where it lies, in bytes.
-        source: what builds it again in the backward; None without grad.
+        source: what has it again in the backward; None without grad.
         modes: of `torch.is_grad_enabled()`, in which it is to be rotated by now.
     """
 
@@ -127,12 +127,13 @@ class Plan(NamedTuple):
     """What can be known of the rotations of one input before it comes."""
 
     flat: Flat
-    offsets: bytes  # of each layer's deltas from its address
+    offsets: bytes  # of what each layer has, from its address
     layers: int
     blocks: int
     size: int
     width: int
-    starts: tuple[int, ...] = ()  # at which of its blocks each layer's deltas begin
+    room: int = 0  # how many numbers all deltas are that are built where they are used; 0 where they are given
+    starts: tuple[int, ...] = ()  # at which of its blocks each layer's begin
     deltas: tuple[Tensor, ...] = ()  # those of a fixed plan
     rows: tuple[Tensor, ...] = ()  # the same, as C reads them
 
@@ -147,20 +148,28 @@ def plan_for(deltas: Sequence[Tensor], flat: Flat = _FIXED) -> Plan:
     rows = (*map(_contiguous, deltas),)
     blocks, size, _ = rows[0].shape
     offsets = _POINTERS[len(rows)].pack(*map(_address, rows))
-    return Plan(flat, offsets, len(rows), blocks, size, blocks * size, (), (*deltas,), rows)
+    return Plan(flat, offsets, len(rows), blocks, size, blocks * size, 0, (), (*deltas,), rows)
 
 
-def plan_in(flat: Flat, starts: Sequence[int], blocks: int, size: int) -> Plan:
+def plan_in(flat: Flat, starts: Sequence[int], blocks: int, size: int, *, of_generators: bool) -> Plan:
     """Prepare the rotations of one input for all forwards.
 
     Args:
-        flat: that will hold the deltas of each.
+        flat: that will hold what each has.
         starts: at which of its blocks each layer's begin.
         blocks: how many each has.
         size: b.
+        of_generators: whether flat will hold generators. Deltas are then built for each rotation anew, and never leave
+            the cache; all of a component's at once have to be written to memory and read from there.
     """
-    offsets = _POINTERS[len(starts)].pack(*(4 * size * size * start for start in starts))
-    return Plan(flat, offsets, len(starts), blocks, size, blocks * size, (*starts,))
+    each = size * (size - 1) // 2 if of_generators else size * size
+    offsets, room = offsets_of(starts, each), len(starts) * blocks * size * size if of_generators else 0
+    return Plan(flat, offsets, len(starts), blocks, size, blocks * size, room, (*starts,))
+
+
+def offsets_of(starts: Sequence[int], each: int) -> bytes:
+    """As a plan has them, of blocks of so many numbers."""
+    return _POINTERS[len(starts)].pack(*(4 * each * start for start in starts))
 
 
 def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
@@ -176,13 +185,14 @@ def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     stride = plan.width
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    flat, offsets, count, blocks, size, width, *_ = plan
+    flat, offsets, count, blocks, size, width, numbers_built, *_ = plan
     made = [*map(x.new_empty, [x.shape] * count)]
     if numbers := x.numel():
-        threads = min(torch.get_num_threads(), numbers * size * count // _PER_THREAD) or 1
+        room = x.new_empty(numbers_built) if numbers_built else None
+        threads = min(torch.get_num_threads(), (numbers * count + 4 * numbers_built) * size // _PER_THREAD) or 1
         _library().oft_rotate(
             x.data_ptr(), stride, flat.address, offsets, _POINTERS[count].pack(*map(_address, made)),
-            numbers // width, blocks, count, threads, size,
+            numbers // width, blocks, count, threads, size, None if room is None else room.data_ptr(),
         )  # fmt: skip
     return made
 
@@ -225,18 +235,20 @@ def rotate_back(
         grads: as `gradients` takes them.
         dx: where it is to be written, contiguous; None where it is not asked for.
         grad_address: what the next are from.
-        grad_offsets: where every dD is to be written; None where they are not asked for.
+        grad_offsets: where every dD is to be written, or, of a plan for generators, their gradients; None where they
+            are not asked for.
     """
-    _, offsets, count, blocks, size, stride, *_ = plan
+    _, offsets, count, blocks, size, stride, numbers_built, *_ = plan
     if not x.is_contiguous():
         x, stride = _in_rows(x)
     grads = [*map(_contiguous, grads)]
     numbers = x.numel()
-    threads = min(torch.get_num_threads(), numbers * size * count // _PER_THREAD) or 1
+    room = x.new_empty(2 * numbers_built) if numbers_built else None
+    threads = min(torch.get_num_threads(), (numbers * count + 4 * numbers_built) * size // _PER_THREAD) or 1
     _library().oft_backward(
         x.data_ptr(), stride, address, offsets, _POINTERS[count].pack(*map(_address, grads)),
         None if dx is None else dx.data_ptr(), grad_address, grad_offsets,
-        numbers // max(1, blocks * size), blocks, count, threads, size,
+        numbers // max(1, blocks * size), blocks, count, threads, size, None if room is None else room.data_ptr(),
     )  # fmt: skip
 
 
@@ -248,10 +260,7 @@ def cayley_delta(packed: Tensor, size: int) -> Tensor:
     """
     packed = packed.contiguous()
     delta = packed.new_empty(len(packed), size, size)
-    _library().oft_build(
-        packed.data_ptr(), delta.data_ptr(), len(packed), torch.finfo(torch.float32).eps,
-        _threads(len(packed), size, 4), size,
-    )  # fmt: skip
+    _library().oft_build(packed.data_ptr(), delta.data_ptr(), len(packed), _threads(len(packed), size, 4), size)
     return delta
 
 

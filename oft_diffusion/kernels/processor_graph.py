@@ -82,21 +82,25 @@ Build = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Rebuilt:
-    """The deltas of one forward, which its backward builds once more, and drops at its end.
+    """The deltas of one forward, or the generators they come from, which its backward has again, and drops at its end.
 
     Args:
-        build: makes all of them, `(blocks, b, b)`, float32, of what is trained, differentiable: the same every time.
+        build: makes all of them, float32, of what is trained, differentiable: the same every time.
         trained: the parameters. Their versions are watched, as far as torch counts them (not of writes to `.data`).
+        delta_of: deltas of a part of the generators, where `build` makes these, differentiable.
     """
 
-    def __init__(self, build: Build, trained: Sequence[Tensor]) -> None:
+    def __init__(
+        self, build: Build, trained: Sequence[Tensor], delta_of: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.build = build
         self.trained = trained
+        self.delta_of = delta_of
         self._versions = [parameter._version for parameter in trained]
         self._backwards: dict[int, _Backward] = {}  # that are going on: nearly always one
 
     def for_forward(self) -> Tensor:
-        """The deltas, in the graph. What rotates by them through a plan that names this does not keep them."""
+        """Them, in the graph. What rotates by them through a plan that names this does not keep them."""
         flat: Tensor = _Made.apply(self, *self.trained)
         return flat
 
@@ -110,7 +114,7 @@ class Rebuilt:
         found = self._backwards.get(task)
         if found is None:
             self._check_versions()
-            found = self._backwards[task] = _Backward(self.build, self.trained)
+            found = self._backwards[task] = _Backward(self)
             Variable._execution_engine.queue_callback(functools.partial(self._end, task))
         return found
 
@@ -128,16 +132,17 @@ class Rebuilt:
 
 
 class _Backward:
-    """Deltas in one backward, built when they are first asked for, and what it has found of their gradients."""
+    """Deltas or generators in one backward, as they are first asked for, and what it has found of their gradients."""
 
-    def __init__(self, build: Build, trained: Sequence[Tensor]) -> None:
-        self._aliases, self.flat = _apart(build, trained)
+    def __init__(self, source: Rebuilt) -> None:
+        self._delta_of = source.delta_of
+        self._aliases, self.flat = _apart(source.build, source.trained)
         self.values = self.flat.detach()
         self._grad: Tensor | None = None
         self._written: dict[int, int] = {}  # where, and how many blocks; elsewhere nothing has been written yet
 
     def rotate_back(self, x: Tensor, plan: Plan, grads: Sequence[Tensor], *, of_x: bool) -> Tensor | None:
-        """The dx of a rotation, where it is asked for; its dD are kept.
+        """The dx of a rotation, where it is asked for; its dD, or its generators' gradients, are kept.
 
         Args:
             x: as `rotated` took it.
@@ -156,12 +161,35 @@ class _Backward:
 
     def _rotate_back_again(self, x: Tensor, plan: Plan, grads: Sequence[Tensor], *, of_x: bool) -> Tensor | None:
         """The same of a layer that was called twice."""
-        dx, found = processor.gradients(x, parts(self.values, plan), grads, of_x=of_x)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+        found = self.values.new_empty(plan.layers, plan.blocks, *self.values.shape[1:])
+        offsets = processor.offsets_of([plan.blocks * i for i in range(plan.layers)], self.values[0].numel())
+        processor.rotate_back(x, plan, self.values.data_ptr(), grads, dx, found.data_ptr(), offsets)
         assert self._grad is not None
-        for start, part, more in zip(plan.starts, parts(self._grad, plan), found or (), strict=True):
+        for start, part, more in zip(plan.starts, parts(self._grad, plan), found, strict=True):
             part.copy_(part + more if start in self._written else more)
             self._written[start] = plan.blocks
         return dx
+
+    def rotate_back_in_torch(self, x: Tensor, plan: Plan, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The dx of a rotation, and the gradient of all that `flat` is, where that may be derived once more."""
+        derivable = torch.is_grad_enabled()
+        own = parts(self.flat if derivable else self.values, plan)
+        if self._delta_of is None:
+            dx, *of_each = _gradients_in_torch(x, own, grads)
+        else:
+            with torch.enable_grad():
+                own = [part.view_as(part) if derivable else part.requires_grad_() for part in own]
+                deltas = [*map(self._delta_of, own)]
+            given = deltas if derivable else [delta.detach() for delta in deltas]
+            dx, *of_deltas = _gradients_in_torch(x, given, grads)
+            of_each = [
+                torch.autograd.grad(delta, part, of_delta, create_graph=derivable)[0]
+                for delta, part, of_delta in zip(deltas, own, of_deltas, strict=True)
+            ]
+        rest, flat_too = len(self.values) - plan.blocks, (0, 0) * (self.values.dim() - 1)
+        spread = [pad(one, (*flat_too, at, rest - at)) for one, at in zip(of_each, plan.starts, strict=True)]
+        return dx, torch.stack(spread).sum(0)
 
     def gradients(self, grad: Tensor | None) -> Sequence[Tensor | None]:
         """What has been found, and what came by the graph, as gradients of the parameters."""
@@ -234,11 +262,7 @@ class _RotateByFlat(torch.autograd.Function):
         deltas = ctx.source.in_backward()
         if not derived_by_torch(x, plan.size, grads):
             return deltas.rotate_back(x, plan, grads, of_x=ctx.needs_input_grad[0]), None, None
-        flat = deltas.flat if torch.is_grad_enabled() else deltas.values
-        dx, *of_each = _gradients_in_torch(x, parts(flat, plan), grads)
-        rest = len(flat) - plan.blocks
-        spread = [pad(one, (0, 0, 0, 0, at, rest - at)) for one, at in zip(of_each, plan.starts, strict=True)]
-        return dx, torch.stack(spread).sum(0), None
+        return (*deltas.rotate_back_in_torch(x, plan, grads), None)
 
 
 # What `Function.apply` does beside this is for functorch's transforms, which do not come here.

@@ -34,8 +34,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     noted: list[int] = []
 
     def noting(real: Callable[..., processor.Plan]) -> Callable[..., processor.Plan]:
-        def note(*arguments: Any) -> processor.Plan:
-            plan = real(*arguments)
+        def note(*arguments: Any, **options: Any) -> processor.Plan:
+            plan = real(*arguments, **options)
             noted.append(plan.layers)
             return plan
 

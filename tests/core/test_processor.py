@@ -121,7 +121,13 @@ def test_the_number_of_threads_changes_no_bit(one_thread: None) -> None:
         assert dx is not None
         assert ddeltas is not None
         assert delta is not None
-        return [dx, *ddeltas, delta, processor.cayley_grad(delta, delta)]
+        flat = processor.Flat()
+        flat.hold(packed, None)
+        plan = processor.plan_in(flat, [0, 20, 40], 3, 32, of_generators=True)
+        found, other_dx = torch.zeros_like(packed), torch.empty_like(x)
+        in_place = processor.rotate(x, plan)
+        processor.rotate_back(x, plan, flat.address, in_place, other_dx, found.data_ptr(), plan.offsets)
+        return [dx, *ddeltas, delta, processor.cayley_grad(delta, delta), *in_place, other_dx, found]
 
     alone = all_of_it()
     for threads in (2, 5):
@@ -203,7 +209,7 @@ def test_gradients_and_their_derivatives(count: int) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("size", processor.SIZES)
-@pytest.mark.parametrize("norm", [1e-3, 0.3, 0.6, 3.0, 10.0])
+@pytest.mark.parametrize("norm", [1e-4, 1e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.6, 3.0, 10.0])
 def test_building_d_and_its_gradient(size: int, norm: float) -> None:
     packed, condition = random_packed(9, size, 1, norm).float(), max(1.0, norm)  # of I - Q
     made = processor.cayley_delta(packed, size)
@@ -213,6 +219,41 @@ def test_building_d_and_its_gradient(size: int, norm: float) -> None:
     grad = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
     [wanted] = torch.autograd.grad(exact, wide, grad.double())
     assert relative(processor.cayley_grad(made, grad).double(), wanted) < 1e-6 * condition
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 13, 300])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("size", processor.SIZES)
+@pytest.mark.parametrize("norm", [1e-3, 0.3, 3.0])
+def test_deltas_built_where_they_are_used(norm: float, size: int, count: int, rows: int) -> None:
+    """To the bit as by deltas that lie in memory; gradients are the generators'."""
+    packed, flat = random_packed(count * BLOCKS + 1, size, 1, norm).float(), processor.Flat()
+    condition = max(1.0, norm)  # of I - Q, which is turned in the backward
+    flat.hold(packed, None)
+    starts = [1 + BLOCKS * i for i in reversed(range(count))]  # neither from the beginning nor in order
+    plan = processor.plan_in(flat, starts, BLOCKS, size, of_generators=True)
+    deltas = [processor.cayley_delta(packed[start : start + BLOCKS], size) for start in starts]
+    x = cases.draw(rows, BLOCKS * size, seed=2, device="cpu")
+    grads = [cases.draw(*x.shape, seed=3 + i, device="cpu") for i in range(count)]
+    for made, wanted in zip(processor.rotate(x, plan), processor.rotate(x, processor.plan_for(deltas)), strict=True):
+        assert torch.equal(made, wanted)
+    dx, found = torch.empty_like(x), torch.full_like(packed, torch.nan)
+    places = (flat.address, grads, dx, found.data_ptr(), plan.offsets)
+    processor.rotate_back(x, plan, *places)
+    expected, of_deltas = processor.gradients(x, deltas, grads)
+    assert expected is not None
+    assert of_deltas is not None
+    assert relative(dx, expected) < 1e-6 * condition
+    for start, delta, of_delta in zip(starts, deltas, of_deltas, strict=True):
+        assert relative(found[start : start + BLOCKS], processor.cayley_grad(delta, of_delta)) < 2e-6 * condition
+    assert found[0].isnan().all()
+    alone = dx.clone()
+    processor.rotate_back(x, plan, flat.address, grads, dx.zero_(), 0, None)
+    assert torch.equal(dx, alone)
+    again = torch.empty_like(found)
+    processor.rotate_back(x, plan, flat.address, grads, None, again.data_ptr(), plan.offsets)
+    assert torch.equal(again[1:], found[1:])
 
 
 @needs_kernels
