@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from oft_diffusion.compiling import is_compiled
 from oft_diffusion.errors import AdapterError, TargetError
-from oft_diffusion.hooks import LayerHook, hooked_layers, is_compiled
+from oft_diffusion.hooks import LayerHook, hooked_layers
 from oft_diffusion.plan import Stage, layer_of
 
 

@@ -14,17 +14,10 @@ from torch.autograd import Variable
 
 from oft_diffusion.audit import BypassAudit, refuse_fused_lora
 from oft_diffusion.choice import AdapterChoice
+from oft_diffusion.compiling import CompiledParts, in_compiled_call, is_compiled, reset_compiler
 from oft_diffusion.deltas import ConstantDeltas, DeltaBuilder, GraphMark, Placement
 from oft_diffusion.errors import AdapterError
-from oft_diffusion.hooks import (
-    CompiledParts,
-    Deltas,
-    LayerHook,
-    in_compiled_call,
-    is_compiled,
-    keep_for_recomputation,
-    reset_compiler,
-)
+from oft_diffusion.hooks import Deltas, LayerHook, keep_for_recomputation
 from oft_diffusion.kernels.processor_graph import Rebuilt, unseen
 from oft_diffusion.mixing import MixedDeltas, Mixture
 from oft_diffusion.plan import Active, Adapter, Stage, make_stages, split_by_site
@@ -182,7 +175,9 @@ class OFTBank(AdapterChoice):
             for hook in self.hooks.values():
                 hook.eval_deltas = ()  # the base's answers, which training on a prior asks for in every step
             return
-        source = None if placement != _BY_C or compiling else self._by_c(module)
+        source = None
+        if placement == _BY_C and not compiling:
+            source = self._builder.for_c(self._stages, in_place=not self._compiled.there_are(module))
         if source is None:
             flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         else:
@@ -201,14 +196,6 @@ class OFTBank(AdapterChoice):
             self.plans.for_forward(self._stages[0], flats[0], source if self._in_grad_forward else None)
         else:
             self._plan_for_slots()
-
-    def _by_c(self, module: nn.Module) -> Rebuilt | None:
-        """What C rotates by in a forward, where it can have that again in the backward."""
-        if not self._builder.is_one_by_c(self._stages):
-            return None
-        if self._builder.is_built_in_place(self._stages) and not self._compiled.there_are(module):
-            return self._builder.generators(self._stages)
-        return self._builder.again(self._stages)
 
     def end_forward(self, module: nn.Module, *, failed: bool) -> None:
         """Drop what must not outlive the forward, and check that no target was bypassed, unless the forward raised."""

@@ -45,25 +45,25 @@ class DeltaBuilder:
         with without_autocast(device):
             return [self._stage(stage, device) for stage in stages]
 
-    def is_one_by_c(self, stages: Sequence[Stage]) -> bool:
-        """Whether all deltas are one tensor that `kernels.processor` builds, of generators on a processor."""
+    def for_c(self, stages: Sequence[Stage], *, in_place: bool) -> Rebuilt | None:
+        """What C is to rotate by in a forward, and has again in its backward; None where it takes no part.
+
+        Args:
+            stages: all that is active, on a processor.
+            in_place: whether it may be generators, `(blocks, b(b-1)/2)`, of which each delta is built where it is used.
+                That can be of one adapter as it is trained; else it is deltas, `(blocks, b, b)`, of one stage.
+        """
         read = [self._generators[key] for key in _keys(stages)]
-        return len(stages) == 1 and all(processor.fits(generators, stages[0].block_size) for generators in read)
-
-    def is_built_in_place(self, stages: Sequence[Stage]) -> bool:
-        """Whether C can build each delta where it rotates by it: those of one adapter, as it is trained."""
+        if len(stages) != 1 or not all(processor.fits(generators, stages[0].block_size) for generators in read):
+            return None
         [member, *others] = stages[0].members
-        config = self._adapters[member.active.name].config
-        as_trained = member.active.strength == 1.0 and config.parametrisation == "cayley"
-        return as_trained and not others and member.rows is None and member.part.key not in self._scales
-
-    def generators(self, stages: Sequence[Stage]) -> Rebuilt:
-        """The generators that C builds deltas of in place, `(blocks, b(b-1)/2)`, for a forward and its backward."""
-        [member] = stages[0].members
-        config = self._adapters[member.active.name].config
+        config, key = self._adapters[member.active.name].config, member.part.key
+        as_trained = member.active.strength == 1.0 and config.parametrisation == "cayley" and key not in self._scales
+        if not in_place or others or member.rows is not None or not as_trained:
+            return self._again(stages)
         return Rebuilt(
             lambda aliases: rotation.effective_generator(aliases[0], config),
-            [self._generators[member.part.key]],
+            [self._generators[key]],
             lambda packed: rotation.rotation_delta(packed, config),
         )
 
@@ -74,7 +74,7 @@ class DeltaBuilder:
         with without_autocast(own.device):
             return rotation.rotation_delta(own, self._adapters[stages[0].members[0].active.name].config)
 
-    def again(self, stages: Sequence[Stage]) -> Rebuilt:
+    def _again(self, stages: Sequence[Stage]) -> Rebuilt:
         """The flat deltas of the one stage there is, to be built by C in a forward and again in its backward.
 
         Whatever becomes of the adapters meanwhile: what is trained is watched, what is frozen is kept.
@@ -121,7 +121,7 @@ class DeltaBuilder:
             return
         keys = {part.key for part in self._adapters[name].parts}
         if any(key in keys for key in self._spectra) or any(kept[0].name == name for kept in self._frozen):
-            # Anew, since what was kept may still serve a backward (`again`).
+            # Anew, since what was kept may still serve a backward (`_again`).
             self._spectra = {key: s for key, s in self._spectra.items() if key not in keys}
             self._frozen = {kept: d for kept, d in self._frozen.items() if kept[0].name != name}
 

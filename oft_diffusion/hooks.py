@@ -338,39 +338,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the module or a part of it runs as compiled code (`module.compile()`, `compile_repeated_blocks`)."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
-
-
-class CompiledParts:
-    """Tells of a component in every forward whether a part of it is compiled by now."""
-
-    def __init__(self) -> None:
-        self._about: list[dict[str, Any]] = []  # what each of its modules has of its own
-
-    def there_are(self, model: nn.Module) -> bool:
-        """What `is_compiled` says, without a walk through all modules, which takes half a millisecond."""
-        self._about = self._about or [module.__dict__ for module in model.modules()]
-        return True in [about.get("_compiled_call_impl") is not None for about in self._about]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_about": []}
-
-
-def in_compiled_call() -> bool:
-    """Whether compiled code is traced or running, in frames too that the compiler leaves as they are."""
-    if torch.compiler.is_compiling():
-        return True
-    return "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
-
-
-def reset_compiler() -> None:
-    """Have compiled models trace again: dynamo does not look at hooks, so it would go on without ours."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
 def keep_for_recomputation(hooks: Iterable[LayerHook]) -> None:
     """Have grad slots keep what a recomputation reads, where nothing builds it again (`processor_graph.Rebuilt`).
 

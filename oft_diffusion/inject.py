@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from oft_diffusion.bank import OFTBank
+from oft_diffusion.compiling import reset_compiler
 from oft_diffusion.config import OFTConfig
 from oft_diffusion.errors import AdapterError, AdapterFileError, ConfigError
-from oft_diffusion.hooks import HOOKS, attach, bank_of, detach, reset_compiler, unwrap
+from oft_diffusion.hooks import HOOKS, attach, bank_of, detach, unwrap
 from oft_diffusion.plan import Adapter, Part, Place, check_adapter_name, layer_of, place_of, site_of
 from oft_diffusion.rotation import block_size_of
 from oft_diffusion.sharing import SharedInput

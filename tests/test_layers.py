@@ -54,6 +54,7 @@ LAYERS: dict[str, Layer] = {
     "oft_diffusion/sharing.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/frozen.py": Layer("quantized", "torch", name="bank"),
     "oft_diffusion/streaming.py": Layer("errors quantized", "torch", name="bank"),
+    "oft_diffusion/compiling.py": Layer("", "torch", name="bank"),
     "oft_diffusion/hooks.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/audit.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),
     "oft_diffusion/store.py": Layer(f"{_MATHS} plan deltas", "torch", name="bank"),

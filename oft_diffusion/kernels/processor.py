@@ -132,7 +132,7 @@ class Plan(NamedTuple):
     blocks: int
     size: int
     width: int
-    room: int = 0  # how many numbers all deltas are that are built where they are used; 0 where they are given
+    in_place: bool = False  # generators are given, and deltas built where they are used
     starts: tuple[int, ...] = ()  # at which of its blocks each layer's begin
     deltas: tuple[Tensor, ...] = ()  # those of a fixed plan
     rows: tuple[Tensor, ...] = ()  # the same, as C reads them
@@ -148,7 +148,7 @@ def plan_for(deltas: Sequence[Tensor], flat: Flat = _FIXED) -> Plan:
     rows = (*map(_contiguous, deltas),)
     blocks, size, _ = rows[0].shape
     offsets = _POINTERS[len(rows)].pack(*map(_address, rows))
-    return Plan(flat, offsets, len(rows), blocks, size, blocks * size, 0, (), (*deltas,), rows)
+    return Plan(flat, offsets, len(rows), blocks, size, blocks * size, False, (), (*deltas,), rows)
 
 
 def plan_in(flat: Flat, starts: Sequence[int], blocks: int, size: int, *, of_generators: bool) -> Plan:
@@ -162,9 +162,8 @@ def plan_in(flat: Flat, starts: Sequence[int], blocks: int, size: int, *, of_gen
         of_generators: whether flat will hold generators. Deltas are then built for each rotation anew, and never leave
             the cache; all of a component's at once have to be written to memory and read from there.
     """
-    each = size * (size - 1) // 2 if of_generators else size * size
-    offsets, room = offsets_of(starts, each), len(starts) * blocks * size * size if of_generators else 0
-    return Plan(flat, offsets, len(starts), blocks, size, blocks * size, room, (*starts,))
+    offsets = offsets_of(starts, size * (size - 1) // 2 if of_generators else size * size)
+    return Plan(flat, offsets, len(starts), blocks, size, blocks * size, of_generators, (*starts,))
 
 
 def offsets_of(starts: Sequence[int], each: int) -> bytes:
@@ -185,11 +184,11 @@ def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     stride = plan.width
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    flat, offsets, count, blocks, size, width, numbers_built, *_ = plan
+    flat, offsets, count, blocks, size, width, in_place, *_ = plan
     made = [*map(x.new_empty, [x.shape] * count)]
     if numbers := x.numel():
-        room = x.new_empty(numbers_built) if numbers_built else None
-        threads = min(torch.get_num_threads(), (numbers * count + 4 * numbers_built) * size // _PER_THREAD) or 1
+        room = x.new_empty((count, blocks, size, size)) if in_place else None
+        threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
         _library().oft_rotate(
             x.data_ptr(), stride, flat.address, offsets, _POINTERS[count].pack(*map(_address, made)),
             numbers // width, blocks, count, threads, size, None if room is None else room.data_ptr(),
@@ -238,13 +237,13 @@ def rotate_back(
         grad_offsets: where every dD is to be written, or, of a plan for generators, their gradients; None where they
             are not asked for.
     """
-    _, offsets, count, blocks, size, stride, numbers_built, *_ = plan
+    _, offsets, count, blocks, size, stride, in_place, *_ = plan
     if not x.is_contiguous():
         x, stride = _in_rows(x)
     grads = [*map(_contiguous, grads)]
     numbers = x.numel()
-    room = x.new_empty(2 * numbers_built) if numbers_built else None
-    threads = min(torch.get_num_threads(), (numbers * count + 4 * numbers_built) * size // _PER_THREAD) or 1
+    room = x.new_empty((2, count, blocks, size, size)) if in_place else None
+    threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
     _library().oft_backward(
         x.data_ptr(), stride, address, offsets, _POINTERS[count].pack(*map(_address, grads)),
         None if dx is None else dx.data_ptr(), grad_address, grad_offsets,

@@ -101,6 +101,8 @@ class Rebuilt:
 
     def for_forward(self) -> Tensor:
         """Them, in the graph. What rotates by them through a plan that names this does not keep them."""
+        if not torch.is_grad_enabled():
+            return self.build(self.trained)
         flat: Tensor = _Made.apply(self, *self.trained)
         return flat
 

@@ -262,7 +262,7 @@ def test_an_input_that_c_does_not_take_has_its_delta_built_by_itself() -> None:
 
     def call(model: Model, bank: OFTBank, x: Tensor) -> list[Tensor]:
         inner = model.attn2.to_v.forward
-        model.attn2.to_v.double().forward = lambda x: inner(x).float()  # type: ignore[method-assign]
+        model.attn2.to_v.double().forward = lambda x: inner(x).float()  # type: ignore[method-assign, assignment]
         model.attn2.to_v.register_forward_pre_hook(lambda _, args: (args[0].double(),), prepend=True)
         with FlopCounterMode(display=False):
             seen = model(x)
