@@ -130,6 +130,8 @@ _LARGE = Sizes(tokens=4096, width=1280, layers=16)
 CUDA: list[Setup] = [  # all methods upon SD 1.5 are `on_card`'s peers, too; upon SDXL, where they take longest, last
     *_AIMED,
     replace(_SD15, methods=tuple(METHODS), sizes=Sizes(batch=2)),
+    *(replace(_SD15, kind="inference", methods=_GPU_LIVE, compiled=compiled, rounds=4) for compiled in (False, True)),
+    replace(_SD35, kind="inference", methods=_GPU_LIVE, compiled=True, rounds=4),
     *(replace(_SD35, methods=_GPU_FEW, quantization=name) for name in _QUANTIZED),
     replace(_FLUX, methods=_GPU_FEW, quantization="nf4"),
     Setup("SDXL", kind="build", methods=BUILDS),

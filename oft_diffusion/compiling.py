@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ class CompiledParts:
     """Tells of a component in every forward whether a part of it is compiled by now."""
 
     def __init__(self) -> None:
-        self._about: list[dict[str, Any]] = []  # what each of its modules has of its own
+        self._modules: list[weakref.ref[nn.Module]] = []
 
     def there_are(self, model: nn.Module) -> bool:
         """What `is_compiled` says, without a walk through all modules, which takes half a millisecond."""
-        self._about = self._about or [module.__dict__ for module in model.modules()]
-        return True in [about.get("_compiled_call_impl") is not None for about in self._about]
+        self._modules = self._modules or [weakref.ref(module) for module in model.modules()]
+        found = [module() for module in self._modules]
+        return True in [module is not None and module._compiled_call_impl is not None for module in found]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_about": []}
+        return {"_modules": []}
 
 
 def in_compiled_call() -> bool:

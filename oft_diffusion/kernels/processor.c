@@ -109,12 +109,10 @@ INLINE void turn_8(const float *from, float *to, int b) {
     for (int i = 0; i < 8; i++) *(vec8 *)(to + i * b) = rows[i];
 }
 
-/* out = factor m^T + diagonal I */
-INLINE void transposed(const float *m, float *out, float factor, float diagonal, int b) {
+/* out = m^T + diagonal I */
+INLINE void transposed(const float *m, float *out, float diagonal, int b) {
     for (int i = 0; i < b; i += 8)
         for (int j = 0; j < b; j += 8) turn_8(m + j * b + i, out + i * b + j, b);
-    if (factor != 1.0f)
-        for (int i = 0; i < b * b; i++) out[i] *= factor;
     for (int i = 0; i < b; i++) out[i * b + i] += diagonal;
 }
 
@@ -143,20 +141,18 @@ INLINE void rotate_any(const float *x, long x_stride, const float *const *deltas
         }
 }
 
-/* Of deltas, or, where they are turned, of R^T. */
-INLINE void rotate_back_any(const float *const *grads, const float *const *deltas, int turned, float *out, long rows,
-                            long blocks, int count, int threads, int b) {
+INLINE void rotate_back_any(const float *const *grads, const float *const *deltas, float *out, long rows, long blocks,
+                            int count, int threads, int b) {
     long width = blocks * b, step = rows_at_a_time(rows, blocks, threads), tasks = (rows + step - 1) / step * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++) {
-        float made[LARGEST] ALIGNED;
+        float turned[LARGEST] ALIGNED;
         for (long task = SHARE(part); task < SHARE(part + 1); task++) {
             long block = task % blocks, row = task / blocks * step, some = rows - row < step ? rows - row : step;
             long at = row * width + block * b;
             for (int i = 0; i < count; i++) {
-                const float *own = deltas[i] + block * b * b;
-                if (!turned) transposed(own, made, 1.0f, 1.0f, b), own = made;
-                product(i ? out + at : NULL, width, grads[i] + at, width, own, out + at, width, some, b);
+                transposed(deltas[i] + block * b * b, turned, 1.0f, b);
+                product(i ? out + at : NULL, width, grads[i] + at, width, turned, out + at, width, some, b);
             }
         }
     }
@@ -189,29 +185,36 @@ OUTER(outer_8, vec8, 1)
 OUTER(outer_16, vec8, 2)
 OUTER(outer_wide, vec, 2)
 
-/* Tasks are ROWS rows of one dD, so that two blocks keep more than two threads busy. Rows are taken in parts that stay in
- * the cache while all tasks of a block read them. */
+/* Rows of one dD, x^T grad, from tile `first` of ROWS up to `last`. Rows of x are taken in parts that stay in the cache
+ * while all tiles read them. */
+INLINE void delta_grad(const float *x, long x_stride, const float *grad, long width, float *out, long rows, long first,
+                       long last, int b) {
+    const long step = 64;
+    memset(out + first * ROWS * b, 0, sizeof(float) * (last - first) * ROWS * b);
+    for (long row = 0; row < rows; row += step) {
+        long some = rows - row < step ? rows - row : step;
+        const float *own = grad + row * width;
+        for (long t = first; t < last; t++) {
+            const float *columns = x + row * x_stride + t * ROWS;
+            if (b == 8) outer_8(columns, x_stride, own, width, out + t * ROWS * b, some, t == first, b);
+            else if (b == 16) outer_16(columns, x_stride, own, width, out + t * ROWS * b, some, t == first, b);
+            else outer_wide(columns, x_stride, own, width, out + t * ROWS * b, some, t == first, b);
+        }
+    }
+}
+
+/* Tasks are tiles, so that two blocks keep more than two threads busy. */
 INLINE void delta_grads_any(const float *x, long x_stride, const float *const *grads, float *const *out, long rows,
                             long blocks, int count, int threads, int b) {
-    const long width = blocks * b, tiles = b / ROWS, tasks = count * blocks * tiles, step = 64;
+    const long tiles = b / ROWS, tasks = count * blocks * tiles;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++)
         for (long task = SHARE(part), end; task < SHARE(part + 1); task = end) {
             end = (task / tiles + 1) * tiles; /* what is left of this dD, as far as it is this thread's */
             if (end > SHARE(part + 1)) end = SHARE(part + 1);
-            long i = task / tiles / blocks, block = task / tiles % blocks, first = task % tiles, last = first + end - task;
-            float *own = out[i] + block * b * b;
-            memset(own + first * ROWS * b, 0, sizeof(float) * (last - first) * ROWS * b);
-            for (long row = 0; row < rows; row += step) {
-                long some = rows - row < step ? rows - row : step;
-                const float *grad = grads[i] + row * width + block * b;
-                for (long t = first; t < last; t++) {
-                    const float *columns = x + row * x_stride + block * b + t * ROWS;
-                    if (b == 8) outer_8(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
-                    else if (b == 16) outer_16(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
-                    else outer_wide(columns, x_stride, grad, width, own + t * ROWS * b, some, t == first, b);
-                }
-            }
+            long i = task / tiles / blocks, block = task / tiles % blocks, first = task % tiles;
+            delta_grad(x + block * b, x_stride, grads[i] + block * b, blocks * b, out[i] + block * b * b, rows, first,
+                       first + end - task, b);
         }
 }
 
@@ -250,7 +253,7 @@ INLINE void unpacked(const float *packed, float *q, int sign, int b) {
     for (int i = 0; i < b; next += b - 1 - i, i++)
         for (int j = 0; j < b; j += 8) /* what stands left of the diagonal is another row's */
             *(ints8 *)(upper + i * b + j) = *(const ints8 *)(next + j - i - 1) & (lanes + j > i);
-    transposed(upper, q, 1.0f, 0.0f, b);
+    transposed(upper, q, 0.0f, b);
     for (int i = 0; i < b * b; i++) q[i] = sign * (upper[i] - q[i]);
 }
 
@@ -289,34 +292,100 @@ INLINE void build_one(const float *packed, float *delta, int sign, int b) {
     }
 }
 
-/* T G T, of T = (R + I)^T, of which the generator gets what is skew, times a factor: `rotation._CayleyDelta`. */
-INLINE void unbuild_one(const float *turned, const float *grad, float *packed, float factor, int b) {
+/* T G T / 2, of T = (R + I)^T, of which the generator gets what is skew: `rotation._CayleyDelta`. */
+INLINE void unbuild_one(const float *turned, const float *grad, float *packed, int b) {
     float half[LARGEST] ALIGNED, whole[LARGEST] ALIGNED;
     product(NULL, 0, turned, b, grad, half, b, b, b);
     product(NULL, 0, half, b, turned, whole, b, b, b);
-    transposed(whole, half, 1.0f, 0.0f, b);
+    transposed(whole, half, 0.0f, b);
     for (int i = 0; i < b; packed += b - 1 - i, i++)
-        for (int j = i + 1; j < b; j++) packed[j - i - 1] = factor * (whole[i * b + j] - half[i * b + j]);
+        for (int j = i + 1; j < b; j++) packed[j - i - 1] = 0.5f * (whole[i * b + j] - half[i * b + j]);
 }
 
-/* Every D of `count` layers, behind each other, of generators that lie apart; or R^T. */
-INLINE void build_any(const float *const *packed, float *deltas, int turned, long blocks, int count, int threads, int b) {
+/* Of each size once: these are long. */
+#define SIZED(b)                                                                                      \
+    static __attribute__((noinline)) void build_##b(const float *packed, float *delta, int sign) {    \
+        build_one(packed, delta, sign, b);                                                            \
+    }                                                                                                 \
+    static __attribute__((noinline)) void unbuild_##b(const float *t, const float *grad, float *packed) { \
+        unbuild_one(t, grad, packed, b);                                                              \
+    }
+SIZED(8)
+SIZED(16)
+SIZED(32)
+SIZED(64)
+SIZED(128)
+
+INLINE void build(const float *packed, float *delta, int sign, int b) {
+#define CALL(b) build_##b(packed, delta, sign)
+    FOR_SIZE(b, CALL)
+#undef CALL
+}
+
+INLINE void unbuild(const float *turned, const float *grad, float *packed, int b) {
+#define CALL(b) unbuild_##b(turned, grad, packed)
+    FOR_SIZE(b, CALL)
+#undef CALL
+}
+
+INLINE void add_identity(float *m, int b) {
+    for (int i = 0; i < b; i++) m[i * b + i] += 1.0f;
+}
+
+/* ---- rotating by generators: each delta is built where it is used, in a core's cache ------------------------------ */
+
+/* Whether so many equal tasks keep the threads busy. */
+#define BALANCED(tasks) ((tasks) % threads == 0 || (tasks) >= 4 * threads)
+#define ROWS_OF(parts) (((rows + (parts) - 1) / (parts) + ROWS - 1) / ROWS * ROWS) /* of each */
+
+INLINE void rotate_built_any(const float *x, long x_stride, const float *const *packed, float *const *out, long rows,
+                             long blocks, int count, int threads, int b) {
+    long width = blocks * b, parts = BALANCED(count * blocks) ? 1 : threads, step = ROWS_OF(parts);
+    long tasks = count * blocks * parts;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long i = 0; i < count * blocks; i++) {
-        build_one(packed[i / blocks] + i % blocks * (b * (b - 1) / 2), deltas + i * b * b, turned ? -1 : 1, b);
-        for (int k = 0; turned && k < b; k++) deltas[i * b * b + k * (b + 1)] += 1.0f;
+    for (int part = 0; part < threads; part++) {
+        float delta[LARGEST] ALIGNED;
+        for (long task = SHARE(part); task < SHARE(part + 1); task++) {
+            long i = task / parts / blocks, block = task / parts % blocks, row = task % parts * step;
+            if (row >= rows) continue;
+            const float *own = x + row * x_stride + block * b;
+            build(packed[i] + block * (b * (b - 1) / 2), delta, 1, b);
+            product(own, x_stride, own, x_stride, delta, out[i] + row * width + block * b, width,
+                    rows - row < step ? rows - row : step, b);
+        }
     }
 }
 
-/* The generators' gradients from dD and D; or R^T, to which then I is added. */
-INLINE void unbuild_any(float *deltas, int turned, const float *grads, float *const *packed, long blocks, int count,
-                        int threads, int b) {
+/* dx, where it is not NULL, and the generators' gradients, where `found` is not. A block's all rows and layers are one
+ * task; where these are too few, dx is made of parts of the rows, then each layer's gradients by themselves. */
+INLINE void back_built_any(const float *x, long x_stride, const float *const *packed, const float *const *grads,
+                           float *dx, float *const *found, long rows, long blocks, int count, int threads, int b) {
+    const long width = blocks * b, each = b * (b - 1) / 2;
+    const int at_once = BALANCED(blocks);
+    for (int phase = 0; phase < 2 - at_once; phase++) {
+        const int of_x = dx && !phase, of_packed = found && (at_once || phase);
+        const long parts = at_once ? 1 : phase ? count : threads, tasks = blocks * parts;
+        const long step = phase ? rows : ROWS_OF(parts);
+        if (!of_x && !of_packed) continue;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long i = 0; i < count * blocks; i++) {
-        float made[LARGEST] ALIGNED, *own = deltas + i * b * b;
-        if (!turned) transposed(own, made, 1.0f, 1.0f, b), own = made;
-        for (int k = 0; k < b; k++) own[k * (b + 1)] += 1.0f;
-        unbuild_one(own, grads + i * b * b, packed[i / blocks] + i % blocks * (b * (b - 1) / 2), 0.5f, b);
+        for (int part = 0; part < threads; part++) {
+            float turned[LARGEST] ALIGNED, of_delta[LARGEST] ALIGNED;
+            for (long task = SHARE(part); task < SHARE(part + 1); task++) {
+                long block = task / parts, own = task % parts, row = phase ? 0 : own * step;
+                long some = rows - row < step ? rows - row : step, at = row * width + block * b;
+                for (int i = phase ? own : 0; i < (phase ? own + 1 : count); i++) {
+                    build(packed[i] + block * each, turned, -1, b);
+                    add_identity(turned, b);
+                    if (of_x && some > 0)
+                        product(i ? dx + at : NULL, width, grads[i] + at, width, turned, dx + at, width, some, b);
+                    if (of_packed) {
+                        delta_grad(x + block * b, x_stride, grads[i] + block * b, width, of_delta, rows, 0, b / ROWS, b);
+                        add_identity(turned, b);
+                        unbuild(turned, of_delta, found[i] + block * each, b);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -326,59 +395,59 @@ INLINE void unbuild_any(float *deltas, int turned, const float *grads, float *co
 #define EACH(TYPE, NAME, base, offsets) \
     TYPE NAME[16];                      \
     for (int i = 0; i < count; i++) NAME[i] = (TYPE)((base) + (offsets)[i])
-#define BEHIND(TYPE, NAME, room) \
-    TYPE NAME[16];               \
-    for (int i = 0; i < count; i++) NAME[i] = room ? (room) + i * blocks * size * size : NULL
 
-/* By the deltas that lie there; where there is room for deltas, by those of the generators that lie there. */
+/* By the deltas that lie there; or by those of the generators that lie there. */
 void oft_rotate(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, float *const *out, long rows,
-                long blocks, int count, int threads, int size, float *room) {
+                long blocks, int count, int threads, int size, int of_generators) {
     EACH(const float *, given, base, offsets);
-    BEHIND(const float *, built, room);
-#define CALL(b)                                                     \
-    if (room) build_any(given, room, 0, blocks, count, threads, b); \
-    rotate_any(x, x_stride, room ? built : given, out, rows, blocks, count, threads, b)
+#define CALL(b)                                                                                     \
+    if (of_generators) rotate_built_any(x, x_stride, given, out, rows, blocks, count, threads, b);  \
+    else rotate_any(x, x_stride, given, out, rows, blocks, count, threads, b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
 /* dx, where it is not NULL, and every dD, or the generators' gradients, where they are to be: so many bytes behind an
- * address, too, or NULL. Room is for all R^T, then all dD. */
+ * address, too, or NULL. */
 void oft_backward(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, const float *const *grads,
                   float *dx, uintptr_t grad_base, const uintptr_t *grad_offsets, long rows, long blocks, int count,
-                  int threads, int size, float *room) {
+                  int threads, int size, int of_generators) {
+    float *found[16];
     EACH(const float *, given, base, offsets);
-    BEHIND(const float *, built, room);
-    if (room) {
-#define CALL(b) build_any(given, room, 1, blocks, count, threads, b)
+    for (int i = 0; grad_offsets && i < count; i++) found[i] = (float *)(grad_base + grad_offsets[i]);
+    if (of_generators) {
+#define CALL(b) back_built_any(x, x_stride, given, grads, dx, grad_offsets ? found : NULL, rows, blocks, count, threads, b)
         FOR_SIZE(size, CALL)
 #undef CALL
+        return;
     }
     if (dx && rows) {
-#define CALL(b) rotate_back_any(grads, room ? built : given, room != NULL, dx, rows, blocks, count, threads, b)
+#define CALL(b) rotate_back_any(grads, given, dx, rows, blocks, count, threads, b)
         FOR_SIZE(size, CALL)
 #undef CALL
     }
     if (grad_offsets) {
-        EACH(float *, wanted, grad_base, grad_offsets);
-        float *found = room ? room + count * blocks * size * size : NULL;
-        BEHIND(float *, ddeltas, found);
-#define CALL(b)                                                                                          \
-    delta_grads_any(x, x_stride, grads, room ? ddeltas : wanted, rows, blocks, count, threads, b);       \
-    if (room) unbuild_any(room, 1, found, wanted, blocks, count, threads, b)
+#define CALL(b) delta_grads_any(x, x_stride, grads, found, rows, blocks, count, threads, b)
         FOR_SIZE(size, CALL)
 #undef CALL
     }
 }
 
 void oft_build(const float *packed, float *delta, long blocks, int threads, int size) {
-#define CALL(b) build_any(&packed, delta, 0, blocks, 1, threads, b)
+#define CALL(b)                                                                     \
+    _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
+        build_##b(packed + i * (b * (b - 1) / 2), delta + i * b * b, 1)
     FOR_SIZE(size, CALL)
 #undef CALL
 }
 
 void oft_unbuild(const float *delta, const float *grad, float *packed, long blocks, int threads, int size) {
-#define CALL(b) unbuild_any((float *)delta, 0, grad, &packed, blocks, 1, threads, b)
+#define CALL(b)                                                                             \
+    _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) {       \
+        float turned[LARGEST] ALIGNED;                                                      \
+        transposed(delta + i * b * b, turned, 2.0f, b);                               \
+        unbuild_##b(turned, grad + i * b * b, packed + i * (b * (b - 1) / 2));              \
+    }
     FOR_SIZE(size, CALL)
 #undef CALL
 }

@@ -42,8 +42,8 @@ _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _addresses, _sizes = ctypes.c_char_p, (_long, _long, _int, _int, _int)
 _deltas = (_pointer, _addresses)
 _SIGNATURES = {
-    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes, _pointer),
-    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes, _pointer),
+    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes, _int),
+    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes, _int),
     "oft_build": (_pointer, _pointer, _long, _int, _int),
     "oft_unbuild": (_pointer, _pointer, _pointer, _long, _int, _int),
 }
@@ -187,11 +187,10 @@ def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     flat, offsets, count, blocks, size, width, in_place, *_ = plan
     made = [*map(x.new_empty, [x.shape] * count)]
     if numbers := x.numel():
-        room = x.new_empty((count, blocks, size, size)) if in_place else None
         threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
         _library().oft_rotate(
             x.data_ptr(), stride, flat.address, offsets, _POINTERS[count].pack(*map(_address, made)),
-            numbers // width, blocks, count, threads, size, None if room is None else room.data_ptr(),
+            numbers // width, blocks, count, threads, size, in_place,
         )  # fmt: skip
     return made
 
@@ -242,12 +241,11 @@ def rotate_back(
         x, stride = _in_rows(x)
     grads = [*map(_contiguous, grads)]
     numbers = x.numel()
-    room = x.new_empty((2, count, blocks, size, size)) if in_place else None
     threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
     _library().oft_backward(
         x.data_ptr(), stride, address, offsets, _POINTERS[count].pack(*map(_address, grads)),
         None if dx is None else dx.data_ptr(), grad_address, grad_offsets,
-        numbers // max(1, blocks * size), blocks, count, threads, size, None if room is None else room.data_ptr(),
+        numbers // max(1, blocks * size), blocks, count, threads, size, in_place,
     )  # fmt: skip
 
 
