@@ -6,7 +6,7 @@ python -m benchmarks.speed --list           # what would be measured
 python -m benchmarks.speed --table          # the newest figures as Markdown, from the data alone
 
 All methods of a setup (`speed_setups`) lie in one process, upon the same weights. After a warm-up they take turns: in
-each round every method makes one step, and each round begins with another method, so that noise hits all alike. What
+each round every method makes one step, in another order than before, so that noise hits all alike. What
 was measured of the same tree on the same hardware is skipped, so a run that was cut off, or had too little time, goes
 on when it is called again.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import re
 import statistics
 import time
@@ -24,17 +25,17 @@ def take_turns(
 
     Args:
         stage: by method, what it does within one turn, by kind.
-        rounds: how often each has its turn. Each round begins one method later than the one before.
+        rounds: how often each has its turn, in another order in every round, the same in every run: what one leaves
+            behind, in caches and in an allocator, is not always the same other's to meet.
         device: what is waited for before the clock is read.
         around: by method, what its turns are taken in; not timed.
     """
     times: dict[str, dict[str, list[float]]] = {m: {kind: [] for kind in calls} for m, calls in stage.items()}
     reasons: dict[str, str] = {}
-    methods = list(stage)
+    order = random.Random(0)
     with _no_collection():
-        for turn in range(rounds):
-            start = turn % len(methods) if methods else 0
-            for method in methods[start:] + methods[:start]:
+        for _ in range(rounds):
+            for method in order.sample([*stage], len(stage)):
                 if method in reasons:
                     continue
                 try:

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +229,16 @@ def test_setups_name_works_and_methods_that_are_there() -> None:
 # -- the harness
 
 
-def test_rounds_are_interleaved_and_begin_one_method_later_each_time() -> None:
+def test_each_round_has_every_method_once_and_after_others_than_before() -> None:
     seen: list[str] = []
     stage = {name: {"train": lambda name=name: seen.append(name)} for name in "abc"}
-    times, reasons = take_turns(stage, 4)
-    assert "".join(seen) == "abcbcacababc"
-    assert {name: len(taken["train"]) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+    times, reasons = take_turns(stage, 30)
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert all(sorted(one) == [*"abc"] for one in rounds)
+    assert len(set(rounds)) == 6
+    before = Counter(pairwise(seen))  # who met what whom left behind
+    assert min(before[pair] for pair in permutations("abc", 2)) >= 5
+    assert {name: len(taken["train"]) for name, taken in times.items()} == {"a": 30, "b": 30, "c": 30}
     assert reasons == {}
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 SIZES = (8, 16, 32, 64, 128)  # of blocks
 _SOURCE = Path(__file__).with_suffix(".c")
+_HEADERS = [_SOURCE.with_name(f"processor_{name}.h") for name in ("products", "cayley")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _PLAIN = (Tensor, nn.Parameter)  # with memory of their own
 _address, _contiguous = Tensor.data_ptr, Tensor.contiguous
@@ -334,7 +335,8 @@ def _compiled(compiler: Sequence[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     if b"Free Software Foundation" not in version:  # clang's OpenMP would be another than torch's
         raise OSError(f"{compiler[0]} is not gcc")
-    known = b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()])
+    texts = [path.read_bytes() for path in (_SOURCE, *_HEADERS)]
+    known = b"\0".join([*texts, version, " ".join(_FLAGS).encode(), _processor().encode()])
     made = _cache() / f"processor-{hashlib.sha256(known).hexdigest()[:16]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
