@@ -24,23 +24,30 @@ _SWITCHES = {"checkpointing": "gradient checkpointing", "text": "text encoders t
 
 
 class Group:
-    """One run of one setup and kind: its rows by method."""
+    """One run of one setup and kind, or several of one commit: rows by method."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = {row["method"]: row for row in rows}
         self.about, self.kind = rows[0], rows[0]["kind"]
+        self._runs: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            self._runs.setdefault(row["run"], {})[row["method"]] = row
 
     def seconds(self, method: str) -> list[float]:
         """Round by round, empty where there are none."""
-        return [float(word) for word in self.rows[method]["seconds"].split()] if method in self.rows else []
+        return [second for own in self._runs.values() for second in _seconds(own, method)]
 
     def ratios(self, method: str, other: str) -> list[float]:
         """Of a method's step to another's in the same round."""
-        return [a / b for a, b in zip(self.seconds(method), self.seconds(other), strict=False)]
+        return [a / b for a, b in self._pairs(method, other)]
 
     def overhead(self, method: str) -> list[float]:
         """Seconds above the base's step in the same round."""
-        return [a - b for a, b in zip(self.seconds(method), self.seconds(BASE), strict=False)]
+        return [a - b for a, b in self._pairs(method, BASE)]
+
+    def _pairs(self, method: str, other: str) -> list[tuple[float, float]]:
+        runs = self._runs.values()
+        return [pair for own in runs for pair in zip(_seconds(own, method), _seconds(own, other), strict=False)]
 
     def figure(self, method: str, name: str) -> float | None:
         """A counted figure."""
@@ -79,9 +86,9 @@ class Group:
         return f"{self.about['work']}, {_KINDS[self.kind]} ({', '.join(told)})"
 
     def run(self) -> str:
-        """Of which commit and day it is, and how often each method had its turn."""
-        rounds = max(int(row["rounds"]) for row in self.rows.values())
-        return f"{commits([self.about])}, {rounds} rounds"
+        """Of which commit and day it is, and how often each method had its turn, run by run."""
+        rounds = [max(int(row["rounds"]) for row in own.values()) for own in self._runs.values()]
+        return f"{commits([self.about])}, {' + '.join(map(str, rounds))} rounds"
 
     def machine(self) -> str:
         row = self.about
@@ -101,9 +108,20 @@ def runs(rows: Sequence[Row]) -> list[list[Group]]:
     return [[Group(own) for own in each.values()] for each in found.values()]
 
 
+def newest(each: Sequence[Group]) -> Group:
+    """The runs of the newest one's commit together: a run of few methods may add rounds to one of all."""
+    commit = each[-1].about["commit"]
+    alike = [run for run in each if commit and run.about["commit"] == commit] or [each[-1]]
+    return Group([row for run in alike for row in run.rows.values()])
+
+
 def groups(rows: Sequence[Row]) -> list[Group]:
-    """The newest run of each setup and kind."""
-    return [each[-1] for each in runs(rows)]
+    """The newest commit's runs of each setup and kind."""
+    return [newest(each) for each in runs(rows)]
+
+
+def _seconds(run: Mapping[str, Row], method: str) -> list[float]:
+    return [float(word) for word in run[method]["seconds"].split()] if method in run else []
 
 
 def quartiles(values: Sequence[float], times: float = 1.0) -> tuple[float, float, float]:

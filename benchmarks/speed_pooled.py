@@ -1,4 +1,4 @@
-"""The training step of SD 1.5 in C: beside each processor's newest run what all of its runs say together."""
+"""The training step of SD 1.5 in C: beside what each processor says of the newest commit what all its runs say."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.methods import LORA, NATIVE, PEFT_OFT
-from benchmarks.speed_groups import Group, Row, runs, spread
+from benchmarks.speed_groups import Group, Row, newest, runs, spread
 
 WORK = "SD 1.5"
 
 
 def pooled(rows: Sequence[Row]) -> str:
-    """Markdown: of every setup and processor the newest run, all rounds of all runs, and each run's median.
+    """Markdown: of every setup and processor the newest commit's runs, all rounds of all runs, and each run's median.
 
-    All runs count, also of commits in which C was slower, so that the newest is not taken for being the luckiest.
+    All runs count, also of commits in which C was slower, so that the newest are not taken for being the luckiest.
     """
-    heads = [f"{other}'s, {of}" for other in (f"of {LORA}", f"of {PEFT_OFT}") for of in ("newest run", "all runs")]
+    heads = [f"{other}'s, {of}" for other in (f"of {LORA}", f"of {PEFT_OFT}") for of in ("newest commit", "all runs")]
     lines = [f"| {WORK}, in C | on | {' | '.join(heads)} | {LORA}'s, run by run |", "|---" * 7 + "|"]
     setups: dict[str, list[list[Group]]] = {}
     for each in runs(rows):
@@ -35,4 +35,6 @@ def _is_of_c(run: Group) -> bool:
 
 
 def _newest_and_all(own: Sequence[Group], other: str) -> tuple[str, str]:
-    return spread(own[-1].ratios(NATIVE, other)), spread([ratio for run in own for ratio in run.ratios(NATIVE, other)])
+    return spread(newest(own).ratios(NATIVE, other)), spread(
+        [ratio for run in own for ratio in run.ratios(NATIVE, other)]
+    )

@@ -122,6 +122,7 @@ class OFTBank(AdapterChoice):
         """Make an adapter constant: its deltas are built once, and again only when this bank is told of a change."""
         for part in self.require(name).parts:
             self.generators[part.key].requires_grad_(False)
+        self._builder.forget(name)  # what was kept of it before it was trained
         self._use(self._active)
 
     def swap(self, name: str, effective: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None) -> None:

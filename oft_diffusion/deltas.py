@@ -62,7 +62,7 @@ class DeltaBuilder:
         if not in_place or others or member.rows is not None or not as_trained:
             return self._again(stages)
         return Rebuilt(
-            lambda aliases: rotation.effective_generator(aliases[0], config),
+            lambda aliases: rotation.effective_generator(aliases[0], config).contiguous(),  # as C reads it
             [self._generators[key]],
             lambda packed: rotation.rotation_delta(packed, config),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -104,13 +104,16 @@ def _alike(hook: LayerHook, delta: Tensor) -> Tensor | None:
     return own if own.dtype == delta.dtype and own.device == delta.device else None
 
 
+_ready: Callable[..., Ready] = tuple.__new__  # what `Ready(...)` does, without a Python function of its own
+
+
 def hand_out(others: Iterable[tuple[LayerHook, int]], x: Tensor, rotated: Sequence[Tensor], *, grad: bool) -> None:
     """Lay what was rotated for them beside the other layers."""
     version = 0 if x.is_inference() else x._version
     for other, which in others:
         slot = other.grad_deltas if grad else other.eval_deltas
         if slot:
-            other.ready = Ready(x, slot[0], rotated[which], grad, version)
+            other.ready = _ready(Ready, (x, slot[0], rotated[which], grad, version))
 
 
 def _version(x: Tensor) -> int:

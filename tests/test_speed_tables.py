@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import rotate_bandwidth
 from benchmarks.methods import BASE, BOFT, LORA, NATIVE, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.speed_aims import aims
-from benchmarks.speed_groups import groups
+from benchmarks.speed_groups import groups, runs
 from benchmarks.speed_pooled import pooled
 from benchmarks.speed_setups import SETUPS, STACK
 from benchmarks.speed_tables import pictures, plots, scaling, series, table, unmeasured
@@ -30,7 +30,7 @@ def row(method: str, *seconds: float, **figures: object) -> dict[str, str]:
 
 
 ROWS = [
-    row(OURS, 9.0, 9.0, run="an older one"),
+    row(OURS, 9.0, 9.0, run="an older one", commit="of another tree"),
     row(BASE, 1.0, 2.0, 1.0, operations=100, peak_bytes=5_000_000),
     row(OURS, 1.2, 2.2, 1.2, operations=120, peak_bytes=6_000_000, trained=1234),
     row(LORA, 1.5, 2.5, 1.5, operations=200, peak_bytes=7_000_000),
@@ -136,6 +136,29 @@ def test_all_runs_stand_beside_the_newest() -> None:
         "0.35 (0.35 to 0.35) | 0.40 (0.35 to 0.45) | 0.80 (one of 2030-01-01, 3 rounds); "
         "0.90 (two of 2030-01-01, 3 rounds); 0.70 (three of 2030-01-01, 3 rounds) |"
     )
+
+
+def test_runs_of_the_newest_commit_count_together() -> None:
+    """Pair by pair, so that a run of few methods adds rounds to those alone."""
+    about = {"device": "cpu", "hardware": "A processor"}
+    rows = [
+        row(method, *seconds) | about | {"run": run, "commit": commit}
+        for run, commit, times in (
+            ("one", "old", {BASE: (1.0,) * 3, LORA: (1.0,) * 3, OURS: (9.0,) * 3}),
+            ("two", "new", {BASE: (1.0,) * 3, LORA: (2.0,) * 3, OURS: (1.0,) * 3, BOFT: (7.0,) * 3}),
+            ("three", "new", {LORA: (4.0,) * 3, OURS: (1.0,) * 3}),
+        )
+        for method, seconds in times.items()
+    ]
+    [group] = groups(rows)
+    assert group.ratios(OURS, LORA) == [0.5] * 3 + [0.25] * 3
+    assert group.overhead(LORA) == [1.0] * 3
+    assert group.seconds(BOFT) == [7.0] * 3
+    assert group.run() == "new of 2030-01-01, 3 + 3 rounds"
+    [[*each]] = runs(rows)
+    assert [len(run.rows) for run in each] == [3, 4, 2]
+    without = [one | {"commit": ""} for one in rows]
+    assert groups(without)[0].ratios(OURS, LORA) == [0.25] * 3
 
 
 def test_a_table_of_several_runs_names_them() -> None:

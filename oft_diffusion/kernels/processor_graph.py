@@ -96,7 +96,7 @@ class Rebuilt:
         self.build = build
         self.trained = trained
         self.delta_of = delta_of
-        self._versions = [parameter._version for parameter in trained]
+        self._versions = [parameter._version for parameter in trained] if torch.is_grad_enabled() else []
         self._backwards: dict[int, _Backward] = {}  # that are going on: nearly always one
 
     def for_forward(self) -> Tensor:
@@ -195,7 +195,7 @@ class _Backward:
 
     def gradients(self, grad: Tensor | None) -> Sequence[Tensor | None]:
         """What has been found, and what came by the graph, as gradients of the parameters."""
-        found = self._found()
+        found, self._grad = self._found(), None  # nobody else's from now on: autograd need not copy it
         total = found if grad is None else grad if found is None else found + grad
         if total is None:
             return [None] * len(self._aliases)

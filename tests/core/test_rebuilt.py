@@ -292,6 +292,30 @@ def test_a_compiled_part_is_given_deltas() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
 
 
+def test_a_compiled_part_that_goes_unnoticed_builds_its_own() -> None:
+    """Of two of one class the second alone is compiled."""
+
+    def made() -> tuple[Model, OFTBank, Tensor]:
+        model = Model()
+        model.other = other = Pair()
+        model.out.register_forward_pre_hook(lambda _, args: (args[0] + other(args[0]),))
+        bank = inject_oft(model, OFTConfig(8, targets=("attn2.to_.*", "other.to_.*", "out")))
+        excite(bank)
+        return model, bank, torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    with kernels_switched(on=False):
+        expected = step(*made())
+    model, bank, x = made()
+    step(model, bank, x)
+    for tensor in (x, *parameters(bank)):
+        tensor.grad = None
+    model.get_submodule("other").compile(backend="eager")
+    found = step(model, bank, x)
+    torch.compiler.reset()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
+
+
 def test_reentrant_checkpointing_is_refused_for_two_stages_too() -> None:
     model, _, x = adapted()
     inject_oft(model, OFTConfig(16, targets=("attn2.to_.*", "out")), "other")
