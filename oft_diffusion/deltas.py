@@ -61,18 +61,16 @@ class DeltaBuilder:
         as_trained = member.active.strength == 1.0 and config.parametrisation == "cayley" and key not in self._scales
         if not in_place or others or member.rows is not None or not as_trained:
             return self._again(stages)
+
+        def delta_of(generators: Tensor) -> Tensor:
+            with without_autocast(generators.device):
+                return rotation.rotation_delta(generators, config)
+
         return Rebuilt(
             lambda aliases: rotation.effective_generator(aliases[0], config).contiguous(),  # as C reads it
             [self._generators[key]],
-            lambda packed: rotation.rotation_delta(packed, config),
+            delta_of,
         )
-
-    def delta_of(self, stages: Sequence[Stage], generators: Tensor, site: str) -> Tensor:
-        """A site's delta `(r, b, b)` of the generators of all."""
-        entry = stages[0].sites[site]
-        own = generators.narrow(0, stages[0].begins()[entry], stages[0].blocks[entry])
-        with without_autocast(own.device):
-            return rotation.rotation_delta(own, self._adapters[stages[0].members[0].active.name].config)
 
     def _again(self, stages: Sequence[Stage]) -> Rebuilt:
         """The flat deltas of the one stage there is, to be built by C in a forward and again in its backward.

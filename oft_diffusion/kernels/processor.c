@@ -111,13 +111,19 @@ INLINE void delta_grads_any(const float *x, long x_stride, const float *const *g
 
 /* ---- rotating by generators: each delta is built where it is used, in a core's cache ------------------------------ */
 
-/* Whether so many equal tasks keep the threads busy. */
-#define BALANCED(tasks) ((tasks) % threads == 0 || (tasks) >= 4 * threads)
+/* In how many parts rows are taken, so that so many equal tasks keep the threads busy: each part builds D anew, which takes
+ * as long as some 5 b rows do. */
+#define PARTS_OF(tasks) ((tasks) % threads == 0 || (tasks) >= 4 * threads ? 1 : parts_of(rows, threads, b))
+INLINE long parts_of(long rows, int threads, int b) {
+    long parts = rows / (10 * b);
+    return parts < 1 ? 1 : parts < threads ? parts : threads;
+}
+
 #define ROWS_OF(parts) (((rows + (parts) - 1) / (parts) + ROWS - 1) / ROWS * ROWS) /* of each */
 
 INLINE void rotate_built_any(const float *x, long x_stride, const float *const *packed, float *const *out, long rows,
                              long blocks, int count, int threads, int b) {
-    long width = blocks * b, parts = BALANCED(count * blocks) ? 1 : threads, step = ROWS_OF(parts);
+    long width = blocks * b, parts = PARTS_OF(count * blocks), step = ROWS_OF(parts);
     long tasks = count * blocks * parts;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++) {
@@ -138,10 +144,11 @@ INLINE void rotate_built_any(const float *x, long x_stride, const float *const *
 INLINE void back_built_any(const float *x, long x_stride, const float *const *packed, const float *const *grads,
                            float *dx, float *const *found, long rows, long blocks, int count, int threads, int b) {
     const long width = blocks * b, each = b * (b - 1) / 2;
-    const int at_once = BALANCED(blocks);
+    const long most = PARTS_OF(blocks);
+    const int at_once = most == 1;
     for (int phase = 0; phase < 2 - at_once; phase++) {
         const int of_x = dx && !phase, of_packed = found && (at_once || phase);
-        const long parts = at_once ? 1 : phase ? count : threads, tasks = blocks * parts;
+        const long parts = phase ? count : most, tasks = blocks * parts;
         const long step = phase ? rows : ROWS_OF(parts);
         if (!of_x && !of_packed) continue;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -230,7 +230,7 @@ def _apart(build: Build, trained: Sequence[Tensor]) -> tuple[list[Tensor], Tenso
 
 
 class _Made(torch.autograd.Function):
-    """From parameters to deltas. It keeps what autograd can tell the age of, and no deltas."""
+    """From parameters to deltas, or to generators. It keeps what autograd can tell the age of, and no deltas."""
 
     @staticmethod
     def forward(ctx: Any, source: Rebuilt, *trained: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def parts(flat: Tensor, plan: Plan) -> list[Tensor]:
 
 
 class _RotateByFlat(torch.autograd.Function):
-    """By deltas that are built again. `flat`, all of them, stands for them in the graph."""
+    """By deltas built again, or in place. `flat`, all of them or all generators, stands for them in the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flat: Tensor, plan: Plan) -> tuple[Tensor, ...]:

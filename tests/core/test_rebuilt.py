@@ -39,6 +39,18 @@ class Pair(torch.nn.Module):
         return out
 
 
+class Mix(torch.nn.Module):
+    """A convolution of rows, as pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x.T[None, :, :, None])[0, :, :, 0].T
+        return out
+
+
 class Model(torch.nn.Module):
     """Three adapted layers; `skips` leaves the last out, `turns` calls all so many times."""
 
@@ -270,6 +282,31 @@ def test_an_input_that_c_does_not_take_has_its_delta_built_by_itself() -> None:
         return [grad for grad in (x.grad, *(p.grad for p in parameters(bank))) if grad is not None]
 
     alike(call)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_that_are_not_planned_for_build_their_own(checkpointed: bool) -> None:
+    """A convolution, and k of a pair whose v is adapted no more: their deltas are parts of one split of generators."""
+
+    def call(model: Model, bank: OFTBank, x: Tensor) -> list[Tensor]:
+        inner, model.checkpointed = model.attn2.forward, checkpointed
+        model.attn2.forward = lambda x: model.get_submodule("mix")(inner(x))  # type: ignore[method-assign]
+        return step(model, bank, x)
+
+    def made() -> tuple[Model, OFTBank, Tensor]:
+        model = Model()
+        model.mix = Mix()
+        both = inject_oft(model, OFTConfig(8, targets=("attn2.to_.*", "out")))
+        inject_oft(model, OFTConfig(8, targets=("attn2.to_k", "out", "mix.conv")), "second")
+        both.delete_adapter("default")
+        excite(both, "second")
+        return model, both, torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    with kernels_switched(on=False):
+        expected = call(*made())
+    found = call(*made())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
 
 
 def test_a_compiled_part_is_given_deltas() -> None:
