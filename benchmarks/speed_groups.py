@@ -34,8 +34,8 @@ class Group:
             self._runs.setdefault(row["run"], {})[row["method"]] = row
 
     def seconds(self, method: str) -> list[float]:
-        """Round by round, empty where there are none."""
-        return [second for own in self._runs.values() for second in _seconds(own, method)]
+        """Round by round, empty where there are none; of the run of most methods, since hosts differ from run to run."""
+        return _seconds(max(self._runs.values(), key=len), method)
 
     def ratios(self, method: str, other: str) -> list[float]:
         """Of a method's step to another's in the same round."""

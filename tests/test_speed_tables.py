@@ -154,6 +154,7 @@ def test_runs_of_the_newest_commit_count_together() -> None:
     assert group.ratios(OURS, LORA) == [0.5] * 3 + [0.25] * 3
     assert group.overhead(LORA) == [1.0] * 3
     assert group.seconds(BOFT) == [7.0] * 3
+    assert group.seconds(LORA) == [2.0] * 3, "milliseconds of two runs are not to be compared"
     assert group.run() == "new of 2030-01-01, 3 + 3 rounds"
     [[*each]] = runs(rows)
     assert [len(run.rows) for run in each] == [3, 4, 2]
