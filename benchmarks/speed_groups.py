@@ -34,7 +34,7 @@ class Group:
             self._runs.setdefault(row["run"], {})[row["method"]] = row
 
     def seconds(self, method: str) -> list[float]:
-        """Round by round, empty where there are none; of the run of most methods, since hosts differ from run to run."""
+        """Round by round, empty where there are none; of the run of most methods: hosts differ from run to run."""
         return _seconds(max(self._runs.values(), key=len), method)
 
     def ratios(self, method: str, other: str) -> list[float]:
