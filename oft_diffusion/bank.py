@@ -44,8 +44,6 @@ class OFTBank(AdapterChoice):
         self._constants = ConstantDeltas(self._builder)  # of frozen adapters
         self._rebuilt: Rebuilt | None = None  # of the last forward with grad that kept no deltas
         self._rebuilds = False  # the last forward with grad was such a one
-        self._delta_of: Callable[[Tensor], Tensor] | None = None  # of generators, where slots hold these
-        self._pieces: tuple[Tensor, dict[str, Tensor]] | None = None  # such generators, and each entry's part of them
         self.plans = Plans(self.hooks)
         self._ready = False  # the slots hold constants
         self._mixed: MixedDeltas | None = None
@@ -181,7 +179,6 @@ class OFTBank(AdapterChoice):
         source = None
         if placement == _BY_C and not compiling:
             source = self._builder.for_c(self._stages, in_place=not self._compiled.there_are(module))
-        self._delta_of = None if source is None else source.delta_of
         if source is None:
             flats = [flat.to(placement[1]) for flat in self._builder.build(self._stages, placement[0])]
         else:
@@ -197,7 +194,7 @@ class OFTBank(AdapterChoice):
             else:
                 hook.eval_deltas = by_site.get(site, ())
         if source is not None:
-            self.plans.for_forward(self._stages[0], flats[0], source if self._in_grad_forward else None)
+            self.plans.for_forward(self._stages[0], flats[0], source, grad=self._in_grad_forward)
         else:
             self._plan_for_slots()
 
@@ -214,7 +211,7 @@ class OFTBank(AdapterChoice):
                 keep_for_recomputation(self.hooks.values())
             self._in_grad_forward = False
             self.between_forwards = True
-            self._end_of_flats()
+            self.plans.end_forward()
         elif self._mixed is not None:
             self._clear_slots()  # the next rows may be others'
         for hook in self.hooks.values():
@@ -251,21 +248,6 @@ class OFTBank(AdapterChoice):
         flats = self._builder.build(self._stages, self._placement[0])
         return split_by_site(self._stages, flats).get(name, ())
 
-    def deltas_of(self, site: str, generators: Tensor) -> Deltas:
-        """The site's delta, where its slot holds the generators of all: for an input that C does not take."""
-        [stage] = self._stages
-        entry = stage.sites[site]
-        if torch.compiler.is_compiling():
-            own = generators.narrow(0, stage.begins()[entry], stage.blocks[entry])
-        else:
-            if self._pieces is None or self._pieces[0] is not generators:
-                # One split: slicing site by site costs many times as much in backward.
-                pieces = dict(zip(stage.blocks, generators.split(list(stage.blocks.values())), strict=True))
-                self._pieces = generators, pieces
-            own = self._pieces[1][entry]
-        assert self._delta_of is not None
-        return (self._delta_of(own),)
-
     def fit_deltas(self, hook: LayerHook, deltas: Deltas, placement: Placement) -> Deltas:
         """Deltas in another device and dtype. Constants are converted once for each, and stay in the hook."""
         if self._trainable() or self._mixed is not None:
@@ -289,18 +271,13 @@ class OFTBank(AdapterChoice):
         empty = [hook for hook in self.hooks.values() if hook.grad_deltas is None]
         for hook in empty:
             hook.grad_deltas = by_site.get(hook.site, ())
-        self.plans.for_forward(self._stages[0], flat, self._rebuilt)
-        self._delta_of = self._rebuilt.delta_of
+        self.plans.for_forward(self._stages[0], flat, self._rebuilt, grad=True)
         Variable._execution_engine.queue_callback(lambda: self._end_recomputation(empty))
 
     def _end_recomputation(self, hooks: Sequence[LayerHook]) -> None:
         for hook in hooks:
             hook.grad_deltas = hook.ready = None
-        self._end_of_flats()
-
-    def _end_of_flats(self) -> None:
         self.plans.end_forward()
-        self._delta_of = self._pieces = None
 
     def refuse_lone_call(self, name: str) -> None:
         """Raise, unless a backward is recomputing a checkpointed part of the component.
@@ -416,7 +393,6 @@ class OFTBank(AdapterChoice):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.update(_ready=False, _in_grad_forward=False, between_forwards=False, _mixed=None, _rebuilt=None)
-        state.update(_delta_of=None, _pieces=None)
         return state
 
 

@@ -136,7 +136,7 @@ class LayerHook:
         if not deltas:
             return deltas
         if deltas[0].dim() == 2:
-            deltas = self.bank.deltas_of(self.site, deltas[0])
+            deltas = (self.bank.plans.delta_of(self.site, deltas[0]),)  # for an input that C does not take
         if deltas[0].dim() == 4 and x.shape[0] % deltas[0].shape[0]:
             deltas = self._deltas_of_some_rows(deltas, x)
         device = x.device

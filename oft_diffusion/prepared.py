@@ -6,9 +6,10 @@ forwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from oft_diffusion.kernels import processor
@@ -39,6 +40,8 @@ class Plans:
         self._flat = processor.Flat()  # of the forward that is going on
         self._stage: Stage | None = None  # whose forwards all are planned for
         self._of_generators = False
+        self._delta_of: Callable[[Tensor], Tensor] | None = None  # of a part of such generators
+        self._pieces: tuple[Tensor, Mapping[str, Tensor]] | None = None  # such generators, and each entry's part
         self._slots = processor.Flat()  # in which grad modes those for slots are of use
 
     def forget(self) -> None:
@@ -56,26 +59,45 @@ class Plans:
         self._stage, self._slots = None, processor.Flat(*modes)
         self.renew(self._hooks.values())
 
-    def for_forward(self, stage: Stage, flat: Tensor, source: Rebuilt | None) -> None:
+    def for_forward(self, stage: Stage, flat: Tensor, source: Rebuilt, *, grad: bool) -> None:
         """Name the deltas of a forward, which are one stage's, and plan for all its forwards, where that is to be done.
 
         Args:
             stage: all that is active.
             flat: deltas `(blocks, b, b)`, or generators `(blocks, b(b-1)/2)`, of which each rotation builds its own;
                 contiguous, float32; in the graph where there is one.
-            source: what has them again in the backward; None without grad.
+            source: what made them, and has them again in the backward.
+            grad: whether there is to be one.
         """
         of_generators = flat.dim() == 2
         if self._stage is not stage or self._of_generators != of_generators:
             self._stage, self._of_generators = stage, of_generators
             self.renew(self._hooks.values())
-        self._flat.hold(flat, source)
+        self._flat.hold(flat, source if grad else None)
+        self._delta_of = source.delta_of
 
     def end_forward(self) -> None:
         """Let go of the deltas of a forward."""
         self._flat.drop()
+        self._delta_of = self._pieces = None
         if self._stage is None:
             self.forget()
+
+    def delta_of(self, site: str, generators: Tensor) -> Tensor:
+        """A site's delta, `(r, b, b)`, by itself.
+
+        Args:
+            site: one that is adapted.
+            generators: of all sites, as a forward's slots hold them.
+        """
+        assert self._stage is not None
+        assert self._delta_of is not None
+        pieces = self._pieces
+        if pieces is None or pieces[0] is not generators:
+            pieces = generators, self._stage.split(generators, 0)
+            if not torch.compiler.is_compiling():  # tensors of its graph must not outlive it
+                self._pieces = pieces
+        return self._delta_of(pieces[1][self._stage.sites[site]])
 
     def holds(self, source: Rebuilt) -> bool:
         """Whether it is that source's deltas that are rotated by now."""
@@ -95,7 +117,8 @@ class Plans:
                         one.prepared = Prepared(plan, which[group.index(one)], others)
 
     def __getstate__(self) -> dict[str, object]:
-        return dict(self.__dict__, _stage=None, _flat=processor.Flat())  # copies of hooks have no plans
+        # Copies of hooks have no plans.
+        return dict(self.__dict__, _stage=None, _flat=processor.Flat(), _delta_of=None, _pieces=None)
 
     def _by_slots(self, group: Sequence[LayerHook]) -> tuple[processor.Plan, Sequence[int]] | None:
         slots = [hook.grad_deltas if True in self._slots.modes else hook.eval_deltas for hook in group]

@@ -139,37 +139,41 @@ INLINE void rotate_built_any(const float *x, long x_stride, const float *const *
     }
 }
 
+/* One layer's part of one block: of dx (base + g R^T) for `rows_dx` rows from `row` on, and the generators' gradient from
+ * all rows; either where it is not NULL. */
+INLINE void back_built(const float *x, long x_stride, const float *packed, const float *grad, const float *base, float *dx,
+                       float *found, long width, long rows, long row, long rows_dx, int b) {
+    float turned[LARGEST] ALIGNED, of_delta[LARGEST] ALIGNED;
+    build(packed, turned, -1, b);
+    add_identity(turned, b);
+    if (dx) product(base, width, grad + row * width, width, turned, dx, width, rows_dx, b);
+    if (found) {
+        delta_grad(x, x_stride, grad, width, of_delta, rows, 0, b / ROWS, b);
+        add_identity(turned, b);
+        unbuild(turned, of_delta, found, b);
+    }
+}
+
 /* dx, where it is not NULL, and the generators' gradients, where `found` is not. A block's all rows and layers are one
  * task; where these are too few, dx is made of parts of the rows, then each layer's gradients by themselves. */
 INLINE void back_built_any(const float *x, long x_stride, const float *const *packed, const float *const *grads,
                            float *dx, float *const *found, long rows, long blocks, int count, int threads, int b) {
-    const long width = blocks * b, each = b * (b - 1) / 2;
-    const long most = PARTS_OF(blocks);
+    const long width = blocks * b, each = b * (b - 1) / 2, most = PARTS_OF(blocks);
     const int at_once = most == 1;
     for (int phase = 0; phase < 2 - at_once; phase++) {
         const int of_x = dx && !phase, of_packed = found && (at_once || phase);
-        const long parts = phase ? count : most, tasks = blocks * parts;
-        const long step = phase ? rows : ROWS_OF(parts);
+        const long parts = phase ? count : most, tasks = blocks * parts, step = phase ? rows : ROWS_OF(parts);
         if (!of_x && !of_packed) continue;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int part = 0; part < threads; part++) {
-            float turned[LARGEST] ALIGNED, of_delta[LARGEST] ALIGNED;
+        for (int part = 0; part < threads; part++)
             for (long task = SHARE(part); task < SHARE(part + 1); task++) {
                 long block = task / parts, own = task % parts, row = phase ? 0 : own * step;
-                long some = rows - row < step ? rows - row : step, at = row * width + block * b;
-                for (int i = phase ? own : 0; i < (phase ? own + 1 : count); i++) {
-                    build(packed[i] + block * each, turned, -1, b);
-                    add_identity(turned, b);
-                    if (of_x && some > 0)
-                        product(i ? dx + at : NULL, width, grads[i] + at, width, turned, dx + at, width, some, b);
-                    if (of_packed) {
-                        delta_grad(x + block * b, x_stride, grads[i] + block * b, width, of_delta, rows, 0, b / ROWS, b);
-                        add_identity(turned, b);
-                        unbuild(turned, of_delta, found[i] + block * each, b);
-                    }
-                }
+                long some = rows - row < step ? rows - row : step, column = block * b;
+                float *to = of_x && some > 0 ? dx + row * width + column : NULL;
+                for (int i = phase ? own : 0; i < (phase ? own + 1 : count); i++)
+                    back_built(x + column, x_stride, packed[i] + block * each, grads[i] + column, i ? to : NULL, to,
+                               of_packed ? found[i] + block * each : NULL, width, rows, row, some, b);
             }
-        }
     }
 }
 

@@ -39,8 +39,8 @@ INLINE void unpacked(const float *packed, float *q, int sign, int b) {
     for (int i = 0; i < b * b; i++) q[i] = sign * (upper[i] - q[i]);
 }
 
-/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it, or of 3 m terms; where Q is too large for that, 2 (I - Q)^-1 Q. Of sign
- * -1 it is D^T. */
+/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it, or of 3 m terms; where Q is too large for that,
+ * 2 (I - Q)^-1 Q. Of sign -1 it is D^T. */
 INLINE void build_one(const float *packed, float *delta, int sign, int b) {
     float q[LARGEST] ALIGNED, first[LARGEST] ALIGNED, second[LARGEST] ALIGNED, sum[LARGEST] ALIGNED, more[LARGEST] ALIGNED;
     float *power = first, *squared = second, *total = sum, *doubled = more;
