@@ -179,44 +179,65 @@ INLINE void back_built_any(const float *x, long x_stride, const float *const *pa
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
 
-/* What each layer has lies so many bytes behind an address, which may be 0. At most 16 layers read one input. */
-#define EACH(TYPE, NAME, base, offsets) \
-    TYPE NAME[16];                      \
-    for (int i = 0; i < count; i++) NAME[i] = (TYPE)((base) + (offsets)[i])
+/* One input's rotations. What each layer has lies so many bytes behind an address, which may be 0; at most 16 read one
+ * input. Python packs it: all members are of 8 bytes. */
+struct call {
+    const float *x;
+    long x_stride;
+    uintptr_t given; /* deltas, or generators */
+    float *dx;
+    uintptr_t found; /* their gradients */
+    long numbers;    /* in x */
+    long blocks, count, most_threads, size, of_generators;
+    float *rows[16]; /* `count` of them: what x is rotated to, or its gradients */
+};
+
+#define PER_THREAD (1 << 17) /* multiplications, below which another thread costs more than it saves */
+INLINE int threads_of(const struct call *call) {
+    long worth = call->numbers * call->count * call->size / PER_THREAD;
+    return worth < 1 ? 1 : worth < call->most_threads ? worth : call->most_threads;
+}
+
+#define UNPACKED                                                                                  \
+    const long blocks = call->blocks, width = blocks * call->size, x_stride = call->x_stride;     \
+    const long rows = width ? call->numbers / width : 0;                                          \
+    const int count = call->count, threads = threads_of(call);                                    \
+    const float *x = call->x, *given[16];                                                         \
+    for (int i = 0; i < count; i++) given[i] = (const float *)(call->given + offsets[i])
 
 /* By the deltas that lie there; or by those of the generators that lie there. */
-void oft_rotate(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, float *const *out, long rows,
-                long blocks, int count, int threads, int size, int of_generators) {
-    EACH(const float *, given, base, offsets);
-#define CALL(b)                                                                                     \
-    if (of_generators) rotate_built_any(x, x_stride, given, out, rows, blocks, count, threads, b);  \
-    else rotate_any(x, x_stride, given, out, rows, blocks, count, threads, b)
-    FOR_SIZE(size, CALL)
+void oft_rotate(const struct call *call, const uintptr_t *offsets) {
+    UNPACKED;
+    if (!rows) return;
+#define CALL(b)                                                                                          \
+    if (call->of_generators) rotate_built_any(x, x_stride, given, call->rows, rows, blocks, count, threads, b); \
+    else rotate_any(x, x_stride, given, call->rows, rows, blocks, count, threads, b)
+    FOR_SIZE(call->size, CALL)
 #undef CALL
 }
 
-/* dx, where it is not NULL, and every dD, or the generators' gradients, where they are to be: so many bytes behind an
- * address, too, or NULL. */
-void oft_backward(const float *x, long x_stride, uintptr_t base, const uintptr_t *offsets, const float *const *grads,
-                  float *dx, uintptr_t grad_base, const uintptr_t *grad_offsets, long rows, long blocks, int count,
-                  int threads, int size, int of_generators) {
-    float *found[16];
-    EACH(const float *, given, base, offsets);
-    for (int i = 0; grad_offsets && i < count; i++) found[i] = (float *)(grad_base + grad_offsets[i]);
-    if (of_generators) {
+/* dx, where it is not NULL, and every dD, or the generators' gradients, where the last is not: so many bytes behind an
+ * address, too. */
+void oft_backward(const struct call *call, const uintptr_t *offsets, const uintptr_t *grad_offsets) {
+    UNPACKED;
+    const float *grads[16];
+    float *dx = call->dx, *found[16];
+    for (int i = 0; i < count; i++) grads[i] = call->rows[i];
+    for (int i = 0; grad_offsets && i < count; i++) found[i] = (float *)(call->found + grad_offsets[i]);
+    if (call->of_generators) {
 #define CALL(b) back_built_any(x, x_stride, given, grads, dx, grad_offsets ? found : NULL, rows, blocks, count, threads, b)
-        FOR_SIZE(size, CALL)
+        FOR_SIZE(call->size, CALL)
 #undef CALL
         return;
     }
     if (dx && rows) {
 #define CALL(b) rotate_back_any(grads, given, dx, rows, blocks, count, threads, b)
-        FOR_SIZE(size, CALL)
+        FOR_SIZE(call->size, CALL)
 #undef CALL
     }
     if (grad_offsets) {
 #define CALL(b) delta_grads_any(x, x_stride, grads, found, rows, blocks, count, threads, b)
-        FOR_SIZE(size, CALL)
+        FOR_SIZE(call->size, CALL)
 #undef CALL
     }
 }

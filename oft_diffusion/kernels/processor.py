@@ -34,24 +34,24 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _HEADERS = [_SOURCE.with_name(f"processor_{name}.h") for name in ("products", "cayley")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _PLAIN = (Tensor, nn.Parameter)  # with memory of their own
-_address, _contiguous = Tensor.data_ptr, Tensor.contiguous
+# What is called for every layer runs cold in a model, where each name that is looked up in another module, and each
+# Python function, costs microseconds: hence these, and conditions that stand in one.
+_address, _contiguous, _empty_like, _float32 = Tensor.data_ptr, Tensor.contiguous, torch.empty_like, torch.float32
+_forward_ad = torch.autograd.forward_ad
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_traced = torch._C._get_tracing_state
 MOST_LAYERS = 16  # of one input
 _POINTERS = [struct.Struct(f"{count}P") for count in range(MOST_LAYERS + 1)]  # by how many there are
-_PER_THREAD = 2**17  # multiplications, below which another thread costs more than it saves
+_CALLS = [struct.Struct(f"{11 + count}q") for count in range(MOST_LAYERS + 1)]  # likewise: `struct call` of the C
+_PER_THREAD = 2**17  # multiplications, below which another thread costs more than it saves; the C has it, too
 
-_pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_addresses, _sizes = ctypes.c_char_p, (_long, _long, _int, _int, _int)
-_deltas = (_pointer, _addresses)
+_pointer, _long, _int, _packed = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p
 _SIGNATURES = {
-    "oft_rotate": (_pointer, _long, *_deltas, _addresses, *_sizes, _int),
-    "oft_backward": (_pointer, _long, *_deltas, _addresses, _pointer, *_deltas, *_sizes, _int),
+    "oft_rotate": (_packed, _packed),
+    "oft_backward": (_packed, _packed, _packed),
     "oft_build": (_pointer, _pointer, _long, _int, _int),
     "oft_unbuild": (_pointer, _pointer, _pointer, _long, _int, _int),
 }
-
-
-# What of this is called for every layer runs cold in a model, where each Python function costs microseconds: hence
-# conditions that stand in one.
 
 
 def fits(x: Tensor, size: int) -> bool:
@@ -60,10 +60,9 @@ def fits(x: Tensor, size: int) -> bool:
     It cannot where something looks at torch's operations, to trace, transform or count them, and would not see these.
     """
     return (
-        type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and size in SIZES and library() is not None
-        and not (torch._C._len_torch_dispatch_stack() and is_seen_by_modes())
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None and torch.autograd.forward_ad._current_level < 0
+        type(x) in _PLAIN and x.dtype is _float32 and x.is_cpu and size in SIZES and library() is not None
+        and not (_modes() and is_seen_by_modes()) and not _transforms() and _traced() is None
+        and _forward_ad._current_level < 0
     )  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def offsets_of(starts: Sequence[int], each: int) -> bytes:
     return _POINTERS[len(starts)].pack(*(4 * each * start for start in starts))
 
 
-def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
+def rotate(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """`x + x blockdiag(D)` for each D.
 
     Args:
@@ -182,17 +181,16 @@ def rotate(x: Tensor, plan: Plan) -> list[Tensor]:
     Returns:
         x's shape each, contiguous.
     """
-    stride = plan.width
+    flat, offsets, count, blocks, size, stride, in_place, *_ = plan
     if not x.is_contiguous():
         x, stride = _in_rows(x)
-    flat, offsets, count, blocks, size, width, in_place, *_ = plan
-    made = [*map(x.new_empty, [x.shape] * count)]
-    if numbers := x.numel():
-        threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
-        _library().oft_rotate(
-            x.data_ptr(), stride, flat.address, offsets, _POINTERS[count].pack(*map(_address, made)),
-            numbers // width, blocks, count, threads, size, in_place,
-        )  # fmt: skip
+    made = (*map(_empty_like, (x,) * count),)
+    # One pack: every argument of a call would be converted by code that is not in the cache.
+    call = _CALLS[count].pack(
+        x.data_ptr(), stride, flat.address, 0, 0, x.numel(), blocks, count, torch.get_num_threads(), size, in_place,
+        *map(_address, made),
+    )  # fmt: skip
+    _library().oft_rotate(call, offsets)
     return made
 
 
@@ -209,11 +207,9 @@ def gradients(
         of_deltas: whether every dD is. A sum over rows does not depend on the number of threads.
     """
     plan = plan_for(deltas)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-    ddeltas = [*map(torch.empty_like, plan.rows)] if of_deltas else None
-    at = [*map(_address, ddeltas or ())]
-    rotate_back(x, plan, 0, grads, dx, 0, _POINTERS[len(at)].pack(*at) if at else None)
-    return dx, ddeltas
+    ddeltas = [*map(_empty_like, plan.rows)] if of_deltas else None
+    at = None if ddeltas is None else _POINTERS[len(ddeltas)].pack(*map(_address, ddeltas))
+    return rotate_back(x, plan, 0, grads, at, of_x=of_x), ddeltas
 
 
 def rotate_back(
@@ -221,33 +217,37 @@ def rotate_back(
     plan: Plan,
     address: int,
     grads: Sequence[Tensor],
-    dx: Tensor | None,
-    grad_address: int,
-    grad_offsets: bytes | None,
-) -> None:
-    """Write what `gradients` gives.
+    found_offsets: bytes | None,
+    found_address: int = 0,
+    *,
+    of_x: bool,
+) -> Tensor | None:
+    """What `gradients` gives, the deltas' own written where the caller says.
 
     Args:
         x: as `rotate` takes it.
         plan: by which it was rotated.
         address: what the plan's offsets are from.
         grads: as `gradients` takes them.
-        dx: where it is to be written, contiguous; None where it is not asked for.
-        grad_address: what the next are from.
-        grad_offsets: where every dD is to be written, or, of a plan for generators, their gradients; None where they
+        found_offsets: where every dD is to be written, or, of a plan for generators, their gradients; None where they
             are not asked for.
+        found_address: what these are from.
+        of_x: whether dx is asked for.
+
+    Returns:
+        dx, x's shape, contiguous, or None.
     """
     _, offsets, count, blocks, size, stride, in_place, *_ = plan
     if not x.is_contiguous():
         x, stride = _in_rows(x)
+    dx = _empty_like(x) if of_x else None
     grads = [*map(_contiguous, grads)]
-    numbers = x.numel()
-    threads = min(torch.get_num_threads(), numbers * count * size // _PER_THREAD) or 1
-    _library().oft_backward(
-        x.data_ptr(), stride, address, offsets, _POINTERS[count].pack(*map(_address, grads)),
-        None if dx is None else dx.data_ptr(), grad_address, grad_offsets,
-        numbers // max(1, blocks * size), blocks, count, threads, size, in_place,
+    call = _CALLS[count].pack(
+        x.data_ptr(), stride, address, 0 if dx is None else dx.data_ptr(), found_address, x.numel(), blocks, count,
+        torch.get_num_threads(), size, in_place, *map(_address, grads),
     )  # fmt: skip
+    _library().oft_backward(call, offsets, found_offsets)
+    return dx
 
 
 def cayley_delta(packed: Tensor, size: int) -> Tensor:
@@ -273,7 +273,10 @@ def cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
 
 
 def _in_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x, or a copy where its rows are not equally far apart; and how many numbers that is."""
+    """x, or a copy where its rows are not equally far apart; and how many numbers that is.
+
+    Of either `empty_like` makes what is contiguous.
+    """
     width = x.shape[-1]
     if x.dim() > 1 and x.stride(-1) == 1:
         step = x.stride(-2)

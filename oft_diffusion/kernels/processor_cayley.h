@@ -27,16 +27,27 @@ INLINE void invert(float *m, int b) {
     }
 }
 
-/* Q of its strict upper triangle, row by row; of sign -1 its transpose. */
+/* Q of its strict upper triangle, row by row; of sign -1 its transpose. In tiles of 8 x 8, each read once. */
 INLINE void unpacked(const float *packed, float *q, int sign, int b) {
-    float upper[LARGEST] ALIGNED, padded[8 + LARGEST / 2] ALIGNED, *next = padded + 8;
     const ints8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-    memcpy(next, packed, sizeof(float) * b * (b - 1) / 2);
-    for (int i = 0; i < b; next += b - 1 - i, i++)
-        for (int j = 0; j < b; j += 8) /* what stands left of the diagonal is another row's */
-            *(ints8 *)(upper + i * b + j) = *(const ints8 *)(next + j - i - 1) & (lanes + j > i);
-    transposed(upper, q, 0.0f, b);
-    for (int i = 0; i < b * b; i++) q[i] = sign * (upper[i] - q[i]);
+    float begin[8] = {0}, tile[64] ALIGNED, turned[64] ALIGNED;
+    memcpy(begin + 1, packed, 7 * sizeof(float)); /* before the first row there may be no memory */
+    for (int top = 0; top < b; top += 8)
+        for (int left = top; left < b; left += 8) {
+            for (int r = 0, i = top; r < 8; r++, i++) {
+                const float *row = packed + i * (2 * b - i - 1) / 2 - i - 1; /* of Q, from its column i + 1 on */
+                ints8 some = *(const ints8 *)(i || left ? row + left : begin);
+                if (left == top) some &= lanes > r;
+                *(ints8 *)(tile + 8 * r) = some;
+            }
+            turn_8(tile, turned, 8);
+            for (int r = 0; r < 8; r++) {
+                vec8 above = (float)sign * *(vec8 *)(tile + 8 * r), below = (float)-sign * *(vec8 *)(turned + 8 * r);
+                if (left == top) above += below;
+                else *(vec8 *)(q + (left + r) * b + top) = below;
+                *(vec8 *)(q + (top + r) * b + left) = above;
+            }
+        }
 }
 
 /* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it, or of 3 m terms; where Q is too large for that,

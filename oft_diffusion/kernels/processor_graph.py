@@ -50,7 +50,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan, *deltas: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *deltas)
-        return (*processor.rotate(x, plan),)
+        return processor.rotate(x, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,16 +157,14 @@ class _Backward:
         if not self._written.keys().isdisjoint(plan.starts):
             return self._rotate_back_again(x, plan, grads, of_x=of_x)
         self._written.update(dict.fromkeys(plan.starts, plan.blocks))
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-        processor.rotate_back(x, plan, self.values.data_ptr(), grads, dx, self._grad.data_ptr(), plan.offsets)
-        return dx
+        place = self._grad.data_ptr()
+        return processor.rotate_back(x, plan, self.values.data_ptr(), grads, plan.offsets, place, of_x=of_x)
 
     def _rotate_back_again(self, x: Tensor, plan: Plan, grads: Sequence[Tensor], *, of_x: bool) -> Tensor | None:
         """The same of a layer that was called twice."""
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         found = self.values.new_empty(plan.layers, plan.blocks, *self.values.shape[1:])
         offsets = processor.offsets_of([plan.blocks * i for i in range(plan.layers)], self.values[0].numel())
-        processor.rotate_back(x, plan, self.values.data_ptr(), grads, dx, found.data_ptr(), offsets)
+        dx = processor.rotate_back(x, plan, self.values.data_ptr(), grads, offsets, found.data_ptr(), of_x=of_x)
         assert self._grad is not None
         for start, part, more in zip(plan.starts, parts(self._grad, plan), found, strict=True):
             part.copy_(part + more if start in self._written else more)
@@ -256,7 +254,7 @@ class _RotateByFlat(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, flat: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         ctx.plan, ctx.source = plan, plan.flat.source
-        return (*processor.rotate(x, plan),)
+        return processor.rotate(x, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -66,11 +66,11 @@ INLINE void tile(const float *base, long base_stride, const float *x, long x_str
     else tile_wide(base, base_stride, x, x_stride, m, y, y_stride, rows, b);
 }
 
-/* Fetch ROWS rows of b: they lie too far apart for a processor to see them coming. Beyond the end that does no harm. */
-INLINE void ahead(const float *x, long stride, int b) {
-    for (int r = 0; r < ROWS; r++)
-        for (int at = 0; at < b; at += 16) __builtin_prefetch(x + r * stride + at);
-}
+/* Fetch ROWS rows of b, to be written or not: they lie too far apart for a processor to see them coming. Beyond the end
+ * that does no harm. */
+#define AHEAD(x, stride, written)         \
+    for (int r_ = 0; r_ < ROWS; r_++)     \
+        for (int at = 0; at < b; at += 16) __builtin_prefetch((x) + r_ * (stride) + at, written)
 
 /* The same for any number of rows. */
 INLINE void product(const float *base, long base_stride, const float *x, long x_stride, const float *m, float *y,
@@ -78,7 +78,10 @@ INLINE void product(const float *base, long base_stride, const float *x, long x_
     long r = 0;
 #define NEXT(N)                                                                                                        \
     for (; r + N <= rows; r += N) {                                                                                    \
-        if (N == ROWS) ahead(x + (r + N) * x_stride, x_stride, b), ahead(y + (r + N) * y_stride, y_stride, b);         \
+        if (N == ROWS) {                                                                                               \
+            AHEAD(x + (r + N) * x_stride, x_stride, 0);                                                                \
+            AHEAD(y + (r + N) * y_stride, y_stride, 1);                                                                \
+        }                                                                                                              \
         tile(base ? base + r * base_stride : base, base_stride, x + r * x_stride, x_stride, m, y + r * y_stride,       \
              y_stride, N, b);                                                                                          \
     }

@@ -124,9 +124,9 @@ def test_the_number_of_threads_changes_no_bit(one_thread: None) -> None:
         flat = processor.Flat()
         flat.hold(packed, None)
         plan = processor.plan_in(flat, [0, 20, 40], 3, 32, of_generators=True)
-        found, other_dx = torch.zeros_like(packed), torch.empty_like(x)
-        in_place = processor.rotate(x, plan)
-        processor.rotate_back(x, plan, flat.address, in_place, other_dx, found.data_ptr(), plan.offsets)
+        found, in_place = torch.zeros_like(packed), processor.rotate(x, plan)
+        other_dx = processor.rotate_back(x, plan, flat.address, in_place, plan.offsets, found.data_ptr(), of_x=True)
+        assert other_dx is not None
         return [dx, *ddeltas, delta, processor.cayley_grad(delta, delta), *in_place, other_dx, found]
 
     alone = all_of_it()
@@ -238,21 +238,21 @@ def test_deltas_built_where_they_are_used(norm: float, size: int, count: int, ro
     grads = [cases.draw(*x.shape, seed=3 + i, device="cpu") for i in range(count)]
     for made, wanted in zip(processor.rotate(x, plan), processor.rotate(x, processor.plan_for(deltas)), strict=True):
         assert torch.equal(made, wanted)
-    dx, found = torch.empty_like(x), torch.full_like(packed, torch.nan)
-    places = (flat.address, grads, dx, found.data_ptr(), plan.offsets)
-    processor.rotate_back(x, plan, *places)
+    found = torch.full_like(packed, torch.nan)
+    dx = processor.rotate_back(x, plan, flat.address, grads, plan.offsets, found.data_ptr(), of_x=True)
     expected, of_deltas = processor.gradients(x, deltas, grads)
+    assert dx is not None
     assert expected is not None
     assert of_deltas is not None
     assert relative(dx, expected) < 1e-6 * condition
     for start, delta, of_delta in zip(starts, deltas, of_deltas, strict=True):
         assert relative(found[start : start + BLOCKS], processor.cayley_grad(delta, of_delta)) < 2e-6 * condition
     assert found[0].isnan().all()
-    alone = dx.clone()
-    processor.rotate_back(x, plan, flat.address, grads, dx.zero_(), 0, None)
+    alone = processor.rotate_back(x, plan, flat.address, grads, None, of_x=True)
+    assert alone is not None
     assert torch.equal(dx, alone)
     again = torch.empty_like(found)
-    processor.rotate_back(x, plan, flat.address, grads, None, again.data_ptr(), plan.offsets)
+    assert processor.rotate_back(x, plan, flat.address, grads, plan.offsets, again.data_ptr(), of_x=False) is None
     assert torch.equal(again[1:], found[1:])
 
 

@@ -105,14 +105,15 @@ def test_other_compilations_warn_of_nothing_and_compute_the_same(
         delta = processor.cayley_delta(packed, size)
         assert relative(delta, rotation._by_solving(rotation.unpack(packed))) < 1e-6
         assert processor.cayley_grad(delta, delta).isfinite().all()
-        flat, dx, of_packed = processor.Flat(), torch.empty_like(x), torch.empty_like(packed)
+        flat, of_packed = processor.Flat(), torch.empty_like(packed)
         flat.hold(packed, None)
         plan = processor.plan_in(flat, [0], BLOCKS, size, of_generators=True)
         [rotated] = processor.rotate(x, plan)
         assert torch.equal(rotated, processor.rotate(x, processor.plan_for([delta]))[0])
         grad = cases.draw(*x.shape, seed=3, device="cpu")
-        processor.rotate_back(x, plan, flat.address, [grad], dx, of_packed.data_ptr(), plan.offsets)
+        dx = processor.rotate_back(x, plan, flat.address, [grad], plan.offsets, of_packed.data_ptr(), of_x=True)
         wanted_dx, wanted = processor.gradients(x, [delta], [grad])
+        assert dx is not None
         assert wanted_dx is not None
         assert wanted is not None
         assert relative(dx, wanted_dx) < 1e-6
