@@ -1,13 +1,18 @@
-"""All measurements that need a CUDA card, each whatever became of the one before: `make bench-gpu`.
+"""All measurements that need a CUDA card, within 20 minutes: `make bench-gpu`.
 
 python -m benchmarks.on_card                                           # all of them; that has not been run yet
 python -m benchmarks.on_card --parts models --minutes 8 --out FOLDER   # a part, where a card is lent for minutes
 python -m benchmarks.on_card --parts peers --minutes 3 --out FOLDER    # all methods upon SD 1.5
 
+What the aims ask for comes first, then the kernel's bandwidth. Each measurement is a process of its own, goes on
+whatever became of the one before, and has its share of the time, at most what is left: `benchmarks.speed` begins
+nothing that would not fit, and two minutes later whatever runs is stopped. Rows are appended to benchmarks/data. What
+changes there is copied to FOLDER every few seconds, eight files at most, so that a machine that is taken away has given
+what it had. With these back in benchmarks/data of the same tree, on the same hardware, `models` and `peers` go on where
+they stopped.
+
 It takes a Python that has this checkout on its path, installed or not, what the package needs with its extras train,
-eval and quant, and peft and lycoris-lora. Rows are appended to benchmarks/data. What changes there is copied to FOLDER
-every few seconds, eight files at most, so that a machine that is taken away has given what it had. With these back in
-benchmarks/data of the same tree, on the same hardware, `models` and `peers` go on where they stopped.
+eval and quant, and peft and lycoris-lora.
 """
 
 from __future__ import annotations
@@ -19,25 +24,48 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+import torch
 
 from benchmarks.records import DATA
 
-# By part, modules of `benchmarks` and their options.
-PARTS: dict[str, list[list[str]]] = {
-    "models": [["speed", "--device", "cuda"]],
-    "peers": [["speed", "--device", "cuda", "--only", "SD 1.5 (train, bfloat16, batch 2,"]],
-    "kernels": [
-        ["rotate_bandwidth"], ["stages", "--device", "cuda"], ["build_forms", "--device", "cuda"], ["fused_linear"],
-    ],
-    "memory": [
-        ["card_memory", "--minutes", "2"],
-        ["card_memory", "--families", "SDXL", "--minutes", "1", "--settings", '{"layer_offload": 1.0}'],
-    ],
-    "quantized": [["quantized_times", "--device", "cuda"], ["quantized_layers", "--device", "cuda"]],
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Measurement:
+    """A module of `benchmarks`, its options, and its share of the time, in minutes."""
+
+    module: str
+    options: tuple[str, ...]
+    minutes: float
+
+
+def _on_card(module: str, *options: str, minutes: float) -> Measurement:
+    return Measurement(module, ("--device", "cuda", *options), minutes)
+
+
+# By part, in order: what the aims ask for comes first.
+PARTS: dict[str, tuple[Measurement, ...]] = {
+    "models": (_on_card("speed", minutes=9),),
+    "kernels": (
+        Measurement("rotate_bandwidth", (), 2),
+        _on_card("stages", minutes=1),
+        _on_card("build_forms", minutes=1),
+        Measurement("fused_linear", (), 2),
+    ),
+    "peers": (_on_card("speed", "--only", "SD 1.5 (train, bfloat16, batch 2,", minutes=3),),
+    "memory": (
+        Measurement("card_memory", ("--minutes", "2"), 2),
+        Measurement("card_memory", ("--families", "SDXL", "--minutes", "1", "--settings", '{"layer_offload": 1.0}'), 1),
+    ),
+    "quantized": (_on_card("quantized_times", minutes=2), _on_card("quantized_layers", minutes=2)),
+}
+GRACE = 2.0  # minutes, for what has begun
 COPIED_EVERY = 5.0  # seconds
 
 
@@ -46,25 +74,38 @@ def measure(parts: Sequence[str], minutes: float, out: Path | None) -> list[str]
 
     Args:
         parts: names of `PARTS`.
-        minutes: for the models, and for the peers; the others take what they take.
+        minutes: after which nothing begins.
         out: a folder for copies of the data that the run changes.
 
     Returns:
-        What failed.
+        What failed, was stopped, or has not begun, each with a word on it.
     """
-    failed = []
+    lacking = []
     before = _digests()
-    for part in parts:
-        for module, *options in PARTS[part]:
-            limit = ["--minutes", f"{minutes:g}"] if module == "speed" else []
-            command = [sys.executable, "-m", f"benchmarks.{module}", *options, *limit]
-            print("::", *command[2:], flush=True)
-            with _copied(out, before):
-                # Or the profiler would write two lines for every count.
-                environment = {"KINETO_LOG_LEVEL": "99", **os.environ}
-                if subprocess.run(command, env=environment, check=False).returncode:
-                    failed.append(module)
-    return failed
+    deadline = time.monotonic() + 60 * minutes
+    for one in chain.from_iterable(map(PARTS.__getitem__, parts)):
+        share = min(one.minutes if len(parts) > 1 else minutes, (deadline - time.monotonic()) / 60)
+        if share <= 0:
+            lacking.append(f"{one.module} (no time left)")
+            continue
+        limit = ["--minutes", f"{share:.3g}"] if one.module == "speed" else []
+        command = [sys.executable, "-m", f"benchmarks.{one.module}", *one.options, *limit]
+        print("::", *command[2:], flush=True)
+        with _copied(out, before):
+            if word := _run(command, 60 * (share + GRACE)):
+                lacking.append(f"{one.module} ({word})")
+    return lacking
+
+
+def _run(command: Sequence[str], seconds: float) -> str:
+    """A word on what went wrong, or none."""
+    # Or the profiler would write two lines for every count.
+    environment = {"KINETO_LOG_LEVEL": "99", **os.environ}
+    try:
+        ended = subprocess.run(command, env=environment, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    return "failed" if ended.returncode else ""
 
 
 @contextmanager
@@ -105,13 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="(default: all)")
     parser.add_argument(
-        "--minutes", type=float, default=12.0,
-        help="after which the models begin nothing, nor the peers, which have as many (default: %(default)s)",
+        "--minutes", type=float, default=17.0,
+        help="after which nothing begins; two later what still runs is stopped (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="copies of the data that changes go there")
     options = parser.parse_args()
-    if failed := measure(options.parts, options.minutes, options.out):
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.on_card needs a CUDA card, and torch finds none: nothing is measured")
+    if lacking := measure(options.parts, options.minutes, options.out):
+        raise SystemExit(f"not measured, or not all of it: {', '.join(lacking)}")
 
 
 if __name__ == "__main__":

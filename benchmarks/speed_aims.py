@@ -96,10 +96,11 @@ _ON_CARD: list[tuple[str, float, Callable[[str], Figure], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 AIMS = [
-    Aim("adapter operations, of PEFT LoRA's", 0.35, _above("operations", OURS, LORA), device="cpu"),
-    Aim("adapter operations, of PEFT OFT's", 0.10, _above("operations", OURS, PEFT_OFT), device="cpu"),
+    # Of plain PyTorch: who counts torch's operations has none done in C.
+    Aim("adapter operations in plain PyTorch, of PEFT LoRA's", 0.35, _above("operations", OURS, LORA), device="cpu"),
+    Aim("adapter operations in plain PyTorch, of PEFT OFT's", 0.10, _above("operations", OURS, PEFT_OFT), device="cpu"),
     *(
-        Aim(f"{words}{', in C' if own == NATIVE else ''}", bound, figure(own), kind, "cpu")
+        Aim(f"{words}, in {'C' if own == NATIVE else 'plain PyTorch'}", bound, figure(own), kind, "cpu")
         for own in (OURS, NATIVE)
         for words, bound, kind, figure in (
             ("bytes saved for backward, of PEFT LoRA's", 1.00, "train", lambda own: _whole("saved_bytes", own, LORA)),
@@ -137,7 +138,8 @@ def aims(found: Sequence[Group], bandwidth: Sequence[Row] | None = None) -> str:
 
 def _row(aim: Aim, group: Group, values: Sequence[float]) -> str:
     where = f"{group.title()}, {group.about['hardware']}"
-    return f"| {aim.words} | {aim.bound:.2f} | {spread(values)} | {where} | {group.run()} | {aim.reached(values)} |"
+    measured = spread(values, digits=3)  # 0.35 would not tell on which side of an aim of 0.35 it is
+    return f"| {aim.words} | {aim.bound:.2f} | {measured} | {where} | {group.run()} | {aim.reached(values)} |"
 
 
 def _missing(aim: Aim, found: Sequence[Group]) -> list[str]:

@@ -131,12 +131,13 @@ def quartiles(values: Sequence[float], times: float = 1.0) -> tuple[float, float
     return times * low, times * middle, times * high
 
 
-def spread(values: Sequence[float], times: float = 1.0) -> str:
+def spread(values: Sequence[float], times: float = 1.0, digits: int | None = None) -> str:
     """Median and quartiles; of a single value, that."""
     if not values:
         return ""
     low, middle, high = quartiles(values, times)
-    digits = 1 if times > 1 else 2
+    if digits is None:
+        digits = 1 if times > 1 else 2
     if len(values) == 1:
         return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

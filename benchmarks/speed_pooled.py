@@ -25,7 +25,7 @@ def pooled(rows: Sequence[Row]) -> str:
     for words, machines in setups.items():
         for own in machines:
             cells = [cell for other in (LORA, PEFT_OFT) for cell in _newest_and_all(own, other)]
-            medians = "; ".join(f"{statistics.median(run.ratios(NATIVE, LORA)):.2f} ({run.run()})" for run in own)
+            medians = "; ".join(f"{statistics.median(run.ratios(NATIVE, LORA)):.3f} ({run.run()})" for run in own)
             lines.append(f"| {words} | {own[0].about['hardware']} | {' | '.join(cells)} | {medians} |")
     return "\n".join(lines)
 
@@ -35,6 +35,5 @@ def _is_of_c(run: Group) -> bool:
 
 
 def _newest_and_all(own: Sequence[Group], other: str) -> tuple[str, str]:
-    return spread(newest(own).ratios(NATIVE, other)), spread(
-        [ratio for run in own for ratio in run.ratios(NATIVE, other)]
-    )
+    all_runs = [ratio for run in own for ratio in run.ratios(NATIVE, other)]
+    return spread(newest(own).ratios(NATIVE, other), digits=3), spread(all_runs, digits=3)

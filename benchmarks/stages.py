@@ -6,12 +6,15 @@ python -m benchmarks.stages --table          # the newest run of each machine as
 
 Of every adapted layer's input in one step of SD 1.5 (cut for processors as in `benchmarks.speed`) the shape is noted.
 Then each stage is done for all layers one after another, as a step does it: D is built, inputs are rotated (q, k and v
-together), their gradients are rotated back, D's gradients are added up, and go back into the generators.
+together), their gradients are rotated back, D's gradients are added up, and go back into the generators. In C that is
+how several adapters are trained, or one whose D is scaled; of one as it comes each D is built where it is used, and
+there are two stages, which are measured beside those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +27,14 @@ from benchmarks.speed import make_work
 from benchmarks.speed_setups import Setup
 from benchmarks.turns import spread, take_turns
 from oft_diffusion import OFTConfig
-from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor
+from oft_diffusion.kernels import block_rotate, block_rotate_shared, processor, processor_graph
+from oft_diffusion.kernels.processor_graph import Rebuilt
 from oft_diffusion.rotation import packed_size, rotation_delta
 from oft_diffusion.targets import find_targets, projections_of_one_input
 
 FILE = DATA / "stages.csv"
 STAGES = ("building D", "rotating inputs", "gradients of inputs", "gradients of D", "gradients of generators")
+IN_PLACE = ("rotating inputs, D built there", "all gradients, D built there")
 
 
 class Read(NamedTuple):
@@ -113,15 +118,42 @@ def stages(reads: list[Read], block_size: int) -> dict[str, Callable[[], object]
     return dict(zip(STAGES, calls, strict=True))
 
 
+def in_place(reads: list[Read], block_size: int) -> dict[str, Callable[[], object]]:
+    """By name, what a step does in C for all layers of one adapter as it comes."""
+    blocks = [read.x.shape[-1] // block_size for read in reads]
+    begins = [0, *accumulate(count * read.layers for count, read in zip(blocks, reads, strict=True))]
+    packed = (torch.randn(begins.pop(), packed_size(block_size)) * 0.02).requires_grad_()
+    source, flat = Rebuilt(lambda aliases: aliases[0], [packed]), processor.Flat()
+    starts = [
+        [begin + count * i for i in range(read.layers)]
+        for begin, count, read in zip(begins, blocks, reads, strict=True)
+    ]
+    plans = [
+        processor.plan_in(flat, own, count, block_size, of_generators=True)
+        for own, count in zip(starts, blocks, strict=True)
+    ]
+
+    def rotate() -> list[Tensor]:
+        flat.hold(source.for_forward(), source if torch.is_grad_enabled() else None)
+        return [y for x, plan in zip(inputs, plans, strict=True) for y in processor_graph.rotated(x, plan)]
+
+    inputs = [read.x.detach().requires_grad_() for read in reads]
+    made = rotate()
+    grads = [torch.randn_like(y) for y in made]
+    calls = torch.no_grad()(rotate), lambda: torch.autograd.grad(made, [packed, *inputs], grads, retain_graph=True)
+    return dict(zip(IN_PLACE, calls, strict=True))
+
+
 def measure(device: str, rounds: int) -> None:
     """Append one run."""
     on_card = device == "cuda"
     setup = Setup("SD 1.5", small=not on_card, dtype="bfloat16" if on_card else "float32")
     reads = inputs_of(setup, device)
-    calls = stages(reads, setup.block_size)
+    in_c = not on_card and processor.library() is not None  # where a profiler sees no operations
+    calls = stages(reads, setup.block_size) | (in_place(reads, setup.block_size) if in_c else {})
     take_turns({"ours": calls}, 2, device)
     times, _ = take_turns({"ours": calls}, rounds, device)
-    rows, in_c = [], not on_card and processor.library() is not None  # where a profiler sees none
+    rows = []
     for stage, call in calls.items():
         kernels, on_card_for = kernels_of(call) if on_card else ("", "")
         rows.append(
@@ -141,7 +173,7 @@ def table() -> str:
     rows = {(r["hardware"], r["stage"]): r for r in load(FILE) if r["date"] == newest[r["hardware"]]}
     parts = []
     for machine in newest:
-        own = [rows[machine, stage] for stage in STAGES]
+        own = [rows[machine, stage] for stage in (*STAGES, *IN_PLACE) if (machine, stage) in rows]
         # Of Triton's kernels the profiler sees no operations.
         counted = next((name for name in ("kernels", "operations") if own[0][name]), "operations")
         lines = [f"| stage | ms | {counted} |", "|---|---|---|"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import full_counts, on_card, records, speed
 from benchmarks.methods import (
@@ -49,7 +52,7 @@ def test_only_the_files_that_a_card_changes_are_copied(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = folders
-    modules = [f"benchmarks.{module}" for commands in on_card.PARTS.values() for module, *_ in commands]
+    modules = [f"benchmarks.{one.module}" for part in on_card.PARTS.values() for one in part]
     files = {module: importlib.import_module(module).FILE.name for module in modules}
     copies = []
 
@@ -61,7 +64,7 @@ def test_only_the_files_that_a_card_changes_are_copied(
 
     monkeypatch.setattr(subprocess, "run", run)
     on_card.measure(tuple(on_card.PARTS), 1, out)
-    assert copies[:3] == [[], ["speed.csv"], ["speed.csv"]]
+    assert copies[:3] == [[], ["speed.csv"], ["rotate_bandwidth.csv", "speed.csv"]]
     assert {file.name for file in out.iterdir()} == set(files.values())
     assert len(set(files.values())) <= 8  # no more come back from a machine that is lent
     assert all(file.read_bytes() == (data / file.name).read_bytes() for file in out.iterdir())
@@ -83,6 +86,57 @@ def test_rows_are_copied_while_a_card_measures_on(folders: tuple[Path, Path], mo
     monkeypatch.setattr(subprocess, "run", run)
     on_card.measure(["models"], 1, out)
     assert found == ["a row"]
+
+
+def test_measurements_go_on_behind_one_that_fails_or_is_stopped(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command[2:])
+        if "fused_linear" in command[2]:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert on_card.measure(tuple(on_card.PARTS), 17, None) == [
+        "rotate_bandwidth (failed)", "fused_linear (stopped after 240 s)",
+    ]  # fmt: skip
+    assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "9"]
+    assert [command[0] for command in ran[1:3]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
+    assert len(ran) == sum(map(len, on_card.PARTS.values()))
+    assert all(importlib.util.find_spec(command[0]) for command in ran)
+
+
+def test_all_of_it_ends_within_twenty_minutes(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though everything takes as long as it may."""
+    now, begun = [0.0], []
+
+    def run(command: list[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        begun.append(now[0])
+        now[0] += timeout
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.argv", ["on_card"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match=r"quantized_layers \(no time left\)"):
+        on_card.main()
+    assert now[0] <= 20 * 60 - 60  # a minute for starting
+    assert begun[:2] == [0.0, 11 * 60]
+
+
+def test_without_a_card_it_says_so() -> None:
+    command = [sys.executable, "-m", "benchmarks.on_card"]
+    ended = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("benchmarks.on_card needs a CUDA card")
 
 
 def test_a_card_begins_with_what_the_aims_ask_for_and_takes_flux_last_each_time() -> None:
@@ -125,7 +179,8 @@ def test_the_aims_fit_into_eight_minutes_by_what_an_h200_took() -> None:
 
 
 def test_peers_are_all_methods_upon_one_model() -> None:
-    [[_, *options]] = on_card.PARTS["peers"]
+    [measurement] = on_card.PARTS["peers"]
+    options = measurement.options
     [peers] = [setup for setup in SETUPS["cuda"] if options[options.index("--only") + 1] in str(setup)]
     assert (peers.work, peers.dtype, peers.methods) == ("SD 1.5", "bfloat16", tuple(METHODS))
     assert {DORA, BOFT, LYCORIS, EQUAL_LORA, WEIGHT_CENTRIC, FULL} < set(peers.methods)

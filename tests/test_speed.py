@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,7 +21,6 @@ from benchmarks import (
     full_counts,
     fused_linear,
     methods,
-    on_card,
     quantized_layers,
     quantized_merge,
     quantized_tables,
@@ -326,26 +323,6 @@ def test_a_setup_without_a_base_gives_its_reason_and_others_go_on(
     ]  # fmt: skip
 
 
-def test_measurements_of_a_card_go_on_behind_one_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran = []
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        ran.append(command[2:])
-        (tmp_path / "data" / "speed.csv").write_text("a\n1\n")
-        return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
-
-    monkeypatch.setattr(subprocess, "run", run)
-    (tmp_path / "data").mkdir()
-    monkeypatch.setattr(on_card, "DATA", tmp_path / "data")
-    assert on_card.measure(tuple(on_card.PARTS), 9, tmp_path / "out") == ["rotate_bandwidth"]
-    assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "9"]
-    assert [command[0] for command in ran[2:4]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
-    assert all(importlib.util.find_spec(command[0]) for command in ran)
-    assert (tmp_path / "out" / "speed.csv").read_text() == "a\n1\n"
-
-
 def test_a_method_that_cannot_be_built_or_warmed_up_gives_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +477,18 @@ def test_stages_are_of_every_adapted_layer() -> None:
     assert tuple(calls) == stages.STAGES
     for call in calls.values():
         call()
+
+
+@pytest.mark.skipif(processor.library() is None, reason="no compiler, or no Linux")
+def test_where_deltas_are_built_in_place_stages_are_of_every_layer_too() -> None:
+    reads = stages.inputs_of(Setup("SD 1.5", small=True), "cpu")[:4]
+    rotate, backward = stages.in_place(reads, 32).values()
+    made: Any = rotate()
+    assert [y.shape for y in made] == [read.x.shape for read in reads for _ in range(read.layers)]
+    found: Any = backward()
+    of_generators, *of_inputs = found
+    assert [g.shape for g in of_inputs] == [read.x.shape for read in reads]
+    assert (of_generators.abs().amax(1) > 0).all(), "every block has its gradient"
 
 
 def test_what_is_merged_is_of_the_size_that_the_table_says() -> None:

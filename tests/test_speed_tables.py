@@ -61,9 +61,9 @@ def test_aims_stand_beside_what_was_reached() -> None:
     told = {first[2:]: [*more, last.removesuffix(" |")] for first, *more, last in cells}
     where = "SDXL, a training step (bfloat16, batch 1, b = 32, eager), A card"
     run = "abc of 2030-01-01, 3 rounds"
-    assert told["adapter operations, of PEFT LoRA's"] == ["0.35", "0.20", where, run, "yes"]
-    assert told["training step, of PEFT LoRA's"] == ["1.00", "0.80 (0.80 to 0.84)", where, run, "yes"]
-    assert told["overhead, of PEFT LoRA's"] == ["0.50", "0.40", where, run, "yes"]
+    assert told["adapter operations, of PEFT LoRA's"] == ["0.35", "0.200", where, run, "yes"]
+    assert told["training step, of PEFT LoRA's"] == ["1.00", "0.800 (0.800 to 0.840)", where, run, "yes"]
+    assert told["overhead, of PEFT LoRA's"] == ["0.50", "0.400", where, run, "yes"]
     assert all(last == "not measured" for words, (*_, last) in told.items() if "weight-centric" in words)
     slow = [row(OURS, 1.6, 2.6, 1.6) if r["method"] == OURS else r for r in ROWS]
     assert any(line.startswith("| training step") and line.endswith("| no |") for line in table(slow).splitlines())
@@ -132,9 +132,9 @@ def test_all_runs_stand_beside_the_newest() -> None:
     rows = [*older_than_c, *run("one", 0.8), *run("two", 0.9), *run("three", 0.7), *run("four", 5.0, work="SDXL")]
     [_, _, line] = pooled(rows).splitlines()
     assert line == (
-        "| bfloat16, batch 1, b = 32, eager | A processor | 0.70 (0.70 to 0.70) | 0.80 (0.70 to 0.90) | "
-        "0.35 (0.35 to 0.35) | 0.40 (0.35 to 0.45) | 0.80 (one of 2030-01-01, 3 rounds); "
-        "0.90 (two of 2030-01-01, 3 rounds); 0.70 (three of 2030-01-01, 3 rounds) |"
+        "| bfloat16, batch 1, b = 32, eager | A processor | 0.700 (0.700 to 0.700) | 0.800 (0.700 to 0.900) | "
+        "0.350 (0.350 to 0.350) | 0.400 (0.350 to 0.450) | 0.800 (one of 2030-01-01, 3 rounds); "
+        "0.900 (two of 2030-01-01, 3 rounds); 0.700 (three of 2030-01-01, 3 rounds) |"
     )
 
 

@@ -3,8 +3,8 @@
 Autograd saves x once, not a rotated copy. It runs as batched products, on CUDA tensors as Triton kernels where there
 is Triton (`triton_rotate.py`). The compiler sees one op, registered with `torch.library`; eager code runs the same
 functions without it, since an op in Python costs more to call than a small rotation to compute. For the same reason
-small rotations on a processor are one line, and left to torch's own backward, in which there is no Python; the compiler
-fuses the sum with what is beside it.
+small rotations on a processor are left to torch's own backward, in which there is no Python; the compiler fuses the sum
+with what is beside it. In 16 bits the sum and the product are one call everywhere, which rounds once.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
         return processor_graph.rotated(x, plan)[0]
     if delta.dim() == 3 and is_small(x):
         check(x, delta)
-        blocks = x.reshape(-1, *delta.shape[:2])
-        return (blocks + torch.bmm(blocks.transpose(0, 1), delta).transpose(0, 1)).view(x.shape)
+        return _small(x, delta)
     if torch.compiler.is_compiling():
         return torch.ops.oft_diffusion.block_rotate.default(x, delta, form=kernel_form())
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
@@ -66,9 +65,23 @@ def block_rotate(x: Tensor, delta: Tensor) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Whether more Python, in backward too, would cost more than tuned products save (`benchmarks.rotate_forms`)."""
-    if x.is_cuda or x.numel() >= _SMALL or (is_wide(x) and x.numel() >= 2 * _MANY_ROWS * x.shape[-1]):
+    if x.is_cuda or x.numel() >= _SMALL:
+        return False
+    if is_wide(x):
+        if x.numel() >= 2 * _MANY_ROWS * x.shape[-1]:
+            return False
+    elif x.numel() >= _SMALL // 2 or not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return False
     return compute_dtype(x.device, x.dtype) == x.dtype
+
+
+def _small(x: Tensor, delta: Tensor) -> Tensor:
+    """In torch's own operations, with its own backward."""
+    blocks = x.reshape(-1, *delta.shape[:2])
+    first = blocks.transpose(0, 1)
+    if is_wide(x) or torch.compiler.is_compiling():
+        return (blocks + torch.bmm(first, delta).transpose(0, 1)).view(x.shape)
+    return torch.baddbmm(first, first, delta).transpose(0, 1).reshape(x.shape)
 
 
 def by_processor(x: Tensor, deltas: Sequence[Tensor]) -> processor.Plan | None:
@@ -143,21 +156,21 @@ def _turned(x: Tensor, delta: Tensor) -> Tensor:
     first = blocks_first(x, count, size)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     written = blocks_first(out, count, size)
-    if not lies_apart(x):
-        torch.add(first.transpose(0, 1), torch.bmm(first, delta).transpose(0, 1), out=out.view(-1, count, size))
-    elif is_wide(x):
+    if not is_wide(x):
+        torch.baddbmm(first, first, delta, out=written)
+    elif lies_apart(x):
         torch.bmm(first, with_identity(delta), out=written)
     else:
-        torch.baddbmm(first, first, delta, out=written)
+        torch.add(first.transpose(0, 1), torch.bmm(first, delta).transpose(0, 1), out=out.view(-1, count, size))
     return out
 
 
 def lies_apart(x: Tensor) -> bool:
     """Whether to multiply block by block, reading and writing where x lies: no pass to gather, none to add.
 
-    That costs a call for each block, which many rows pay for (`benchmarks.rotate_forms`), more of them in 16 bits.
+    That costs a call for each block, which many rows pay for (`benchmarks.rotate_forms`).
     """
-    return x.numel() >= _MANY_ROWS * (1 if is_wide(x) else 2) * x.shape[-1]
+    return x.numel() >= _MANY_ROWS * x.shape[-1]
 
 
 def is_wide(x: Tensor) -> bool:
