@@ -64,7 +64,7 @@ test-full: install  ## everything that this machine can run; writes docs/logs/te
 	  | sed -u -e "s#$(CURDIR)#.#g" -e "s#$${HOME:-/nonexistent}#~#g" | tee $(FULL_LOG)
 
 bench: install  ## speed and memory beside LoRA and others, on this processor, idle: 13 minutes a call, the next goes on
-	$(QUIET) $(PYTHON) -m benchmarks.speed
+	$(QUIET) $(PYTHON) -m benchmarks.speed || test $$? = 3  # not all of it, yet
 	@$(PYTHON) -m benchmarks.speed --table
 
 bench-gpu: install  ## the same on a CUDA card, its kernels, and what the presets by memory take, in 20 minutes: never run whole yet

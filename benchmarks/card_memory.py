@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import INCOMPLETE
 from benchmarks.full_size import FULL_SIZE, write_full_size
 from benchmarks.records import DATA, append, load
 from oft_diffusion.errors import OFTError
@@ -111,11 +112,20 @@ def measure(family: str, model: Path, memory: str, knobs: Mapping[str, Any]) -> 
     }  # fmt: skip
 
 
-def measure_all(families: Sequence[str], minutes: float, knobs: Mapping[str, Any], file: Path = FILE) -> None:
-    """Append a row for each preset of each family, until the time is up; what began then is brought to its end."""
+def measure_all(families: Sequence[str], minutes: float, knobs: Mapping[str, Any], file: Path = FILE) -> bool:
+    """Append a row for each preset of each family, until the time is up; what began then is brought to its end.
+
+    Returns:
+        Whether there was time for all of them.
+    """
+    complete = True
     device = "cuda" if torch.cuda.is_available() else "cpu"
     end, shm = time.monotonic() + 60 * minutes, Path("/dev/shm")
     for family in families:
+        if time.monotonic() > end:
+            print(f"no time for {family}", flush=True)
+            complete = False
+            continue
         with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
             model = written(family, Path(folder), device)
             _forget()
@@ -123,10 +133,12 @@ def measure_all(families: Sequence[str], minutes: float, knobs: Mapping[str, Any
             for memory in distinct(model):
                 if time.monotonic() > end:
                     print(f"no time for {family} with {memory}", flush=True)
+                    complete = False
                     continue
                 row = measure(family, model, memory, knobs_here)
                 append(file, [row], device)
                 print(json.dumps(row), flush=True)
+    return complete
 
 
 def written(family: str, folder: Path, device: str) -> Path:
@@ -181,8 +193,10 @@ def main() -> None:
     if not options.table:
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: this measures a card")
-        measure_all(options.families, options.minutes, options.settings)
+        complete = measure_all(options.families, options.minutes, options.settings)
     print(table())
+    if not complete:
+        raise SystemExit(INCOMPLETE)
 
 
 def _forget() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+INCOMPLETE = 3  # exit status of a measurement that had too little time for all of it
+
 
 def run(
     about: str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import platform
 import subprocess
@@ -45,11 +46,13 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]], device: str = "cpu") -
     fresh = not path.exists()
     if not fresh and (found := _header(path)) != columns:
         raise ValueError(f"{path} has the columns {found}, not {columns}")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(complete)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if fresh:
+        writer.writeheader()
+    writer.writerows(complete)
+    with path.open("ab", buffering=0) as file:  # in one piece: whoever is stopped leaves no half row
+        file.write(text.getvalue().encode())
 
 
 def load(path: Path) -> list[dict[str, str]]:

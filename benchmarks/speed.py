@@ -29,6 +29,7 @@ from uuid import uuid4
 import torch
 
 from benchmarks.candidates import Candidate, builder
+from benchmarks.command import INCOMPLETE
 from benchmarks.records import DATA, append, environment, load
 from benchmarks.speed_setups import KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
@@ -230,12 +231,16 @@ def run(
     rounds: int | None = None,
     again: bool = False,
     begin: int = 0,
-) -> None:
+) -> bool:
     """Measure what is not measured yet, until time is up.
 
     Args:
         begin: with which setup. Where a card stops, a new process goes on with the next one.
+
+    Returns:
+        Whether there was time for all of it.
     """
+    complete = True
     deadline = time.monotonic() + 60 * minutes
     with _set_aside():
         for number, setup in enumerate(setups[begin:], begin):
@@ -249,6 +254,7 @@ def run(
                 measure(setup, device, out, deadline, rounds)
             except OutOfTimeError:
                 print(f"no time left, run it again: {setup}", flush=True)
+                complete = False
             except CardStoppedError as stopped:
                 print(f"{stopped}: {setup}", flush=True)
                 _go_on(number, str(stopped), (deadline - time.monotonic()) / 60)
@@ -257,6 +263,7 @@ def run(
             torch.compiler.reset()
             gc.collect()
             _give_back(device)
+    return complete
 
 
 def _go_on(stopped_at: int, reason: str, minutes: float) -> None:
@@ -302,10 +309,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.because:
         note_stop(setups[options.stopped_at], options.device, options.out, options.because)
-    run(
+    complete = run(
         setups, options.device, options.out, minutes=options.minutes, rounds=options.rounds, again=options.again,
         begin=options.stopped_at + 1,
     )  # fmt: skip
+    if not complete:
+        raise SystemExit(INCOMPLETE)
 
 
 def _versions() -> dict[str, str]:

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import full_counts, on_card, records, speed
+from benchmarks.command import INCOMPLETE
 from benchmarks.methods import (
     BASE,
     BOFT,
@@ -56,13 +56,13 @@ def test_only_the_files_that_a_card_changes_are_copied(
     files = {module: importlib.import_module(module).FILE.name for module in modules}
     copies = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], seconds: float) -> str:
         copies.append(sorted(file.name for file in out.iterdir()) if out.exists() else [])
         with (data / files[command[2]]).open("a") as file:
             file.write("a row\n")
-        return subprocess.CompletedProcess(command, 0)
+        return ""
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(on_card, "_run", run)
     on_card.measure(tuple(on_card.PARTS), 1, out)
     assert copies[:3] == [[], ["speed.csv"], ["rotate_bandwidth.csv", "speed.csv"]]
     assert {file.name for file in out.iterdir()} == set(files.values())
@@ -74,60 +74,81 @@ def test_rows_are_copied_while_a_card_measures_on(folders: tuple[Path, Path], mo
     data, out = folders
     found: list[str] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], seconds: float) -> str:
         (data / "speed.csv").write_text("a row")
         end = time.monotonic() + 10
         while not found and time.monotonic() < end:
             time.sleep(0.01)
             found.extend(file.read_text() for file in out.glob("*") if file.read_text())
-        return subprocess.CompletedProcess(command, 0)
+        return ""
 
     monkeypatch.setattr(on_card, "COPIED_EVERY", 0.01)
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(on_card, "_run", run)
     on_card.measure(["models"], 1, out)
     assert found == ["a row"]
 
 
-def test_measurements_go_on_behind_one_that_fails_or_is_stopped(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measurements_go_on_behind_one_that_fails(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
-    def run(command: list[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
-        ran.append(command[2:])
-        if "fused_linear" in command[2]:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, int("rotate_bandwidth" in command[2]))
+    def run(command: list[str], seconds: float) -> str:
+        ran.append([*command[2:], f"{seconds:g} s"])
+        return "failed" if "rotate_bandwidth" in command[2] else ""
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert on_card.measure(tuple(on_card.PARTS), 17, None) == [
-        "rotate_bandwidth (failed)", "fused_linear (stopped after 240 s)",
-    ]  # fmt: skip
-    assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "9"]
+    monkeypatch.setattr(on_card, "_run", run)
+    assert on_card.measure(tuple(on_card.PARTS), 17, None) == ["kernels 1, rotate_bandwidth (failed)"]
+    assert ran[0] == ["benchmarks.speed", "--device", "cuda", "--minutes", "8", "600 s"]
     assert [command[0] for command in ran[1:3]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
     assert len(ran) == sum(map(len, on_card.PARTS.values()))
     assert all(importlib.util.find_spec(command[0]) for command in ran)
+    assert sum(one.minutes for part in on_card.PARTS.values() for one in part) == 17
+    ran.clear()
+    on_card.measure(["models"], 5, None)
+    assert ran == [["benchmarks.speed", "--device", "cuda", "--minutes", "5", "420 s"]], "alone it has all the time"
 
 
-def test_all_of_it_ends_within_twenty_minutes(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_of_it_ends_within_twenty_minutes(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Though everything takes as long as it may."""
     now, begun = [0.0], []
 
-    def run(command: list[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], seconds: float) -> str:
         begun.append(now[0])
-        now[0] += timeout
-        return subprocess.CompletedProcess(command, 0)
+        now[0] += seconds + 2 * on_card.CLEARING
+        return ""
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(on_card, "_run", run)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr("sys.argv", ["on_card"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit, match=r"quantized_layers \(no time left\)"):
+    with pytest.raises(SystemExit, match=r"quantized 2, quantized_layers \(no time left\)"):
         on_card.main()
-    assert now[0] <= 20 * 60 - 60  # a minute for starting
-    assert begun[:2] == [0.0, 11 * 60]
+    assert now[0] <= 20 * 60
+    assert begun[1] == 600 + 20
+
+
+def test_what_takes_too_long_is_stopped_with_all_that_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that will not hear of it, with one of its own; and one that clears away."""
+    monkeypatch.setattr(on_card, "CLEARING", 2.0)
+    deaf = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    clearing = f"import tempfile, time\nwith tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n  time.sleep(60)"
+    began = time.monotonic()
+    for code in (deaf, clearing):
+        assert on_card._run([sys.executable, "-c", code], 2.0) == "stopped after 2 s"
+    assert time.monotonic() - began < 30
+    assert [file.name for file in tmp_path.iterdir()] == ["pid"]
+    status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+@pytest.mark.parametrize(("status", "word"), [(0, ""), (1, "failed"), (INCOMPLETE, "not all of it")])
+def test_how_a_measurement_ended_is_told(status: int, word: str) -> None:
+    assert on_card._run([sys.executable, "-c", f"raise SystemExit({status})"], 60.0) == word
 
 
 def test_without_a_card_it_says_so() -> None:

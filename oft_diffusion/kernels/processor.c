@@ -112,7 +112,7 @@ INLINE void delta_grads_any(const float *x, long x_stride, const float *const *g
 /* ---- rotating by generators: each delta is built where it is used, in a core's cache ------------------------------ */
 
 /* In how many parts rows are taken, so that so many equal tasks keep the threads busy: each part builds D anew, which takes
- * as long as some 5 b rows do. */
+ * as long as some 4 b rows do. */
 #define PARTS_OF(tasks) ((tasks) % threads == 0 || (tasks) >= 4 * threads ? 1 : parts_of(rows, threads, b))
 INLINE long parts_of(long rows, int threads, int b) {
     long parts = rows / (10 * b);
@@ -132,7 +132,7 @@ INLINE void rotate_built_any(const float *x, long x_stride, const float *const *
             long i = task / parts / blocks, block = task / parts % blocks, row = task % parts * step;
             if (row >= rows) continue;
             const float *own = x + row * x_stride + block * b;
-            build(packed[i] + block * (b * (b - 1) / 2), delta, 1, b);
+            build(packed[i] + block * (b * (b - 1) / 2), delta, b);
             product(own, x_stride, own, x_stride, delta, out[i] + row * width + block * b, width,
                     rows - row < step ? rows - row : step, b);
         }
@@ -144,13 +144,14 @@ INLINE void rotate_built_any(const float *x, long x_stride, const float *const *
 INLINE void back_built(const float *x, long x_stride, const float *packed, const float *grad, const float *base, float *dx,
                        float *found, long width, long rows, long row, long rows_dx, int b) {
     float turned[LARGEST] ALIGNED, of_delta[LARGEST] ALIGNED;
-    build(packed, turned, -1, b);
-    add_identity(turned, b);
-    if (dx) product(base, width, grad + row * width, width, turned, dx, width, rows_dx, b);
+    build_turned(packed, turned, b);
     if (found) {
         delta_grad(x, x_stride, grad, width, of_delta, rows, 0, b / ROWS, b);
-        add_identity(turned, b);
         unbuild(turned, of_delta, found, b);
+    }
+    if (dx) {
+        add_to_diagonal(turned, -1.0f, b); /* R^T */
+        product(base, width, grad + row * width, width, turned, dx, width, rows_dx, b);
     }
 }
 
@@ -189,8 +190,9 @@ struct call {
     uintptr_t found; /* their gradients */
     long numbers;    /* in x */
     long blocks, count, most_threads, size, of_generators;
-    float *rows[16]; /* `count` of them: what x is rotated to, or its gradients */
+    float *rows[]; /* `count` of them: what x is rotated to, or its gradients */
 };
+_Static_assert(sizeof(long) == 8 && sizeof(void *) == 8, "as Python packs it");
 
 #define PER_THREAD (1 << 17) /* multiplications, below which another thread costs more than it saves */
 INLINE int threads_of(const struct call *call) {
@@ -245,7 +247,7 @@ void oft_backward(const struct call *call, const uintptr_t *offsets, const uintp
 void oft_build(const float *packed, float *delta, long blocks, int threads, int size) {
 #define CALL(b)                                                                     \
     _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
-        build_##b(packed + i * (b * (b - 1) / 2), delta + i * b * b, 1)
+        build_##b(packed + i * (b * (b - 1) / 2), delta + i * b * b)
     FOR_SIZE(size, CALL)
 #undef CALL
 }

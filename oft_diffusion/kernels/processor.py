@@ -251,11 +251,7 @@ def rotate_back(
 
 
 def cayley_delta(packed: Tensor, size: int) -> Tensor:
-    """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`, exact at any norm.
-
-    As `rotation._by_doubling`, the series is carried on until what is left out is below rounding; of generators too
-    large for that, an inverse serves.
-    """
+    """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`, exact at any norm: `2 (I - Q)^-1 Q`."""
     packed = packed.contiguous()
     delta = packed.new_empty(len(packed), size, size)
     _library().oft_build(packed.data_ptr(), delta.data_ptr(), len(packed), _threads(len(packed), size, 4), size)
@@ -278,13 +274,16 @@ def _in_rows(x: Tensor) -> tuple[Tensor, int]:
     Of either `empty_like` makes what is contiguous.
     """
     width = x.shape[-1]
-    if x.dim() > 1 and x.stride(-1) == 1:
-        step = x.stride(-2)
-        apart = [step]
-        for length in reversed(x.shape[1:-1]):
-            apart.append(apart[-1] * length)
-        if step >= width and list(x.stride()[:-1]) == apart[::-1]:
-            return x, step
+    if x.stride(-1) == 1:
+        axes = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+        step = expected = axes[-1][1] if axes else width
+        for n, stride in reversed(axes):
+            if stride != expected:
+                break
+            expected *= n
+        else:
+            if step >= width:
+                return x, step
     return x.contiguous(), width
 
 

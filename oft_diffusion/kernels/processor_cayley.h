@@ -2,29 +2,58 @@
 
 #include "processor_products.h"
 
-INLINE float squares(const float *m, int b) {
-    vec8 sums[8] = {0};
-    float total = 0.0f;
-    for (int i = 0; i < b * b; i += 64)
-        for (int k = 0; k < 8; k++) sums[k] += *(const vec8 *)(m + i + 8 * k) * *(const vec8 *)(m + i + 8 * k);
-    for (int k = 1; k < 8; k++) sums[0] += sums[k];
-    for (int lane = 0; lane < 8; lane++) total += sums[0][lane];
-    return total;
+/* m := m^-1 by Gauss and Jordan. No pivot is small: I - Q has I for its symmetric part, and so has what is left of it. */
+#define INVERT(NAME, VEC, INTS)                                                                                        \
+    INLINE void NAME(float *m, int b) {                                                                                \
+        const int lanes = sizeof(VEC) / sizeof(float), vectors = b / lanes;                                            \
+        INTS lane;                                                                                                     \
+        for (int i = 0; i < lanes; i++) lane[i] = i;                                                                   \
+        for (int k = 0; k < b; k++) {                                                                                  \
+            float *row = m + k * b, reciprocal = 1.0f / row[k];                                                        \
+            VEC pivot[128 / 8];                                                                                        \
+            INTS others[128 / 8]; /* all columns but the k-th, of which nothing is left */                             \
+            for (int v = 0; v < vectors; v++) {                                                                        \
+                others[v] = lane + v * lanes != k;                                                                     \
+                pivot[v] = (VEC)(others[v] & *(const INTS *)(row + v * lanes)) * reciprocal;                           \
+                pivot[v] = (VEC)((INTS)pivot[v] | (~others[v] & (INTS)((VEC){0} + reciprocal)));                       \
+                *(VEC *)(row + v * lanes) = pivot[v];                                                                  \
+            }                                                                                                          \
+            for (int next = 1; next < b; next++) { /* the next pivot's row first */                                    \
+                float *other = m + ((k + next) & (b - 1)) * b, factor = other[k];                                      \
+                for (int v = 0; v < vectors; v++)                                                                      \
+                    *(VEC *)(other + v * lanes) = (VEC)(others[v] & *(INTS *)(other + v * lanes)) - factor * pivot[v]; \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+INVERT(invert_8, vec8, ints8)
+INVERT(invert_wide, vec, ints)
+
+/* The same by halves [A B; C D], whose blocks stay in the cache: with P = A^-1 and W = (D - C P B)^-1 it is
+ * [P + P B W C P, -P B W; -W C P, W]. */
+INLINE void invert_halved(float *m, int b) {
+    const int half = b / 2, lower = half * b;
+    float first[LARGEST / 4] ALIGNED, right[LARGEST / 4] ALIGNED, turned[LARGEST / 4] ALIGNED;
+    float below[LARGEST / 4] ALIGNED, schur[LARGEST / 4] ALIGNED;
+    for (int i = 0; i < half; i++) {
+        memcpy(first + i * half, m + i * b, sizeof(float) * half);
+        for (int j = 0; j < half; j++) right[i * half + j] = -m[i * b + half + j];
+    }
+    invert_wide(first, half);
+    product(NULL, 0, first, half, right, turned, half, half, half);                  /* -P B */
+    product(m + lower + half, b, m + lower, b, turned, schur, half, half, half);     /* D - C P B */
+    product(NULL, 0, m + lower, b, first, below, half, half, half);                  /* C P */
+    for (int i = 0; i < half * half; i++) below[i] = -below[i];
+    invert_wide(schur, half);                                                        /* W */
+    for (int i = 0; i < half; i++) memcpy(m + lower + half + i * b, schur + i * half, sizeof(float) * half);
+    product(NULL, 0, turned, half, schur, m + half, b, half, half);                  /* -P B W */
+    product(first, half, m + half, b, below, m, b, half, half);                      /* P + P B W C P */
+    product(NULL, 0, schur, half, below, m + lower, b, half, half);                  /* -W C P */
 }
 
-/* m := m^-1 by Gauss and Jordan. No pivot is small: I - Q has I for its symmetric part, and so has what is left of it. */
 INLINE void invert(float *m, int b) {
-    for (int k = 0; k < b; k++) {
-        float *row = m + k * b, reciprocal = 1.0f / row[k];
-        row[k] = 1.0f;
-        for (int j = 0; j < b; j++) row[j] *= reciprocal;
-        for (int i = 0; i < b; i++) {
-            if (i == k) continue;
-            float factor = m[i * b + k];
-            m[i * b + k] = 0.0f;
-            for (int j = 0; j < b; j++) m[i * b + j] -= factor * row[j];
-        }
-    }
+    if (b == 8) invert_8(m, b);
+    else if (b < 64) invert_wide(m, b);
+    else invert_halved(m, b);
 }
 
 /* Q of its strict upper triangle, row by row; of sign -1 its transpose. In tiles of 8 x 8, each read once. */
@@ -50,39 +79,28 @@ INLINE void unpacked(const float *packed, float *q, int sign, int b) {
         }
 }
 
-/* D = 2 (Q + Q^2 + ... + Q^m), as `rotation._by_doubling` has it, or of 3 m terms; where Q is too large for that,
- * 2 (I - Q)^-1 Q. Of sign -1 it is D^T. */
-INLINE void build_one(const float *packed, float *delta, int sign, int b) {
-    float q[LARGEST] ALIGNED, first[LARGEST] ALIGNED, second[LARGEST] ALIGNED, sum[LARGEST] ALIGNED, more[LARGEST] ALIGNED;
-    float *power = first, *squared = second, *total = sum, *doubled = more;
-    const float enough = FLT_EPSILON / 4;
-    unpacked(packed, q, sign, b);
-    product(NULL, 0, q, b, q, power, b, b, b);
-    for (int i = 0; i < b * b; i++) total[i] = 2.0f * (q[i] + power[i]);
-    for (int doubling = 1;; doubling++) {
-        /* of power, squared; and so of what is left out of 2 m terms: R (power^2), and R's norm is 1 */
-        float norm = squares(power, b);
-        if (norm < enough) {
-            product(total, b, power, b, total, delta, b, b, b);
-            return;
-        }
-        if (norm * norm * norm < enough * enough) { /* 3 m terms are enough */
-            product(total, b, power, b, total, doubled, b, b, b);
-            product(total, b, power, b, doubled, delta, b, b, b);
-            return;
-        }
-        if (doubling == 7 || (doubling > 1 && !(norm < 0.49f))) {
-            for (int i = 0; i < b * b; i++) first[i] = (i % (b + 1) == 0) - q[i], q[i] *= 2.0f;
-            invert(first, b);
-            product(NULL, 0, first, b, q, delta, b, b, b);
-            return;
-        }
-        product(total, b, power, b, total, doubled, b, b, b);
-        product(NULL, 0, power, b, power, squared, b, b, b);
-        float *other = power;
-        power = squared, squared = other;
-        other = total, total = doubled, doubled = other;
-    }
+/* (I - Q)^-1, which always is, of Q as it is unpacked. */
+INLINE void inverse_of(const float *q, float *inverse, int b) {
+    for (int i = 0; i < b * b; i++) inverse[i] = -q[i];
+    for (int i = 0; i < b; i++) inverse[i * b + i] = 1.0f;
+    invert(inverse, b);
+}
+
+/* D = 2 (I - Q)^-1 Q. As a product it keeps what near the identity would be rounded away of 2 (I - Q)^-1 - 2 I. */
+INLINE void build_one(const float *packed, float *delta, int b) {
+    float q[LARGEST] ALIGNED, inverse[LARGEST] ALIGNED;
+    unpacked(packed, q, 1, b);
+    inverse_of(q, inverse, b);
+    for (int i = 0; i < b * b; i++) q[i] *= 2.0f;
+    product(NULL, 0, inverse, b, q, delta, b, b, b);
+}
+
+/* (R + I)^T = 2 (I + Q)^-1 */
+INLINE void build_turned_one(const float *packed, float *turned, int b) {
+    float q[LARGEST] ALIGNED;
+    unpacked(packed, q, -1, b);
+    inverse_of(q, turned, b);
+    for (int i = 0; i < b * b; i++) turned[i] *= 2.0f;
 }
 
 /* T G T / 2, of T = (R + I)^T, of which the generator gets what is skew: `rotation._CayleyDelta`. */
@@ -96,12 +114,15 @@ INLINE void unbuild_one(const float *turned, const float *grad, float *packed, i
 }
 
 /* Of each size once: these are long. */
-#define SIZED(b)                                                                                      \
-    static __attribute__((noinline)) void build_##b(const float *packed, float *delta, int sign) {    \
-        build_one(packed, delta, sign, b);                                                            \
-    }                                                                                                 \
+#define SIZED(b)                                                                                          \
+    static __attribute__((noinline)) void build_##b(const float *packed, float *delta) {                  \
+        build_one(packed, delta, b);                                                                      \
+    }                                                                                                     \
+    static __attribute__((noinline)) void build_turned_##b(const float *packed, float *turned) {          \
+        build_turned_one(packed, turned, b);                                                              \
+    }                                                                                                     \
     static __attribute__((noinline)) void unbuild_##b(const float *t, const float *grad, float *packed) { \
-        unbuild_one(t, grad, packed, b);                                                              \
+        unbuild_one(t, grad, packed, b);                                                                  \
     }
 SIZED(8)
 SIZED(16)
@@ -109,8 +130,14 @@ SIZED(32)
 SIZED(64)
 SIZED(128)
 
-INLINE void build(const float *packed, float *delta, int sign, int b) {
-#define CALL(b) build_##b(packed, delta, sign)
+INLINE void build(const float *packed, float *delta, int b) {
+#define CALL(b) build_##b(packed, delta)
+    FOR_SIZE(b, CALL)
+#undef CALL
+}
+
+INLINE void build_turned(const float *packed, float *turned, int b) {
+#define CALL(b) build_turned_##b(packed, turned)
     FOR_SIZE(b, CALL)
 #undef CALL
 }
@@ -121,6 +148,6 @@ INLINE void unbuild(const float *turned, const float *grad, float *packed, int b
 #undef CALL
 }
 
-INLINE void add_identity(float *m, int b) {
-    for (int i = 0; i < b; i++) m[i * b + i] += 1.0f;
+INLINE void add_to_diagonal(float *m, float number, int b) {
+    for (int i = 0; i < b; i++) m[i * b + i] += number;
 }

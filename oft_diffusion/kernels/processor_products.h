@@ -1,6 +1,5 @@
 /* Products of b x b blocks with rows of b, and what else processor.c does all its work with, compiled for each b. */
 
-#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -17,6 +16,7 @@
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t ints8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* `CALL(b)` for the b that is asked for, as a constant. */
 #define FOR_SIZE(b, CALL)          \
@@ -66,8 +66,8 @@ INLINE void tile(const float *base, long base_stride, const float *x, long x_str
     else tile_wide(base, base_stride, x, x_stride, m, y, y_stride, rows, b);
 }
 
-/* Fetch ROWS rows of b, to be written or not: they lie too far apart for a processor to see them coming. Beyond the end
- * that does no harm. */
+/* Fetch ROWS rows of b, to be written or not: they lie too far apart for a processor to see them coming. What lies beyond
+ * the last is fetched in vain, also from another core, but not touched. */
 #define AHEAD(x, stride, written)         \
     for (int r_ = 0; r_ < ROWS; r_++)     \
         for (int at = 0; at < b; at += 16) __builtin_prefetch((x) + r_ * (stride) + at, written)

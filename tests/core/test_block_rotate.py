@@ -39,6 +39,23 @@ def test_it_is_x_times_the_dense_rotation(
         assert relative(dense, torch.eye(blocks * size)) > 0.1, "the case does not rotate"
 
 
+@pytest.mark.parametrize("rows", [40, 1500, 9000])
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_bfloat16_the_sum_is_rounded_once(rows: int, grad: bool) -> None:
+    """Half a unit in the last place, where a product that is rounded by itself would add half of its own.
+
+    Of what is nearly nothing the unit is less than what float32, in which it is summed, can tell.
+    """
+    x, delta = (t.bfloat16() for t in case((rows,), 3, 32, 0))
+    blocks = x.double().view(rows, 3, 32)
+    exact = (blocks + torch.einsum("nrb,rbc->nrc", blocks, delta.double())).view(x.shape)
+    found = block_rotate(x.clone().requires_grad_(grad), delta).detach().double()
+    unit = torch.exp2(torch.floor(torch.log2(exact.abs())) - 7).clamp_min(2.0**-17)
+    assert float(((found - exact).abs() / unit).max()) < 0.52
+    twice = x.double() + (exact - x.double()).bfloat16().double()
+    assert float(((twice.bfloat16().double() - exact).abs() / unit).max()) > 0.6
+
+
 @given(blocks=BLOCKS, size=SIZES, seed=SEEDS)
 def test_strides_do_not_matter(blocks: int, size: int, seed: int) -> None:
     x, delta = case((6, 4), blocks, size, seed)

@@ -118,3 +118,28 @@ def test_other_compilations_warn_of_nothing_and_compute_the_same(
         assert wanted is not None
         assert relative(dx, wanted_dx) < 1e-6
         assert relative(of_packed, processor.cayley_grad(delta, wanted[0])) < 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", processor.SIZES)
+def test_generators_are_read_to_their_ends_and_no_further(size: int) -> None:
+    """Between pages that may not be read, in a process of its own, which would die of it."""
+    code = f"""
+import ctypes, mmap, torch
+from oft_diffusion.kernels import processor
+each, page = {size * (size - 1) // 2}, mmap.PAGESIZE
+wanted = processor.cayley_delta(torch.linspace(-0.1, 0.1, 2 * each).view(2, each), {size})
+pages = 8 * each // page + 1
+memory = mmap.mmap(-1, (pages + 2) * page)
+begin = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+end = begin + pages * page
+for place in (begin, end - 8 * each):
+    given = torch.frombuffer(memory, dtype=torch.float32, count=2 * each, offset=place - begin + page).view(2, each)
+    given.copy_(torch.linspace(-0.1, 0.1, 2 * each).view(2, each))
+    for guard in (begin - page, end):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    assert torch.equal(processor.cayley_delta(given, {size}), wanted)
+print("read")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "read\n"), run.stderr
