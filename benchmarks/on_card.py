@@ -1,18 +1,18 @@
 """All measurements that need a CUDA card, within 20 minutes: `make bench-gpu`.
 
 python -m benchmarks.on_card                                           # all of them; that has not been run yet
-python -m benchmarks.on_card --parts models --minutes 8 --out FOLDER   # a part, where a card is lent for minutes
-python -m benchmarks.on_card --parts peers --minutes 3 --out FOLDER    # all methods upon SD 1.5
+python -m benchmarks.on_card --parts models --minutes 7 --out FOLDER   # a part, where a card is lent for minutes
+python -m benchmarks.on_card --parts kernels --minutes 4 --out FOLDER  # another
 
-What the aims ask for comes first, then the kernel's bandwidth. Each measurement is a process of its own, goes on
-whatever became of the one before, and has its share of the time, at most what is left: `benchmarks.speed` begins
+First the kernels are tested, then what the aims ask for is measured, then the rest. Each is a process of its own, goes
+on whatever became of the one before, and has its share of the time, at most what is left: `benchmarks.speed` begins
 nothing that would not fit, and two minutes later whatever runs is stopped. Rows are appended to benchmarks/data. What
 changes there is copied to FOLDER every few seconds, eight files at most, so that a machine that is taken away has given
-what it had. With these back in benchmarks/data of the same tree, on the same hardware, `models` and `peers` go on where
-they stopped.
+what it had. With these back in benchmarks/data of the same tree, on the same hardware, `models`, `peers` and `rest` go
+on where they stopped: `rest` is all other setups of `benchmarks.speed`, which take longer, and is asked for by name.
 
 It takes a Python that has this checkout on its path, installed or not, what the package needs with its extras train,
-eval and quant, and peft and lycoris-lora.
+eval and quant, and pytest, hypothesis, peft and lycoris-lora; what of these is lacking is told first.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from benchmarks.records import DATA
 
 @dataclass(frozen=True)
 class Measurement:
-    """A module of `benchmarks`, its options, and its share of the time, in minutes."""
+    """A module, its options, and its share of the time, in minutes."""
 
     module: str
     options: tuple[str, ...]
@@ -47,27 +48,39 @@ class Measurement:
 
 
 def _on_card(module: str, *options: str, minutes: float) -> Measurement:
-    return Measurement(module, ("--device", "cuda", *options), minutes)
+    return Measurement(f"benchmarks.{module}", ("--device", "cuda", *options), minutes)
 
 
-# By part, in order: what the aims ask for comes first. Shares are 17 minutes in all, by what is known of an H200.
+_TESTS = [
+    f"tests/core/test_{name}.py" for name in ("gpu_rotate", "gpu_graphs", "inlined", "fused_linear", "solve_kernel")
+]
+# By part, in order: what the aims ask for comes first, when the kernels compute what they should. Shares are 17 minutes
+# in all but the last part, by what is known of an H200.
 PARTS: dict[str, tuple[Measurement, ...]] = {
-    "models": (_on_card("speed", minutes=8),),
+    "tests": (Measurement("pytest", ("-q", "-m", "gpu", *_TESTS), 1),),
+    "models": (_on_card("speed", "--aimed", minutes=9),),
     "kernels": (
-        Measurement("rotate_bandwidth", (), 1.5),
+        Measurement("benchmarks.rotate_bandwidth", ("--rounds", "1"), 2),
         _on_card("stages", minutes=0.5),
         _on_card("build_forms", minutes=0.5),
-        Measurement("fused_linear", (), 1),
+        Measurement("benchmarks.fused_linear", (), 0.5),
     ),
-    "peers": (_on_card("speed", "--only", "SD 1.5 (train, bfloat16, batch 2,", minutes=1.5),),
+    "peers": (_on_card("speed", "--only", "SD 1.5 (train, bfloat16, batch 2,", minutes=1),),
     "memory": (
-        Measurement("card_memory", ("--minutes", "1.5"), 1.5),
+        Measurement("benchmarks.card_memory", ("--minutes", "0.5"), 0.5),
         Measurement(
-            "card_memory", ("--families", "SDXL", "--minutes", "0.5", "--settings", '{"layer_offload": 1.0}'), 0.5
+            "benchmarks.card_memory",
+            ("--families", "SDXL", "--minutes", "0.5", "--settings", '{"layer_offload": 1.0}'), 0.5,
         ),
     ),
-    "quantized": (_on_card("quantized_times", minutes=1), _on_card("quantized_layers", minutes=1)),
-}
+    "quantized": (_on_card("quantized_times", minutes=0.75), _on_card("quantized_layers", minutes=0.75)),
+    "rest": (_on_card("speed", minutes=17),),
+}  # fmt: skip
+NEEDED = (
+    "accelerate", "bitsandbytes", "diffusers", "gguf", "hypothesis", "lycoris", "optimum", "peft", "pytest",
+    "safetensors", "torchao", "transformers", "triton",
+)  # fmt: skip
+USUAL = tuple(part for part in PARTS if part != "rest")
 GRACE = 2.0  # minutes, for what has begun
 CLEARING = 10.0  # seconds, for what is stopped
 COPIED_EVERY = 5.0  # seconds
@@ -92,8 +105,8 @@ def measure(parts: Sequence[str], minutes: float, out: Path | None) -> list[str]
         share = min(one.minutes if len(all_of_them) > 1 else minutes, (deadline - time.monotonic()) / 60)
         word = "no time left"
         if share > 0:
-            limit = ["--minutes", f"{share:.3g}"] if one.module == "speed" else []
-            command = [sys.executable, "-m", f"benchmarks.{one.module}", *one.options, *limit]
+            limit = ["--minutes", f"{share:.3g}"] if one.module == "benchmarks.speed" else []
+            command = [sys.executable, "-m", one.module, *one.options, *limit]
             print("::", *command[2:], flush=True)
             with _copied(out, before):
                 word = _run(command, 60 * (share + GRACE))
@@ -105,7 +118,7 @@ def measure(parts: Sequence[str], minutes: float, out: Path | None) -> list[str]
 def _run(command: Sequence[str], seconds: float) -> str:
     """A word on what went wrong, or none."""
     # Or the profiler would write two lines for every count.
-    environment = {"KINETO_LOG_LEVEL": "99", **os.environ}
+    environment = {"KINETO_LOG_LEVEL": "99", "HYPOTHESIS_PROFILE": "quick", **os.environ}
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         status = child.wait(seconds)
@@ -162,13 +175,15 @@ def _digests() -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="(default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL, help="(default: all but the last)")
     parser.add_argument(
         "--minutes", type=float, default=17.0,
         help="after which nothing begins; two later what still runs is stopped (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="copies of the data that changes go there")
     options = parser.parse_args()
+    if lacking := [name for name in NEEDED if find_spec(name) is None]:
+        raise SystemExit(f"benchmarks.on_card needs these packages, too: {', '.join(lacking)}; nothing is measured")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.on_card needs a CUDA card, and torch finds none: nothing is measured")
     if lacking := measure(options.parts, options.minutes, options.out):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -40,33 +41,32 @@ WAYS = ("rotate", "dx", "dD")  # beside a copy
 
 
 def measure(device: str, rounds: int) -> None:
-    """Append one run, a shape at a time."""
+    """Append one run, a dtype and block size at a time."""
     from triton.testing import do_bench_cudagraph
 
     if triton_kernels() is None:
         raise SystemExit("no kernel to measure: it takes Triton, a C compiler and no OFT_DIFFUSION_KERNELS=0")
-    for shape, (n, columns) in SHAPES.items():
+    for dtype, size in product(DTYPES, sorted(SIZES, key=lambda size: abs(size - 32))):  # the usual ones first
+        kind: torch.dtype = getattr(torch, dtype)
         rows = []
-        for dtype in DTYPES:
-            kind: torch.dtype = getattr(torch, dtype)
+        for shape, (n, columns) in SHAPES.items():
             x, grad = (torch.randn(n, columns, device=device).to(kind) for _ in range(2))
-            for size in SIZES:
-                delta = torch.zeros(columns // size, size, size, device="cuda", dtype=kind)
-                ways = _ways(x, grad, delta)
-                times: dict[str, list[float]] = {way: [] for way in ways}
-                for _ in range(rounds):
-                    for way, call in ways.items():
-                        times[way].append(do_bench_cudagraph(call, rep=20, return_mode="median"))
-                moved = 2 * x.numel() * x.element_size()
-                rows += [
-                    {
-                        "shape": shape, "rows": n, "columns": columns, "dtype": dtype, "block_size": size,
-                        "way": way, "repeats": rounds,
-                        "gigabytes_per_second": f"{moved / statistics.median(took) / 1e6:.1f}",
-                        "of_copy": f"{statistics.median(times['copy']) / statistics.median(took):.3f}",
-                    }
-                    for way, took in times.items()
-                ]  # fmt: skip
+            delta = torch.zeros(columns // size, size, size, device="cuda", dtype=kind)
+            ways = _ways(x, grad, delta)
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(rounds):
+                for way, call in ways.items():
+                    times[way].append(do_bench_cudagraph(call, rep=20, return_mode="median"))
+            moved = 2 * x.numel() * x.element_size()
+            rows += [
+                {
+                    "shape": shape, "rows": n, "columns": columns, "dtype": dtype, "block_size": size,
+                    "way": way, "repeats": rounds,
+                    "gigabytes_per_second": f"{moved / statistics.median(took) / 1e6:.1f}",
+                    "of_copy": f"{statistics.median(times['copy']) / statistics.median(took):.3f}",
+                }
+                for way, took in times.items()
+            ]  # fmt: skip
         append(FILE, rows, device)
 
 

@@ -4,9 +4,9 @@ python -m benchmarks.rotate_forms            # measures and appends
 python -m benchmarks.rotate_forms --table    # the newest run as Markdown
 
 `block_rotate` runs in C, in float32 on Linux with a C compiler. In plain PyTorch it takes the batched product and adds
-it, or for many rows multiplies block by block where x lies; which of the two, and why neither einsum nor a compiled
-form, is told by these figures. It is measured with the kernels switched off and on; where there is no C, cells are
-empty.
+it, or for many rows multiplies block by block where x lies; in 16 bits the sum and the product are one call. Which of
+these, and why neither einsum nor a compiled form, is told by these figures. It is measured with the kernels switched
+off and on; where there is no C, cells are empty.
 """
 
 from __future__ import annotations

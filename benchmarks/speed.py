@@ -31,7 +31,7 @@ import torch
 from benchmarks.candidates import Candidate, builder
 from benchmarks.command import INCOMPLETE
 from benchmarks.records import DATA, append, environment, load
-from benchmarks.speed_setups import KINDS, SETUPS, Setup
+from benchmarks.speed_setups import AIMED, KINDS, SETUPS, Setup
 from benchmarks.speed_tables import plots, table
 from benchmarks.turns import Around, Calls, CardStoppedError, spread, take_turns, told
 from benchmarks.works import WORKS, Work
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", metavar="WORDS", help="setups whose line in --list has these words in it (or others)"
     )
+    parser.add_argument("--aimed", action="store_true", help="of a card only what the aims ask for")
     parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave a method out")
     parser.add_argument("--minutes", type=float, default=13.0, help="begin nothing after these (default: 13)")
     parser.add_argument("--rounds", type=int, help="in place of each setup's own")
@@ -296,9 +297,11 @@ def main() -> None:
         if options.table:
             print(table(load(options.out)))
         return
+    if options.aimed and options.device != "cuda":
+        parser.error("--aimed is for a card: add --device cuda")
     setups = [
         replace(setup, methods=tuple(method for method in setup.methods if method not in options.without))
-        for setup in SETUPS[options.device]
+        for setup in (AIMED if options.aimed else SETUPS[options.device])
         if any(words in str(setup) for words in options.only or [""])
     ]
     if options.list:

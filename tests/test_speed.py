@@ -55,6 +55,7 @@ from benchmarks.methods import (
     disturb,
     equal_rank,
 )  # fmt: skip
+from benchmarks.speed_brief import brief
 from benchmarks.speed_pooled import pooled
 from benchmarks.speed_setups import BUILDS, KINDS, SETUPS, STACK, Setup
 from benchmarks.speed_tables import pictures, table
@@ -415,6 +416,7 @@ def test_the_page_of_tables_is_what_is_printed() -> None:
 @pytest.mark.parametrize(
     ("page", "made"),
     [
+        ("benchmarks.md", lambda: brief(records.load(speed.FILE))),
         ("benchmarks.md", lambda: pooled(records.load(speed.FILE))),
         ("benchmarks.md", lambda: full_counts.table(records.load(full_counts.FILE))),
         ("benchmarks.md", stages.table),

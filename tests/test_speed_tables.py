@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks import rotate_bandwidth
 from benchmarks.methods import BASE, BOFT, LORA, NATIVE, OURS, PEFT_OFT, TRITON, WEIGHT_CENTRIC
 from benchmarks.speed_aims import aims
+from benchmarks.speed_brief import brief
 from benchmarks.speed_groups import groups, runs
 from benchmarks.speed_pooled import pooled
 from benchmarks.speed_setups import SETUPS, STACK
@@ -136,6 +137,30 @@ def test_all_runs_stand_beside_the_newest() -> None:
         "0.350 (0.350 to 0.350) | 0.400 (0.350 to 0.450) | 0.800 (one of 2030-01-01, 3 rounds); "
         "0.900 (two of 2030-01-01, 3 rounds); 0.700 (three of 2030-01-01, 3 rounds) |"
     )
+
+
+def test_the_aims_of_a_processor_in_few_lines() -> None:
+    about = {
+        "work": "SD 1.5", "device": "cpu", "dtype": "float32", "commit": "new", "hardware": "A processor",
+    }  # fmt: skip
+    times = {BASE: 1.0, OURS: 1.9, NATIVE: 1.8, LORA: 2.0}
+    train = [row(method, *(3 * (s,)), operations=int(100 * s)) | about for method, s in times.items()]
+    live = [r | {"kind": "live", "compiled": "yes", "run": "two"} for r in train]
+    others = [r | {"batch": "4", "run": "three"} for r in train] + [r | {"hardware": "Another"} for r in train]
+    assert brief([*others, *train, *live]).splitlines() == [
+        "| A processor | at most | in C | in plain PyTorch | commit, rounds |",
+        "|---|---|---|---|---|",
+        "| adapter operations, of PEFT LoRA's, eager | 0.35 |  | 0.900: no | new of 2030-01-01, 3 rounds |",
+        (
+            "| training step, of PEFT LoRA's, eager | 0.97 | 0.900 (0.900 to 0.900): yes | "
+            "0.950 (0.950 to 0.950): yes | new of 2030-01-01, 3 rounds |"
+        ),
+        (
+            "| live sampling step, of the base's, compiled | 1.05 | 1.800 (1.800 to 1.800): no | "
+            "1.900 (1.900 to 1.900): no | new of 2030-01-01, 3 rounds |"
+        ),
+    ]
+    assert brief([]) == "Not measured yet."
 
 
 def test_runs_of_the_newest_commit_count_together() -> None:

@@ -2,7 +2,7 @@
 
 #include "processor_products.h"
 
-/* m := m^-1 by Gauss and Jordan. No pivot is small: I - Q has I for its symmetric part, and so has what is left of it. */
+/* m := m^-1 by Gauss and Jordan. No pivot is small: the symmetric part of I - Q is I, and of what is left of it at least I. */
 #define INVERT(NAME, VEC, INTS)                                                                                        \
     INLINE void NAME(float *m, int b) {                                                                                \
         const int lanes = sizeof(VEC) / sizeof(float), vectors = b / lanes;                                            \

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from oft_diffusion.kernels import processor
-from oft_diffusion.kernels.tiles import DTYPES, SIZES, Tile, tile_of
+from oft_diffusion.kernels.tiles import DTYPES, Tile, tile_of
 
 # Against float64. The interpreter cuts bfloat16 off where a card rounds: by up to 2^-7 of a value.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3, "float16": 6e-4}
-EVERY = [(size, name) for size in SIZES for name in DTYPES]
+# The usual size first: it is there in every sample of these.
+EVERY = [(size, name) for size in (32, 64, 16, 8, 128) for name in DTYPES]
 GROUPS, BLOCKS = 2, 3  # an odd number of blocks: the last tile of a pair of narrow blocks is half empty
 
 
