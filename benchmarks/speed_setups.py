@@ -114,9 +114,9 @@ _LIVE = [replace(setup, kind="inference", methods=_GPU_LIVE, checkpointing=False
 # the five methods takes 1.05 s (SD 1.5) and 4.1 s (SDXL), 69 microseconds an operation; by the operations that
 # `full_counts` has of the others, 2.8 s (SD 3.5) and 5.2 s (Flux.1). With what settles and what is counted, some seven
 # rounds more, training takes 16 + 49 + 34 + 58 = 157 s. Compiled, with four methods and five such rounds, it is below
-# 9 + 27 + 21 + 35 = 92 s. Sampling, most of it merging, takes 29 s (SDXL), of the others about as long, in both forms
-# below 145 s, of SD 1.5 in both below 20 s. With five seconds to make each model this is about 490 s, of nine minutes
-# that `on_card` gives. What compiling takes is not known, and comes on top.
+# 9 + 27 + 21 + 35 = 92 s. Sampling, most of it merging, takes 29 s (SDXL), of the others no longer, in both forms
+# below 232 s. With five seconds to make each model this is 565 s, of 9.5 minutes that `on_card` gives. What compiling
+# takes is not known, and comes on top.
 AIMED = [
     *_FAMILIES,
     *_LIVE,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import full_counts, on_card, records, speed
+from benchmarks import full_counts, on_card, records, speed, speed_setups
 from benchmarks.command import INCOMPLETE
 from benchmarks.methods import (
     BASE,
@@ -98,7 +98,7 @@ def test_measurements_go_on_behind_one_that_fails(folders: tuple[Path, Path], mo
 
     monkeypatch.setattr(on_card, "_run", run)
     assert on_card.measure(on_card.USUAL, 17, None) == ["kernels 1, benchmarks.rotate_bandwidth (failed)"]
-    assert ran[1] == ["benchmarks.speed", "--device", "cuda", "--aimed", "--minutes", "9", "660 s"]
+    assert ran[1] == ["benchmarks.speed", "--device", "cuda", "--aimed", "--minutes", "9.5", "690 s"]
     assert [command[0] for command in ran[2:4]] == ["benchmarks.rotate_bandwidth", "benchmarks.stages"]
     assert len(ran) == sum(len(on_card.PARTS[part]) for part in on_card.USUAL)
     assert all(importlib.util.find_spec(command[0]) for command in ran)
@@ -194,7 +194,7 @@ def test_the_aims_fit_into_their_share_by_what_an_h200_took() -> None:
     def training(setup: Setup) -> float:
         return sum(took[setup.work, "train", method] for method in setup.methods)
 
-    aimed = speed.AIMED
+    aimed = speed_setups.AIMED
     an_operation = sum(map(training, aimed[:2])) / sum(map(operations, aimed[:2]))
     live = sum(took["SDXL", "live", method] for method in (BASE, TRITON, LORA))
     others = sum(took.get(("SDXL", kind, m), 0.0) for kind in KINDS["inference"][1:] for m in (BASE, TRITON, LORA))

@@ -171,7 +171,7 @@ def test_what_is_saved_for_backward_is_near_loras(figures: dict[str, tuple[int, 
 STATED = {
     ("in C", False): 0.97, ("in C", True): 1.00, ("plain", False): 1.04, ("plain", True): 1.34,
     ("as on a card", False): 1.03, ("as on a card", True): 1.34,
-    ("as on a card, bfloat16", False): 0.96,  # which cards train in: adapters in float32, D in both
+    ("as on a card, bfloat16", False): 0.95,  # which cards train in: adapters in float32, D in both
 }  # fmt: skip
 
 
@@ -198,8 +198,9 @@ def test_no_more_is_saved_than_the_docs_state(way: str, checkpointed: bool) -> N
             work = sd15(Sizes(), small=True).requires_grad_(False)
             trained = adapt(work.denoiser)
             work.denoiser.to(dtype)
-            for parameter in trained:
-                parameter.data = parameter.data.float()
+            for parameter in (*work.denoiser.parameters(), *trained):
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             work.inputs = {
                 name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for name, value in work.inputs.items()
