@@ -36,7 +36,8 @@ def _lines(group: Group) -> list[str]:
         if form and aim.is_of(group) and (values := aim.figure(group)):
             words = aim.words.replace(f", {form}", "").replace(f" {form}", "")
             found.setdefault(words, {})[form] = aim, values
-    return [_line(f"{words}, {group.mode()}", of, group.run()) for words, of in found.items()]
+    how = group.mode() if group.about["cut"] else f"{group.mode()}, uncut"
+    return [_line(f"{words}, {how}", of, group.run()) for words, of in found.items()]
 
 
 def _line(words: str, of: dict[str, tuple[Aim, Sequence[float]]], run: str) -> str:

@@ -142,10 +142,11 @@ def test_all_runs_stand_beside_the_newest() -> None:
 def test_the_aims_of_a_processor_in_few_lines() -> None:
     about = {
         "work": "SD 1.5", "device": "cpu", "dtype": "float32", "commit": "new", "hardware": "A processor",
+        "cut": "narrower",
     }  # fmt: skip
     times = {BASE: 1.0, OURS: 1.9, NATIVE: 1.8, LORA: 2.0}
     train = [row(method, *(3 * (s,)), operations=int(100 * s)) | about for method, s in times.items()]
-    live = [r | {"kind": "live", "compiled": "yes", "run": "two"} for r in train]
+    live = [r | {"kind": "live", "compiled": "yes", "run": "two", "cut": ""} for r in train]
     others = [r | {"batch": "4", "run": "three"} for r in train] + [r | {"hardware": "Another"} for r in train]
     assert brief([*others, *train, *live]).splitlines() == [
         "| A processor | at most | in C | in plain PyTorch | commit, rounds |",
@@ -156,7 +157,7 @@ def test_the_aims_of_a_processor_in_few_lines() -> None:
             "0.950 (0.950 to 0.950): yes | new of 2030-01-01, 3 rounds |"
         ),
         (
-            "| live sampling step, of the base's, compiled | 1.05 | 1.800 (1.800 to 1.800): no | "
+            "| live sampling step, of the base's, compiled, uncut | 1.05 | 1.800 (1.800 to 1.800): no | "
             "1.900 (1.900 to 1.900): no | new of 2030-01-01, 3 rounds |"
         ),
     ]
