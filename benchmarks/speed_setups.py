@@ -73,7 +73,6 @@ class Setup:
 _INFERENCE = tuple(name for name in METHODS if name != FULL)
 _MAIN = (BASE, OURS, NATIVE, LORA, PEFT_OFT)
 _COMPILED = (BASE, OURS, NATIVE, LORA)
-_LIVE_WHOLE = (BASE, NATIVE, LORA)
 _SCALED = (BASE, OURS, LORA, PEFT_OFT, WEIGHT_CENTRIC)
 _QUANTIZED: tuple[Literal["nf4", "int8"], ...] = ("nf4", "int8")
 
@@ -100,7 +99,6 @@ CPU: list[Setup] = [
     replace(_CPU_MAIN, dtype="bfloat16"),
     *(Setup(work, methods=_MAIN, small=True, rounds=4) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
     *(Setup(work, "inference", _MAIN, small=True, rounds=4) for work in ("SDXL", "SD 3.5 Medium", "Flux.1")),
-    Setup("SD 1.5", "inference", _LIVE_WHOLE, rounds=4),
 ]
 
 _GPU_MAIN = (BASE, TRITON, LORA, PEFT_OFT, WEIGHT_CENTRIC)
