@@ -194,16 +194,17 @@ struct call {
 };
 _Static_assert(sizeof(long) == 8 && sizeof(void *) == 8, "as Python packs it");
 
-#define PER_THREAD (1 << 17) /* multiplications, below which another thread costs more than it saves */
-INLINE int threads_of(const struct call *call) {
-    long worth = call->numbers * call->count * call->size / PER_THREAD;
-    return worth < 1 ? 1 : worth < call->most_threads ? worth : call->most_threads;
+/* Of at most so many, those that so many multiplications are worth: below 2^17, another one costs more than it saves. */
+INLINE int threads_of(long multiplications, long most) {
+    long worth = multiplications >> 17;
+    return worth < 1 ? 1 : worth < most ? worth : most;
 }
 
 #define UNPACKED                                                                                  \
     const long blocks = call->blocks, width = blocks * call->size, x_stride = call->x_stride;     \
     const long rows = width ? call->numbers / width : 0;                                          \
-    const int count = call->count, threads = threads_of(call);                                    \
+    const int count = call->count;                                                                \
+    const int threads = threads_of(call->numbers * count * call->size, call->most_threads);       \
     const float *x = call->x, *given[16];                                                         \
     for (int i = 0; i < count; i++) given[i] = (const float *)(call->given + offsets[i])
 
@@ -244,7 +245,8 @@ void oft_backward(const struct call *call, const uintptr_t *offsets, const uintp
     }
 }
 
-void oft_build(const float *packed, float *delta, long blocks, int threads, int size) {
+void oft_build(const float *packed, float *delta, long blocks, int most_threads, int size) {
+    const int threads = threads_of(4 * blocks * size * size * size, most_threads);
 #define CALL(b)                                                                     \
     _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) \
         build_##b(packed + i * (b * (b - 1) / 2), delta + i * b * b)
@@ -252,7 +254,8 @@ void oft_build(const float *packed, float *delta, long blocks, int threads, int 
 #undef CALL
 }
 
-void oft_unbuild(const float *delta, const float *grad, float *packed, long blocks, int threads, int size) {
+void oft_unbuild(const float *delta, const float *grad, float *packed, long blocks, int most_threads, int size) {
+    const int threads = threads_of(2 * blocks * size * size * size, most_threads);
 #define CALL(b)                                                                             \
     _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < blocks; i++) {       \
         float turned[LARGEST] ALIGNED;                                                      \

@@ -43,7 +43,6 @@ _traced = torch._C._get_tracing_state
 MOST_LAYERS = 16  # of one input
 _POINTERS = [struct.Struct(f"{count}P") for count in range(MOST_LAYERS + 1)]  # by how many there are
 _CALLS = [struct.Struct(f"{11 + count}q") for count in range(MOST_LAYERS + 1)]  # likewise: `struct call` of the C
-_PER_THREAD = 2**17  # multiplications, below which another thread costs more than it saves; the C has it, too
 
 _pointer, _long, _int, _packed = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p
 _SIGNATURES = {
@@ -254,7 +253,7 @@ def cayley_delta(packed: Tensor, size: int) -> Tensor:
     """`D = R - I`, `(r, b, b)`, of generators `(r, b(b-1)/2)`, exact at any norm: `2 (I - Q)^-1 Q`."""
     packed = packed.contiguous()
     delta = packed.new_empty(len(packed), size, size)
-    _library().oft_build(packed.data_ptr(), delta.data_ptr(), len(packed), _threads(len(packed), size, 4), size)
+    _library().oft_build(packed.data_ptr(), delta.data_ptr(), len(packed), torch.get_num_threads(), size)
     return delta
 
 
@@ -263,7 +262,7 @@ def cayley_grad(delta: Tensor, grad: Tensor) -> Tensor:
     grad, delta, size = grad.contiguous(), delta.contiguous(), delta.shape[-1]
     packed = delta.new_empty(len(delta), size * (size - 1) // 2)
     _library().oft_unbuild(
-        delta.data_ptr(), grad.data_ptr(), packed.data_ptr(), len(delta), _threads(len(delta), size, 2), size
+        delta.data_ptr(), grad.data_ptr(), packed.data_ptr(), len(delta), torch.get_num_threads(), size
     )
     return packed
 
@@ -285,11 +284,6 @@ def _in_rows(x: Tensor) -> tuple[Tensor, int]:
             if step >= width:
                 return x, step
     return x.contiguous(), width
-
-
-def _threads(blocks: int, size: int, products: int) -> int:
-    """As many as so many products of b x b are worth."""
-    return min(torch.get_num_threads(), products * blocks * size**3 // _PER_THREAD) or 1
 
 
 # -- the library -------------------------------------------------------------------------------------------------------
